@@ -1,0 +1,94 @@
+# vecshard: make | make test | make demo | make check SAN=address|thread | make soak | make clean
+#
+# Everything is compiled twice: build/obj/ext for the loadable extension (SQLite through sqlite3_api), build/obj/core for
+# static linking and the tool (SQLite called directly). Only the kernel files get wider instructions; they are chosen at run
+# time. SAN=address (with undefined) or SAN=thread builds into a folder of its own.
+
+CC ?= gcc
+SAN ?=
+OUT := build$(if $(SAN),-$(SAN))
+comma := ,
+SAN_FLAGS := $(if $(filter address,$(SAN)),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined)$(if $(filter thread,$(SAN)),-fsanitize=thread)
+WARN := -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla -Werror
+CFLAGS ?= -O2 -g
+ALL_CFLAGS := -std=gnu11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -ffp-contract=off -fno-omit-frame-pointer $(WARN) $(CFLAGS) $(SAN_FLAGS)
+HDF5_CFLAGS := $(shell pkg-config --cflags hdf5-serial 2>/dev/null || pkg-config --cflags hdf5 2>/dev/null)
+HDF5_LIBS := $(shell pkg-config --libs hdf5-serial 2>/dev/null || pkg-config --libs hdf5 2>/dev/null || echo -lhdf5)
+LIBS := -lm -lpthread
+
+LOWER := $(wildcard ext/base/*.c ext/kernels/*.c ext/ivfpq/*.c)
+UPPER := $(wildcard ext/s3vfs/*.c ext/shard/*.c) $(filter-out ext/vtab/hdf5_vectors.c,$(wildcard ext/vtab/*.c)) ext/vecshard.c
+INPUT := $(wildcard ext/input/*.c)
+HDF5_EXT := ext/vecshard_hdf5.c ext/vtab/hdf5_vectors.c $(INPUT) ext/base/vs_err.c $(wildcard ext/kernels/*.c)
+TOOL := $(wildcard tool/*.c)
+
+ext_obj = $(patsubst %.c,$(OUT)/obj/ext/%.o,$(1))
+core_obj = $(patsubst %.c,$(OUT)/obj/core/%.o,$(1))
+
+all: $(OUT)/vecshard.so $(OUT)/libvecshard.a $(OUT)/vecshard.h $(OUT)/vecshard $(OUT)/vecshard_hdf5.so
+
+$(OUT)/vecshard.so: $(call ext_obj,$(LOWER) $(UPPER))
+	$(CC) -shared $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(LIBS)
+$(OUT)/vecshard_hdf5.so: $(call ext_obj,$(HDF5_EXT))
+	$(CC) -shared $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) $(LIBS)
+$(OUT)/libvecshard.a: $(call core_obj,$(LOWER) $(UPPER))
+	rm -f $@ && ar rcs $@ $^
+$(OUT)/vecshard.h: ext/vecshard.h
+	mkdir -p $(@D) && cp $< $@
+$(OUT)/vecshard: $(call core_obj,$(TOOL) $(INPUT)) $(OUT)/libvecshard.a
+	$(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) -lsqlite3 $(LIBS)
+
+KERN_FLAGS_scalar := -fno-tree-vectorize
+KERN_FLAGS_avx2 := -O3 -mavx2 -mfma -mf16c
+KERN_FLAGS_avx512 := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx2 -mfma -mf16c
+X86 := $(filter x86_64% i%86%,$(shell $(CC) -dumpmachine 2>/dev/null))
+kern_flags = $(if $(X86),$(KERN_FLAGS_$(patsubst kern_%,%,$(notdir $(basename $(1))))))
+
+$(OUT)/obj/ext/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(ALL_CFLAGS) $(HDF5_CFLAGS) $(call kern_flags,$<) -MMD -MP -c -o $@ $<
+$(OUT)/obj/core/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(ALL_CFLAGS) $(HDF5_CFLAGS) -DSQLITE_CORE $(call kern_flags,$<) -MMD -MP -c -o $@ $<
+
+# ---- tests ----
+# test_*.c of the lower folders link without SQLite: the proof that they do not need it.
+C_TESTS := $(patsubst test/%.c,$(OUT)/test/%,$(wildcard test/test_*.c))
+$(OUT)/test/test_kernels: $(call core_obj,$(wildcard ext/kernels/*.c))
+$(OUT)/test/test_ivfpq: $(call core_obj,$(LOWER) ext/s3vfs/io_local.c)
+$(OUT)/test/test_base: $(call core_obj,$(wildcard ext/base/*.c) ext/s3vfs/io_local.c)
+$(OUT)/test/test_input: $(call core_obj,$(INPUT) $(LOWER))
+$(OUT)/test/test_manifest: $(OUT)/libvecshard.a
+$(OUT)/test/test_embed: $(OUT)/libvecshard.a
+SQLITE_LIB_test_manifest := -lsqlite3
+SQLITE_LIB_test_embed := -lsqlite3
+$(OUT)/test/%: $(OUT)/obj/core/test/%.o
+	@mkdir -p $(@D)
+	$(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ -lcmocka $(if $(findstring test_input,$@),$(HDF5_LIBS)) $(SQLITE_LIB_$(notdir $@)) $(LIBS)
+.SECONDARY:
+
+deps:
+	@tool/install-deps build
+deps-test:
+	@tool/install-deps test
+
+test: deps-test
+	@$(MAKE) --no-print-directory check-all
+check-all:
+	@test/run.sh
+check: all $(C_TESTS)
+	@for t in $(C_TESTS); do echo "== $$t"; $$t || exit 1; done
+
+demo: deps
+	@$(MAKE) --no-print-directory all
+	@tool/demo.sh $(H5)
+
+soak: deps-test
+	@$(MAKE) --no-print-directory all
+	@/usr/bin/python3 test/soak.py
+
+clean:
+	rm -rf build build-address build-thread
+
+-include $(shell find $(OUT)/obj -name '*.d' 2>/dev/null)
+.PHONY: all test check check-all demo soak deps deps-test clean

@@ -1,0 +1,51 @@
+/* ivfpq_int.h - what only ext/ivfpq needs, by the file that implements it. */
+#ifndef IVFPQ_INT_H
+#define IVFPQ_INT_H
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../base/vs_err.h"
+#include "ivfpq_format.h"
+
+/* ---- ivfpq_train.c: deterministic for a seed, whatever the number of threads ---- */
+
+/* A random stream of its own: splitmix64 (Steele, Lea, Flood 2014). */
+typedef struct ivfpq_rng { uint64_t state; } ivfpq_rng;
+uint64_t ivfpq_rng_next(ivfpq_rng *r);
+uint64_t ivfpq_rng_below(ivfpq_rng *r, uint64_t n);
+
+/* Lloyd's k-means on n x dim rows (stride floats apart): k row-major centroids into c (k x dim). Starts from random rows;
+ * an empty cluster takes half of the largest one. k may exceed n: the rest repeat rows. */
+typedef int (*ivfpq_stop)(void *ctx); /* non-zero: stop with VS_INTERRUPT; called on the caller's thread only */
+typedef struct ivfpq_kmeans {
+  const float *x;
+  size_t n, stride, dim, k;
+  int iterations, threads;
+  uint64_t seed;
+  ivfpq_stop stop;
+  void *stop_ctx;
+} ivfpq_kmeans;
+vs_rc ivfpq_kmeans_run(const ivfpq_kmeans *p, float *c, vs_err *err) VS_WARN_UNUSED;
+
+/* bias[i] = -|c_i|^2/2 for n rows, padded to a multiple of 16 with zeros. */
+void ivfpq_half_norms(const float *c, size_t n, size_t dim, float *bias);
+
+/* argmax over packed centroids on several threads. */
+void ivfpq_assign(const float *x, size_t n, size_t stride, size_t dim, const float *packed, const float *bias, size_t k,
+                  int threads, uint32_t *id);
+
+/* ---- ivfpq_sort.c: external sort of fixed-size records ---- */
+typedef struct ivfpq_record { uint64_t hi, lo, value; } ivfpq_record; /* ordered by (hi, lo, value) */
+typedef struct ivfpq_sorter ivfpq_sorter;
+/* Keeps at most `memory` bytes, spills sorted runs to unnamed temporary files in dir. */
+vs_rc ivfpq_sorter_open(const char *dir, size_t memory, ivfpq_sorter **out, vs_err *err) VS_WARN_UNUSED;
+vs_rc ivfpq_sorter_add(ivfpq_sorter *s, ivfpq_record r, vs_err *err) VS_WARN_UNUSED;
+vs_rc ivfpq_sorter_finish(ivfpq_sorter *s, vs_err *err) VS_WARN_UNUSED; /* before the first next */
+vs_rc ivfpq_sorter_next(ivfpq_sorter *s, ivfpq_record *r, int *more, vs_err *err) VS_WARN_UNUSED;
+void ivfpq_sorter_close(ivfpq_sorter *s);
+/* An unnamed file that goes away with its descriptor. */
+int ivfpq_tmpfile(const char *dir, vs_err *err);
+vs_rc ivfpq_pwrite(int fd, const void *p, size_t n, uint64_t off, const char *name, vs_err *err) VS_WARN_UNUSED;
+vs_rc ivfpq_pread(int fd, void *p, size_t n, uint64_t off, const char *name, vs_err *err) VS_WARN_UNUSED;
+
+#endif

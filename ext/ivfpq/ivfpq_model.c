@@ -1,0 +1,202 @@
+/* ivfpq_model.c - training (mean, coarse centroids in two levels, code words) and encoding; see ivfpq_model.h. */
+#include "ivfpq_model.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../base/vs_pool.h"
+#include "../kernels/kern.h"
+
+enum {
+  COARSE_ITERATIONS = 8,
+  WORD_ITERATIONS = 8,
+  WORD_SAMPLE = 32768,  /* rows that train the code words: 128 per word of 8 bits */
+  GROUPS_FROM = 257     /* fewer partitions make one group: a cold reader fetches them at once */
+};
+
+void ivfpq_model_prepare(const ivfpq_model *m, const float *x, float *out) {
+  float scale = 1;
+  if (m->metric == IVFPQ_COSINE) {
+    double s = 0; /* double: squares of ordinary floats may leave the float range */
+    float f = kern_get()->dot_f32(x, x, m->dim);
+    if (f > 1e-30f && f < 1e37f) s = f;
+    else
+      for (uint32_t j = 0; j < m->dim; j++) s += (double)x[j] * x[j];
+    scale = s > 0 ? (float)(1 / sqrt(s)) : 0;
+  }
+  for (uint32_t j = 0; j < m->dim; j++) out[j] = x[j] * scale - m->mean[j];
+  for (uint32_t j = m->dim; j < m->dim_padded; j++) out[j] = 0;
+}
+
+/* The mean of the prepared sample, in double and in a fixed order. */
+static vs_rc learn_mean(ivfpq_model *m, const ivfpq_learn *p, float *x, vs_err *err) {
+  double *sum = calloc(m->dim, sizeof *sum);
+  if (!sum) return vs_nomem(err);
+  for (size_t i = 0; i < p->n; i++) { /* the mean is still zero here */
+    ivfpq_model_prepare(m, p->sample + i * m->dim, x + i * m->dim_padded);
+    for (uint32_t j = 0; j < m->dim; j++) sum[j] += x[i * m->dim_padded + j];
+  }
+  for (uint32_t j = 0; j < m->dim; j++) m->mean[j] = (float)(sum[j] / (double)p->n);
+  for (size_t i = 0; i < p->n; i++)
+    for (uint32_t j = 0; j < m->dim; j++) x[i * m->dim_padded + j] -= m->mean[j];
+  free(sum);
+  return VS_OK;
+}
+
+/* Clusters the centroids themselves and puts them in the order of their groups. */
+static vs_rc learn_groups(ivfpq_model *m, const ivfpq_learn *p, vs_err *err) {
+  size_t d = m->dim_padded, k = m->n_groups;
+  ivfpq_kmeans km = {.x = m->centroids, .n = m->nlist, .stride = d, .dim = d, .k = k, .iterations = 8, .threads = p->threads,
+                     .seed = p->seed + 1, .stop = p->stop, .stop_ctx = p->ctx};
+  uint32_t *id = malloc(m->nlist * sizeof *id);
+  float *copy = malloc(m->nlist * d * sizeof *copy), *packed = malloc(kern_packed_len(k, d) * 4), *bias = malloc(ivfpq_round(k, 16) * 4);
+  vs_rc rc = id && copy && packed && bias ? ivfpq_kmeans_run(&km, m->group_centroids, err) : vs_nomem(err);
+  if (!rc) {
+    kern_pack_f32(m->group_centroids, k, d, packed);
+    ivfpq_half_norms(m->group_centroids, k, d, bias);
+    ivfpq_assign(m->centroids, m->nlist, d, d, packed, bias, k, p->threads, id);
+    memcpy(copy, m->centroids, m->nlist * d * sizeof *copy);
+    uint32_t at = 0, g_out = 0;
+    for (uint32_t g = 0; g < k; g++) {
+      uint32_t first = at;
+      for (uint32_t c = 0; c < m->nlist; c++)
+        if (id[c] == g) memcpy(m->centroids + at++ * d, copy + c * d, d * sizeof *copy);
+      if (at == first) continue; /* an empty group is dropped */
+      memmove(m->group_centroids + g_out * d, m->group_centroids + g * d, d * sizeof *copy);
+      m->group_first[g_out++] = first;
+    }
+    m->n_groups = g_out;
+    m->group_first[g_out] = m->nlist;
+  }
+  free(id), free(copy), free(packed), free(bias);
+  return rc;
+}
+
+static vs_rc learn_coarse(ivfpq_model *m, const ivfpq_learn *p, const float *x, vs_err *err) {
+  size_t d = m->dim_padded;
+  ivfpq_kmeans km = {.x = x, .n = p->n, .stride = d, .dim = d, .k = m->nlist, .iterations = COARSE_ITERATIONS,
+                     .threads = p->threads, .seed = p->seed, .stop = p->stop, .stop_ctx = p->ctx};
+  vs_rc rc = ivfpq_kmeans_run(&km, m->centroids, err);
+  if (!rc) rc = learn_groups(m, p, err);
+  if (rc) return rc;
+  kern_pack_f32(m->centroids, m->nlist, d, m->packed);
+  ivfpq_half_norms(m->centroids, m->nlist, d, m->bias);
+  return VS_OK;
+}
+
+typedef struct words_job {
+  ivfpq_model *m;
+  const ivfpq_learn *p;
+  const float *x;
+  size_t n;
+  int failed;
+} words_job;
+
+static void words_of_sub(void *ctx, size_t j) {
+  words_job *w = ctx;
+  ivfpq_model *m = w->m;
+  size_t words = ivfpq_words(m->bits), size = words * m->sub_dim;
+  ivfpq_kmeans km = {.x = w->x + j * m->sub_dim, .n = w->n, .stride = m->dim_padded, .dim = m->sub_dim, .k = words,
+                     .iterations = WORD_ITERATIONS, .threads = 1, .seed = w->p->seed + 100 + j};
+  float *c = m->words + j * size;
+  if (ivfpq_kmeans_run(&km, c, NULL)) __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
+  kern_pack_f32(c, words, m->sub_dim, m->words_packed + j * size);
+  ivfpq_half_norms(c, words, m->sub_dim, m->words_bias + j * words);
+}
+
+/* Code words learn from residuals. */
+static vs_rc learn_words(ivfpq_model *m, const ivfpq_learn *p, float *x, vs_err *err) {
+  size_t n = p->n < WORD_SAMPLE ? p->n : WORD_SAMPLE, d = m->dim_padded;
+  uint32_t *id = malloc(n * sizeof *id + 1);
+  if (!id) return vs_nomem(err);
+  for (size_t i = 0; i < n; i++) { /* evenly over the sample; rows move forward only, so nothing is overwritten early */
+    size_t from = (size_t)((double)i * (double)p->n / (double)n);
+    if (from != i) memcpy(x + i * d, x + from * d, d * sizeof *x);
+  }
+  ivfpq_assign(x, n, d, d, m->packed, m->bias, m->nlist, p->threads, id);
+  for (size_t i = 0; i < n; i++)
+    for (size_t j = 0; j < d; j++) x[i * d + j] -= m->centroids[id[i] * d + j];
+  free(id);
+  words_job w = {m, p, x, n, 0};
+  for (size_t j = 0; j < m->subs && !w.failed; j += 8) {
+    /* eight at a time, so that a Ctrl-C is seen soon */
+    words_job part = w;
+    ivfpq_model view = *m;
+    size_t k = m->subs - j < 8 ? m->subs - j : 8, size = ivfpq_words(m->bits) * (size_t)m->sub_dim;
+    view.words += j * size, view.words_packed += j * size, view.words_bias += j * ivfpq_words(m->bits);
+    ivfpq_learn shifted = *p;
+    shifted.seed += j;
+    part.m = &view, part.p = &shifted, part.x = x + j * m->sub_dim;
+    vs_pool_run(k, p->threads, words_of_sub, &part);
+    w.failed = part.failed;
+    if (p->progress) p->progress(p->ctx, "train code words", j + k, m->subs);
+    if (p->stop && p->stop(p->ctx)) return vs_fail(err, VS_INTERRUPT, "interrupted");
+  }
+  return w.failed ? vs_nomem(err) : VS_OK;
+}
+
+static vs_rc allocate(ivfpq_model *m, vs_err *err) {
+  size_t d = m->dim_padded, k = m->nlist, lanes = ivfpq_round(k, 16), words = (size_t)m->subs * ivfpq_words(m->bits ? m->bits : 1);
+  m->mean = calloc(d, 4);
+  m->centroids = calloc(k * d + 1, 4);
+  m->packed = calloc(lanes * d + 16, 4);
+  m->bias = calloc(lanes + 16, 4);
+  m->group_first = calloc(m->n_groups + 1, 4);
+  m->group_centroids = calloc(m->n_groups * d + 1, 4);
+  m->words = calloc(words * m->sub_dim + 1, 4);
+  m->words_packed = calloc(words * m->sub_dim + 16, 4);
+  m->words_bias = calloc(words + 16, 4);
+  return m->mean && m->centroids && m->packed && m->bias && m->group_first && m->group_centroids && m->words &&
+                 m->words_packed && m->words_bias
+             ? VS_OK
+             : vs_nomem(err);
+}
+
+vs_rc ivfpq_model_learn(ivfpq_model *m, const ivfpq_learn *p, float *x, vs_err *err) {
+  m->n_groups = m->nlist < GROUPS_FROM ? 1 : (uint32_t)ceil(sqrt(m->nlist));
+  vs_rc rc = allocate(m, err);
+  if (rc || !m->m) {
+    if (!rc) m->group_first[1] = m->nlist;
+    return rc;
+  }
+  if ((rc = learn_mean(m, p, x, err))) return rc;
+  if (p->progress) p->progress(p->ctx, "train centroids", 0, 1);
+  if ((rc = learn_coarse(m, p, x, err))) return rc;
+  if (p->progress) p->progress(p->ctx, "train centroids", 1, 1);
+  return learn_words(m, p, x, err);
+}
+
+void ivfpq_model_reset(ivfpq_model *m) {
+  free(m->mean), free(m->centroids), free(m->packed), free(m->bias), free(m->group_first), free(m->group_centroids);
+  free(m->words), free(m->words_packed), free(m->words_bias);
+  memset(m, 0, sizeof *m);
+}
+
+void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms) {
+  const kern *k = kern_get();
+  size_t d = m->dim_padded, ds = m->sub_dim, words = ivfpq_words(m->bits);
+  float rr[256], e2[256], cr[256];
+  uint32_t id[256];
+  memset(codes, 0, n * m->m);
+  for (size_t i = 0; i < n; i++) {
+    const float *c = m->centroids + centroid[i] * d;
+    float *r = x + i * d;
+    for (size_t j = 0; j < d; j++) r[j] -= c[j];
+    rr[i] = k->dot_f32(r, r, d), e2[i] = cr[i] = 0;
+  }
+  for (size_t j = 0; j < m->subs; j++) { /* sub-quantizer outside: its words stay in L1 */
+    const float *w = m->words + j * words * ds;
+    k->argmax_f32(x + j * ds, n, d, ds, m->words_packed + j * words * ds, m->words_bias + j * words, words, id, NULL);
+    for (size_t i = 0; i < n; i++) {
+      const float *word = w + id[i] * ds, *c = m->centroids + centroid[i] * d + j * ds, *r = x + i * d + j * ds;
+      if (m->bits == 4) codes[i * m->m + j / 2] |= (uint8_t)(id[i] << (j % 2 ? 4 : 0));
+      else codes[i * m->m + j] = (uint8_t)id[i];
+      for (size_t e = 0; e < ds; e++) {
+        float v = r[e] - word[e];
+        e2[i] += v * v, cr[i] += word[e] * c[e];
+      }
+    }
+  }
+  for (size_t i = 0; i < n; i++) terms[i] = m->metric == IVFPQ_DOT ? 0 : rr[i] + 2 * cr[i] - m->beta * e2[i];
+}

@@ -1,0 +1,38 @@
+/* ivfpq_model.h - what training learns, and how rows are turned into codes with it. */
+#ifndef IVFPQ_MODEL_H
+#define IVFPQ_MODEL_H
+#include "ivfpq_int.h"
+
+typedef struct ivfpq_model {
+  ivfpq_metric metric;
+  uint32_t dim, dim_padded, nlist, n_groups, bits, subs, sub_dim, m; /* m: code bytes; 0 when flat */
+  float beta;
+  float *mean;            /* dim_padded */
+  float *centroids;       /* nlist x dim_padded, ordered by group */
+  float *packed, *bias;   /* of the centroids; bias is -|c|^2/2 for every metric: rows go to the nearest one */
+  uint32_t *group_first;  /* n_groups + 1 */
+  float *group_centroids; /* n_groups x dim_padded */
+  float *words;           /* subs x words x sub_dim */
+  float *words_packed, *words_bias;
+} ivfpq_model;
+
+typedef struct ivfpq_learn {
+  const float *sample;    /* n x dim raw rows */
+  size_t n;
+  uint64_t seed;
+  int threads;
+  ivfpq_stop stop;
+  void *ctx;
+  void (*progress)(void *ctx, const char *stage, uint64_t done, uint64_t total);
+} ivfpq_learn;
+
+/* Fills a model whose scalars are set. The sample is overwritten (that saves a copy). A flat model needs no sample. */
+vs_rc ivfpq_model_learn(ivfpq_model *m, const ivfpq_learn *p, float *sample_padded, vs_err *err) VS_WARN_UNUSED;
+void ivfpq_model_reset(ivfpq_model *m);
+
+/* Raw row -> the space of the model: normalised for cosine, mean subtracted, zero padded. */
+void ivfpq_model_prepare(const ivfpq_model *m, const float *x, float *out);
+/* n <= 256 prepared rows (stride dim_padded, overwritten by their residuals) -> code bytes (m each) and float terms. */
+void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms);
+
+#endif

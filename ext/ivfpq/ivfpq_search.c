@@ -1,0 +1,483 @@
+/* ivfpq_search.c - searching one segment; see ivfpq_search.h and the estimate in ivfpq_format.h.
+ *
+ * ivfpq_scan, stage by stage: prepare the query; rank centroids (group by group); one table for the query, in 8-bit steps
+ * that all sub-quantizers share, so that sums compare; scan the partitions, nearest first, keeping the best n_candidates:
+ * the buffer is cut back by selection when full, which tightens the threshold that the scan kernel rejects by.
+ *
+ * The step is the widest table range / 255 (finer gains nothing, coarser loses recall), but wide enough that a sum of table
+ * entries and row term stays below 2^16, so that sums never saturate.
+ */
+#include "ivfpq_search.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../base/vs_pool.h"
+#include "../kernels/kern.h"
+
+enum {
+  SCAN_ROWS = 16 * KERN_BLOCK,  /* rows between two looks at the threshold */
+  STRETCH_BYTES = 16 << 20,     /* of stored vectors between two looks at `stop` in a brute-force search */
+  EXACT_SLICE = 512,            /* rows per task */
+  ROWS_PER_ROUND = 4096
+};
+
+uint32_t ivfpq_default_nprobe(uint32_t nlist) {
+  double n = ceil(2 * sqrt((double)nlist));
+  return n < 8 ? 8 : (uint32_t)n;
+}
+
+void ivfpq_keys_reset(ivfpq_keys *k) {
+  free(k->key), free(k->scratch);
+  memset(k, 0, sizeof *k);
+}
+
+static vs_rc keys_room(ivfpq_keys *k, size_t room, vs_err *err) {
+  if (room <= k->room) return VS_OK;
+  size_t grown = k->room * 2 > room ? k->room * 2 : room;
+  uint64_t *key = realloc(k->key, grown * sizeof *key);
+  if (!key) return vs_nomem(err);
+  k->key = key;
+  uint64_t *scratch = realloc(k->scratch, (2 * grown + 32) * sizeof *scratch);
+  if (!scratch) return vs_nomem(err);
+  k->scratch = scratch, k->room = grown;
+  return VS_OK;
+}
+
+/* Keeps the best `want`; returns the worst key kept, or UINT64_MAX while there are fewer. */
+static uint64_t keys_cut(ivfpq_keys *k, uint64_t want) {
+  if (k->n < want || !want) return UINT64_MAX;
+  uint64_t worst = kern_get()->select_u64(k->key, k->n, (size_t)want, k->scratch);
+  k->n = (size_t)want;
+  return worst;
+}
+/* Worth cutting: selection is linear, so it pays once the buffer has twice what is wanted. */
+static int keys_full(const ivfpq_keys *k, uint64_t want) { return k->n >= 2 * want + 1024; }
+
+static int stopped(const ivfpq_query *q) { return q->stop && q->stop(q->stop_ctx); }
+static vs_rc interrupted(vs_err *err) { return vs_fail(err, VS_INTERRUPT, "interrupted"); }
+
+static int bit(const uint64_t *bitmap, size_t i) { return bitmap[i / 64] >> i % 64 & 1; }
+
+/* ---- the query, prepared ---- */
+
+typedef struct ranked { uint32_t view, at; } ranked;
+
+typedef struct scan {
+  ivfpq_segment *s;
+  const ivfpq_query *q;
+  ivfpq_keys *out;
+  ivfpq_stats *stats;
+  float *x;            /* query in the model's space, dim_padded */
+  float qq, constant;  /* |x|^2 for l2 and cosine; what dot adds for the mean */
+  float *tablef;
+  uint8_t *table;
+  float min_sum, step;
+  uint16_t term_mul;
+  /* coarse ranking: groups read, keys of (distance, index into ref) */
+  uint32_t *order;     /* all groups; the first n_views of them are read */
+  ivfpq_group_view *views;
+  size_t n_views;
+  ranked *ref;         /* per ranked partition: where its entry lies */
+  uint64_t *rank, *rank_scratch;
+  size_t n_ranked, next;
+  uint64_t seen;       /* rows that pass the filter */
+  uint64_t worst;      /* key; UINT64_MAX while the buffer is not full */
+  uint32_t *out_row;
+  uint16_t *out_sum;
+  uint64_t *bitmap;
+} scan;
+
+static void prepare_query(scan *c) {
+  const ivfpq_params *p = &c->s->params;
+  const kern *k = kern_get();
+  float scale = 1;
+  const float *v = c->q->vector;
+  if (p->metric == IVFPQ_COSINE) {
+    double s = 0;
+    for (uint32_t j = 0; j < p->dim; j++) s += (double)v[j] * v[j];
+    scale = s > 0 ? (float)(1 / sqrt(s)) : 0;
+  }
+  for (uint32_t j = 0; j < p->dim_padded; j++) c->x[j] = j < p->dim ? v[j] * scale : 0;
+  if (p->metric == IVFPQ_DOT) {
+    c->constant = -2 * k->dot_f32(c->x, c->s->mean, p->dim);
+  } else {
+    for (uint32_t j = 0; j < p->dim; j++) c->x[j] -= c->s->mean[j];
+    c->qq = k->dot_f32(c->x, c->x, p->dim);
+  }
+}
+
+/* ---- ranking ---- */
+
+/* All groups into c->order and how many of them to read at first: all of a mapped file, whose centroids lie there ready to
+ * use; else the nearest ones until they hold several times the partitions that will be probed. */
+static vs_rc choose_groups(scan *c, size_t *n, vs_err *err) {
+  const ivfpq_params *p = &c->s->params;
+  uint64_t lanes = ivfpq_round(p->n_groups, 16), enough = (uint64_t)c->q->nprobe * 8 + 64, have = 0;
+  float *score = malloc(lanes * sizeof *score + 64);
+  uint64_t *key = malloc(2 * (p->n_groups + 1) * sizeof *key);
+  *n = 0;
+  if (!score || !key) {
+    free(score), free(key);
+    return vs_nomem(err);
+  }
+  kern_get()->scores_f32(c->x, p->dim_padded, c->s->group_centroids, c->s->group_bias, p->n_groups, score);
+  for (uint32_t g = 0; g < p->n_groups; g++) key[g] = kern_key(-score[g], g);
+  if (!c->s->io->stable) kern_sort_u64(key, p->n_groups, key + p->n_groups + 1);
+  if (enough < p->nlist / 8) enough = p->nlist / 8;
+  for (uint32_t g = 0; g < p->n_groups; g++) {
+    c->order[g] = kern_key_number(key[g]);
+    if (c->s->io->stable || have < enough || c->q->n_candidates > p->n_rows / 8) ++*n;
+    have += c->s->groups[c->order[g]].n;
+  }
+  free(score), free(key);
+  return VS_OK;
+}
+
+/* Reads the next n groups of c->order and ranks their partitions behind those that are ranked already. */
+static vs_rc rank_groups(scan *c, size_t n, vs_err *err) {
+  const ivfpq_params *p = &c->s->params;
+  const uint32_t *groups = c->order + c->n_views;
+  uint32_t widest = 0;
+  for (size_t g = 0; g < n; g++)
+    if (c->s->groups[groups[g]].n > widest) widest = c->s->groups[groups[g]].n;
+  float *score = malloc((widest + 16) * sizeof *score);
+  vs_rc rc = score ? ivfpq_groups_fetch(c->s, groups, n, c->views + c->n_views, err) : vs_nomem(err);
+  for (size_t end = c->n_views + n; !rc && c->n_views < end; c->n_views++) {
+    const ivfpq_group_view *v = &c->views[c->n_views];
+    kern_get()->scores_f32(c->x, p->dim_padded, v->centroids, v->bias, v->n, score);
+    for (uint32_t i = 0; i < v->n; i++) {
+      c->ref[c->n_ranked] = (ranked){(uint32_t)c->n_views, i};
+      c->rank[c->n_ranked] = kern_key(c->qq - 2 * score[i], (uint32_t)c->n_ranked);
+      c->n_ranked++;
+    }
+  }
+  free(score);
+  return rc;
+}
+
+static vs_rc rank_partitions(scan *c, vs_err *err) {
+  const ivfpq_params *p = &c->s->params;
+  size_t n;
+  c->order = malloc((p->n_groups + 1) * sizeof *c->order);
+  c->views = calloc(p->n_groups + 1, sizeof *c->views);
+  c->ref = malloc(((size_t)p->nlist + 1) * sizeof *c->ref);
+  c->rank = malloc(((size_t)p->nlist + 1) * sizeof *c->rank);
+  c->rank_scratch = malloc((2 * (size_t)p->nlist + 32) * sizeof *c->rank_scratch);
+  if (!c->order || !c->views || !c->ref || !c->rank || !c->rank_scratch) return vs_nomem(err);
+  vs_rc rc = choose_groups(c, &n, err);
+  return rc ? rc : rank_groups(c, n, err);
+}
+
+/* A strict filter may use up the groups that were chosen: twice as many then. */
+static vs_rc more_groups(scan *c, vs_err *err) {
+  size_t left = c->s->params.n_groups - c->n_views;
+  return rank_groups(c, left < c->n_views ? left : c->n_views, err);
+}
+
+/* The next m partitions, nearest first; sorts only what is reached. */
+static size_t next_ranked(scan *c, size_t m, const uint64_t **keys) {
+  size_t left = c->n_ranked - c->next;
+  if (m > left) m = left;
+  if (m < left) kern_get()->select_u64(c->rank + c->next, left, m, c->rank_scratch);
+  kern_sort_u64(c->rank + c->next, m, c->rank_scratch);
+  *keys = c->rank + c->next;
+  c->next += m;
+  return m;
+}
+
+/* ---- the table ---- */
+
+static void table_floats(scan *c) {
+  const ivfpq_params *p = &c->s->params;
+  uint32_t words = ivfpq_words(p->bits), subs = ivfpq_subs(p->m, p->bits);
+  static const float no_bias[256];
+  float t[2][256];
+  for (uint32_t j = 0; j < p->m; j++) {
+    float *row = c->tablef + (size_t)j * 256;
+    for (uint32_t h = 0; h < subs / p->m; h++) {
+      uint32_t sub = j * (subs / p->m) + h;
+      kern_get()->scores_f32(c->x + (size_t)sub * p->sub_dim, p->sub_dim, c->s->codebook + (size_t)sub * words * p->sub_dim, no_bias,
+                             words, t[h]);
+    }
+    if (p->bits == 8)
+      for (int i = 0; i < 256; i++) row[i] = -2 * t[0][i];
+    else
+      for (int i = 0; i < 256; i++) row[i] = -2 * (t[0][i & 15] + t[1][i >> 4]);
+  }
+}
+
+static void build_table(scan *c) {
+  const ivfpq_params *p = &c->s->params;
+  float range = 0, low[IVFPQ_MAX_M], term_range = 65535 * p->term_step;
+  table_floats(c);
+  c->min_sum = 0;
+  for (uint32_t j = 0; j < p->m; j++) {
+    const float *row = c->tablef + (size_t)j * 256;
+    float lo = row[0], hi = row[0];
+    for (int i = 1; i < 256; i++) lo = row[i] < lo ? row[i] : lo, hi = row[i] > hi ? row[i] : hi;
+    low[j] = lo, c->min_sum += lo;
+    if (hi - lo > range) range = hi - lo;
+  }
+  c->step = range / 255;
+  if (c->step < term_range / (float)(65535 - 255 * p->m)) c->step = term_range / (float)(65535 - 255 * p->m);
+  if (!(c->step > 1e-30f)) c->step = 1e-30f;
+  float inv = 1 / c->step, mul = p->term_step * inv * 65536;
+  c->term_mul = mul >= 65535 ? 65535 : (uint16_t)lrintf(mul);
+  for (uint32_t j = 0; j < p->m; j++)
+    for (int i = 0; i < 256; i++) {
+      float v = (c->tablef[(size_t)j * 256 + i] - low[j]) * inv + 0.5f;
+      c->table[(size_t)j * 256 + i] = v >= 255 ? 255 : v > 0 ? (uint8_t)v : 0;
+    }
+}
+
+/* ---- scanning ---- */
+
+/* Sums below this can enter the result; 65536: all. */
+static uint32_t threshold_of(const scan *c, float base) {
+  if (c->worst == UINT64_MAX) return 65536;
+  float units = (kern_key_value(c->worst) - base) / c->step;
+  if (!(units >= 0)) return units < 0 ? 0 : 65536;
+  return units >= 65534 ? 65536 : (uint32_t)units + 1;
+}
+
+static vs_rc take_survivors(scan *c, size_t n, uint32_t first_row, const uint64_t *bitmap, uint32_t at, float base, vs_err *err) {
+  vs_rc rc = keys_room(c->out, c->out->n + n, err);
+  if (rc) return rc;
+  for (size_t i = 0; i < n; i++) {
+    if (bitmap && !bit(bitmap, at + c->out_row[i])) continue;
+    c->out->key[c->out->n++] = kern_key(base + c->step * c->out_sum[i], first_row + at + c->out_row[i]);
+  }
+  if (keys_full(c->out, c->q->n_candidates)) c->worst = keys_cut(c->out, c->q->n_candidates);
+  return VS_OK;
+}
+
+static vs_rc eval_filter(scan *c, const ivfpq_part *part, vs_err *err) {
+  uint32_t n = part->entry.n_rows;
+  memset(c->bitmap, 0, ivfpq_round(n, 64) / 8);
+  vs_rc rc = c->q->filter->eval(c->q->filter->ctx, c->s, part, c->bitmap, err);
+  for (uint32_t i = 0; i < n && !rc; i += 64) c->seen += (uint64_t)__builtin_popcountll(c->bitmap[i / 64]);
+  return rc;
+}
+
+static vs_rc scan_part(scan *c, const ivfpq_part *part, float coarse, vs_err *err) {
+  const ivfpq_params *p = &c->s->params;
+  uint32_t n = part->entry.n_rows;
+  float base = coarse + c->constant + c->min_sum + p->term0;
+  const uint64_t *bitmap = NULL;
+  vs_rc rc = VS_OK;
+  uint64_t seen = c->seen;
+  if (c->q->filter) {
+    rc = eval_filter(c, part, err);
+    if (rc || c->seen == seen) return rc;
+    bitmap = c->bitmap;
+  } else c->seen += n;
+  c->stats->partitions++, c->stats->rows += n;
+  for (uint32_t at = 0; at < n && !rc; at += SCAN_ROWS) {
+    uint32_t m = n - at < SCAN_ROWS ? n - at : SCAN_ROWS, threshold = threshold_of(c, base);
+    if (!threshold) break;
+    size_t hits = kern_get()->pq_scan(part->codes + (size_t)at * p->m, p->m, part->terms + at, m, c->table, c->term_mul, threshold,
+                                      c->out_row, c->out_sum);
+    rc = take_survivors(c, hits, (uint32_t)part->entry.row0, bitmap, at, base, err);
+  }
+  return rc;
+}
+
+
+/* Reads and scans the next m partitions: one round of reads. */
+static vs_rc scan_round(scan *c, size_t m, vs_err *err) {
+  const uint64_t *keys;
+  size_t n = next_ranked(c, m, &keys);
+  ivfpq_part *parts = calloc(n + 1, sizeof *parts);
+  int want = IVFPQ_WANT_CODES | (c->q->filter ? IVFPQ_WANT_COLUMNS : 0);
+  if (!parts) return vs_nomem(err);
+  for (size_t i = 0; i < n; i++) {
+    ranked r = c->ref[kern_key_number(keys[i])];
+    parts[i].number = c->views[r.view].first + r.at;
+    parts[i].entry = c->views[r.view].entries[r.at];
+  }
+  vs_rc rc = ivfpq_parts_fetch(c->s, want, parts, n, err);
+  if (!rc) {
+    for (size_t i = 0; i < n && !rc; i++) {
+      rc = scan_part(c, &parts[i], kern_key_value(keys[i]), err);
+      if (!rc && i % 16 == 15 && stopped(c->q)) rc = interrupted(err);
+    }
+    ivfpq_parts_release(c->s, parts, n);
+  }
+  free(parts);
+  return rc;
+}
+
+static vs_rc scan_allocate(scan *c, vs_err *err) {
+  const ivfpq_params *p = &c->s->params;
+  c->x = calloc(p->dim_padded + 16, sizeof *c->x);
+  c->tablef = malloc((size_t)p->m * 256 * sizeof *c->tablef);
+  c->table = aligned_alloc(64, (size_t)p->m * 256);
+  c->out_row = malloc(SCAN_ROWS * sizeof *c->out_row);
+  c->out_sum = malloc(SCAN_ROWS * sizeof *c->out_sum);
+  c->bitmap = c->q->filter ? malloc(IVFPQ_MAX_PARTITION / 8 + 64) : NULL;
+  int ok = c->x && c->tablef && c->table && c->out_row && c->out_sum && (!c->q->filter || c->bitmap);
+  return ok ? VS_OK : vs_nomem(err);
+}
+
+static void scan_free(scan *c) {
+  ivfpq_groups_release(c->s, c->views, c->n_views);
+  free(c->x), free(c->tablef), free(c->table), free(c->out_row), free(c->out_sum), free(c->bitmap);
+  free(c->order), free(c->views), free(c->ref), free(c->rank), free(c->rank_scratch);
+}
+
+static vs_rc scan_coded(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, vs_err *err) {
+  scan c = {.s = s, .q = q, .out = out, .stats = stats, .worst = UINT64_MAX};
+  uint64_t enough = q->n_candidates < s->params.n_rows ? q->n_candidates : s->params.n_rows;
+  vs_rc rc = scan_allocate(&c, err);
+  if (!rc) {
+    prepare_query(&c);
+    rc = rank_partitions(&c, err);
+  }
+  if (!rc) {
+    build_table(&c);
+    rc = scan_round(&c, q->nprobe, err);
+  }
+  while (!rc && c.seen < enough && (c.next < c.n_ranked || c.n_views < s->params.n_groups))
+    rc = c.next < c.n_ranked ? scan_round(&c, q->nprobe < 64 ? 64 : q->nprobe, err) : more_groups(&c, err);
+  if (!rc) keys_cut(out, q->n_candidates);
+  scan_free(&c);
+  return rc;
+}
+
+/* ---- brute force ---- */
+
+typedef struct exact_job {
+  ivfpq_segment *s;
+  const float *query;
+  const uint8_t *records;
+  uint32_t first, n;
+  uint64_t *key;
+  int failed;
+} exact_job;
+
+static void exact_slice(void *ctx, size_t i) {
+  exact_job *e = ctx;
+  const ivfpq_params *p = &e->s->params;
+  uint32_t at = (uint32_t)i * EXACT_SLICE, end = at + EXACT_SLICE < e->n ? at + EXACT_SLICE : e->n;
+  float *buf = malloc((size_t)p->dim * sizeof *buf);
+  if (!buf) {
+    __atomic_store_n(&e->failed, 1, __ATOMIC_RELAXED);
+    return;
+  }
+  for (; at < end; at++) {
+    const float *v = ivfpq_row_vector(e->s, e->records + (size_t)at * p->row_bytes, buf);
+    e->key[at] = kern_key((float)ivfpq_distance((ivfpq_metric)p->metric, e->query, v, p->dim), e->first + at);
+  }
+  free(buf);
+}
+
+/* Appends one stretch's keys that can still matter. */
+static vs_rc exact_take(const exact_job *e, const ivfpq_query *q, const uint64_t *after, const uint64_t *bitmap, uint64_t *worst,
+                        ivfpq_keys *out, vs_err *err) {
+  vs_rc rc = keys_room(out, out->n + e->n, err);
+  if (rc) return rc;
+  for (uint32_t i = 0; i < e->n; i++) {
+    if (e->key[i] >= *worst || (after && e->key[i] <= *after)) continue;
+    if (bitmap && !bit(bitmap, e->first + i)) continue;
+    out->key[out->n++] = e->key[i];
+  }
+  if (keys_full(out, q->n_candidates)) *worst = keys_cut(out, q->n_candidates);
+  return VS_OK;
+}
+
+vs_rc ivfpq_exact(ivfpq_segment *s, const ivfpq_query *q, const uint64_t *after, int threads, ivfpq_keys *out, ivfpq_stats *stats,
+                  vs_err *err) {
+  const ivfpq_params *p = &s->params;
+  if (!p->n_rows || !q->n_candidates) return VS_OK;
+  uint32_t n_rows = (uint32_t)p->n_rows, stretch = STRETCH_BYTES / p->row_bytes + EXACT_SLICE;
+  uint64_t *key = malloc((size_t)stretch * sizeof *key), *bitmap = NULL, worst = UINT64_MAX;
+  vs_rc rc = key ? VS_OK : vs_nomem(err);
+  if (!rc && q->filter) rc = ivfpq_filter_all(s, q->filter, &bitmap, err);
+  for (uint64_t at = 0; at < n_rows && !rc; at += stretch) {
+    ivfpq_row rows;
+    exact_job e = {.s = s, .query = q->vector, .first = (uint32_t)at, .n = n_rows - at < stretch ? n_rows - (uint32_t)at : stretch,
+                   .key = key};
+    if ((rc = ivfpq_rows_fetch_range(s, e.first, e.n, &rows, err))) break;
+    e.records = rows.record;
+    vs_pool_run((e.n + EXACT_SLICE - 1) / EXACT_SLICE, threads, exact_slice, &e);
+    ivfpq_rows_release(s, &rows, 1);
+    rc = e.failed ? vs_nomem(err) : exact_take(&e, q, after, bitmap, &worst, out, err);
+    if (!rc && stopped(q)) rc = interrupted(err);
+  }
+  if (!rc) keys_cut(out, q->n_candidates);
+  stats->rows += n_rows;
+  free(key), free(bitmap);
+  return rc;
+}
+
+/* A flat segment has no codes: its estimates are true distances on the scale of the others. */
+static vs_rc scan_flat(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, vs_err *err) {
+  vs_rc rc = ivfpq_exact(s, q, NULL, 1, out, stats, err);
+  for (size_t i = 0; i < out->n && !rc; i++) {
+    float d = kern_key_value(out->key[i]);
+    out->key[i] = kern_key(s->params.metric == IVFPQ_L2 ? d * d : 2 * d, kern_key_number(out->key[i]));
+  }
+  return rc;
+}
+
+vs_rc ivfpq_scan(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, vs_err *err) {
+  if (!s->params.n_rows || !q->n_candidates) return VS_OK;
+  return ivfpq_is_flat(s) ? scan_flat(s, q, out, stats, err) : scan_coded(s, q, out, stats, err);
+}
+
+vs_rc ivfpq_distances(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *out, vs_err *err) {
+  const ivfpq_params *p = &s->params;
+  size_t max = n < ROWS_PER_ROUND ? n : ROWS_PER_ROUND;
+  ivfpq_row *row = malloc((max + 1) * sizeof *row);
+  float *buf = malloc((size_t)p->dim * sizeof *buf);
+  vs_rc rc = row && buf ? VS_OK : vs_nomem(err);
+  for (size_t at = 0; at < n && !rc; at += max) {
+    size_t m = n - at < max ? n - at : max;
+    if ((rc = ivfpq_rows_fetch(s, rows + at, m, row, err))) break;
+    for (size_t i = 0; i < m; i++)
+      out[at + i] = (float)ivfpq_distance((ivfpq_metric)p->metric, query, ivfpq_row_vector(s, row[i].record, buf), p->dim);
+    ivfpq_rows_release(s, row, m);
+  }
+  free(row), free(buf);
+  return rc;
+}
+
+/* ---- filters over a whole segment ---- */
+
+static void place_bits(uint64_t *all, uint64_t row0, const uint64_t *part, uint32_t n) {
+  for (uint32_t i = 0; i < n; i++)
+    if (bit(part, i)) all[(row0 + i) / 64] |= 1ull << (row0 + i) % 64;
+}
+
+static vs_rc filter_group(ivfpq_segment *s, const ivfpq_filter *f, const ivfpq_group_view *v, uint64_t *all, uint64_t *part_bits,
+                          vs_err *err) {
+  vs_rc rc = VS_OK;
+  for (uint32_t i = 0; i < v->n && !rc; i++) {
+    ivfpq_part part = {.number = v->first + i, .entry = v->entries[i]};
+    uint32_t n = part.entry.n_rows;
+    if (!n) continue;
+    if ((rc = ivfpq_parts_fetch(s, IVFPQ_WANT_COLUMNS, &part, 1, err))) break;
+    memset(part_bits, 0, ivfpq_round(n, 64) / 8);
+    rc = f->eval(f->ctx, s, &part, part_bits, err);
+    if (!rc) place_bits(all, part.entry.row0, part_bits, n);
+    ivfpq_parts_release(s, &part, 1);
+  }
+  return rc;
+}
+
+vs_rc ivfpq_filter_all(ivfpq_segment *s, const ivfpq_filter *f, uint64_t **bitmap, vs_err *err) {
+  uint64_t *all = calloc(s->params.n_rows / 64 + 2, 8), *part = malloc(IVFPQ_MAX_PARTITION / 8 + 64);
+  vs_rc rc = all && part ? VS_OK : vs_nomem(err);
+  for (uint32_t g = 0; g < s->params.n_groups && !rc; g++) {
+    ivfpq_group_view v;
+    if ((rc = ivfpq_groups_fetch(s, &g, 1, &v, err))) break;
+    rc = filter_group(s, f, &v, all, part, err);
+    ivfpq_groups_release(s, &v, 1);
+  }
+  free(part);
+  *bitmap = rc ? NULL : all;
+  if (rc) free(all);
+  return rc;
+}

@@ -1,0 +1,49 @@
+/* ivfpq_search.h - the two phases of a search on one segment: estimates by codes, distances by stored vectors. */
+#ifndef IVFPQ_SEARCH_H
+#define IVFPQ_SEARCH_H
+#include "ivfpq_segment.h"
+
+/* Decides which rows of a partition may be returned: sets bit r for those that may (the bitmap comes zeroed, with room for
+ * the rows rounded up to 64). Called from several threads at once. */
+typedef struct ivfpq_filter {
+  void *ctx;
+  vs_rc (*eval)(void *ctx, ivfpq_segment *s, const ivfpq_part *part, uint64_t *bitmap, vs_err *err);
+} ivfpq_filter;
+
+typedef struct ivfpq_query {
+  const float *vector;        /* params.dim raw floats, finite */
+  uint32_t nprobe;            /* partitions, nearest first */
+  uint64_t n_candidates;      /* keep so many of the best estimates */
+  const ivfpq_filter *filter; /* NULL: every row */
+  int (*stop)(void *ctx);     /* polled now and then; non-zero: VS_INTERRUPT. May be NULL. */
+  void *stop_ctx;
+} ivfpq_query;
+
+typedef struct ivfpq_stats { uint64_t partitions, rows; } ivfpq_stats;
+
+/* Keys (kern_key) of (estimate, row), unordered. */
+typedef struct ivfpq_keys {
+  uint64_t *key, *scratch;
+  size_t n, room;
+} ivfpq_keys;
+void ivfpq_keys_reset(ivfpq_keys *k);
+
+/* Probes nprobe partitions, and more until n_candidates rows that pass the filter were seen or none is left. The estimates
+ * are squared distances (twice the distance for cosine and dot), comparable across segments of one metric. */
+vs_rc ivfpq_scan(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, vs_err *err) VS_WARN_UNUSED;
+
+/* Brute force over the stored vectors, on several threads: the n_candidates nearest rows as keys of (distance, row),
+ * unordered. Keys <= *after are left out when after is not NULL. */
+vs_rc ivfpq_exact(ivfpq_segment *s, const ivfpq_query *q, const uint64_t *after, int threads, ivfpq_keys *out, ivfpq_stats *stats,
+                  vs_err *err) VS_WARN_UNUSED;
+
+/* The true distances of some rows, read in one round. */
+vs_rc ivfpq_distances(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *out, vs_err *err) VS_WARN_UNUSED;
+
+/* The bitmap of all rows of a segment that pass the filter (by row number): for exact searches and full scans. */
+vs_rc ivfpq_filter_all(ivfpq_segment *s, const ivfpq_filter *f, uint64_t **bitmap, vs_err *err) VS_WARN_UNUSED;
+
+/* Partitions to probe when nobody says how many. */
+uint32_t ivfpq_default_nprobe(uint32_t nlist);
+
+#endif

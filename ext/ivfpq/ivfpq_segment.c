@@ -1,0 +1,590 @@
+/* ivfpq_segment.c - opening a segment and reading its parts; see ivfpq_segment.h.
+ *
+ * What is checked when: sizes, counts and offsets of the fixed parts at open; a group's entries when the group is read; a
+ * partition, a row record or a directory page by its check when it first enters the process (a mapped file keeps flags of
+ * what was seen; memory that is new each time is checked each time).
+ */
+#include "ivfpq_segment.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../kernels/kern.h"
+#include "ivfpq_int.h"
+
+enum { ROWS_PER_FLAGS = 65536 };
+
+static vs_rc damaged(const ivfpq_segment *s, vs_err *err, const char *what) {
+  return vs_corrupt(err, "%s: damaged: %s", s->io->name, what);
+}
+
+/* Reads [off, off+len) into fresh memory of len + VS_IO_PAD bytes. */
+static vs_rc read_copy(vs_io *io, uint64_t off, uint64_t len, void **out, vs_err *err) {
+  vs_range r = {.off = off, .len = len};
+  *out = NULL;
+  vs_rc rc = vs_io_fetch(io, &r, 1, err);
+  if (rc) return rc;
+  char *copy = malloc(len + VS_IO_PAD);
+  if (copy) {
+    memcpy(copy, r.ptr, len);
+    memset(copy + len, 0, VS_IO_PAD);
+  }
+  vs_io_release(io, &r, 1);
+  *out = copy;
+  return copy ? VS_OK : vs_nomem(err);
+}
+
+/* ---- opening, stage by stage ---- */
+
+static vs_rc open_footer(ivfpq_segment *s, vs_err *err) {
+  vs_io *io = s->io;
+  uint8_t *t = NULL, *f = NULL;
+  uint64_t footer_off, footer_check, trailer_check, file_size;
+  uint32_t n, format;
+  if (io->size < IVFPQ_HEADER + IVFPQ_TRAILER) return damaged(s, err, "too short for a segment");
+  vs_rc rc = read_copy(io, io->size - IVFPQ_TRAILER, IVFPQ_TRAILER, (void **)&t, err);
+  if (rc) return rc;
+  memcpy(&footer_off, t, 8), memcpy(&n, t + 8, 4), memcpy(&format, t + 12, 4), memcpy(&footer_check, t + 16, 8);
+  memcpy(&file_size, t + 24, 8), memcpy(&trailer_check, t + 48, 8);
+  if (memcmp(t + 56, IVFPQ_MAGIC_END, 8)) rc = damaged(s, err, "no segment trailer (cut short?)");
+  else if (format != IVFPQ_FORMAT)
+    rc = vs_fail(err, VS_UNSUPPORTED, "%s: segment format %u, this build reads format %d: use a newer vecshard", io->name,
+                 format, IVFPQ_FORMAT);
+  else if (trailer_check != ivfpq_check(t, 48)) rc = damaged(s, err, "trailer checksum");
+  else if (file_size != io->size) rc = damaged(s, err, "the file has not the size that its trailer states");
+  else if (n > 64 || footer_off > io->size - IVFPQ_TRAILER || io->size - IVFPQ_TRAILER - footer_off != (uint64_t)n * 32)
+    rc = damaged(s, err, "footer size");
+  free(t);
+  if (rc) return rc;
+  if ((rc = read_copy(io, footer_off, (uint64_t)n * 32, (void **)&f, err))) return rc;
+  if (ivfpq_check(f, (size_t)n * 32) != footer_check) rc = damaged(s, err, "footer checksum");
+  s->footer_check = footer_check;
+  for (uint32_t i = 0; i < n && !rc; i++) {
+    ivfpq_section x;
+    memcpy(&x, f + 32 * (size_t)i, 32);
+    if (x.off < IVFPQ_HEADER || x.off % IVFPQ_ALIGN || x.off > footer_off || x.size > footer_off - x.off)
+      rc = damaged(s, err, "a section lies outside the file");
+    else if (x.id == 0 || x.id >= IVFPQ_N_SECTIONS) {
+      if (!(x.flags & IVFPQ_IGNORABLE))
+        rc = vs_fail(err, VS_UNSUPPORTED, "%s: has a required section %u that this build does not know", io->name, x.id);
+    } else if (s->section[x.id].id) rc = damaged(s, err, "a section appears twice");
+    else s->section[x.id] = x;
+  }
+  free(f);
+  return rc;
+}
+
+/* The relations between parameters that every later computation relies on. */
+static const char *params_fault(const ivfpq_params *p) {
+  if (p->n_rows >= 1ull << 32) return "row count";
+  if (p->dim < 1 || p->dim > IVFPQ_MAX_DIM) return "dimension";
+  if (p->metric > IVFPQ_DOT || p->store > 1 || p->id_text > 1) return "metric, store or id type";
+  if (p->n_columns > IVFPQ_MAX_COLUMNS) return "column count";
+  if (p->nlist > IVFPQ_MAX_NLIST || p->n_groups > p->nlist) return "partition count";
+  if ((p->nlist == 0) != (p->n_rows == 0) || (p->n_groups == 0) != (p->n_rows == 0)) return "partition count";
+  if (p->m) {
+    if ((p->bits != 8 && p->bits != 4) || p->m > IVFPQ_MAX_M || p->sub_dim < 1 || p->sub_dim > IVFPQ_MAX_DIM)
+      return "quantizer shape";
+    if (p->dim_padded != ivfpq_subs(p->m, p->bits) * p->sub_dim || p->dim_padded < p->dim) return "padded dimension";
+    if (!isfinite(p->term0) || !isfinite(p->term_step) || p->term_step < 0) return "row terms";
+  } else if (p->bits || p->sub_dim || p->dim_padded != p->dim || p->nlist > 1) return "flat segment with codes";
+  if (p->id_text ? p->id_width < 8 || p->id_width > IVFPQ_ID_INLINE || p->id_width % 4 : p->id_width != 0) return "id width";
+  uint64_t row = (uint64_t)p->dim * (p->store ? 2 : 4) + (p->id_text ? 4 + p->id_width : 8) + (p->n_columns ? 12 : 0) + 4;
+  if (p->row_bytes != row) return "row size";
+  uint64_t pages[8];
+  if (p->iddir_levels != ivfpq_iddir_levels(p->n_rows, pages)) return "id directory levels";
+  for (size_t i = 0; i < sizeof p->reserved / sizeof *p->reserved; i++)
+    if (p->reserved[i]) return "a reserved field is not zero";
+  return NULL;
+}
+
+static vs_rc open_columns(ivfpq_segment *s, const uint8_t *d, vs_err *err) {
+  const uint8_t *end = d + s->params.descriptor_bytes;
+  if (!(s->columns = calloc(s->params.n_columns + 1, sizeof *s->columns))) return vs_nomem(err);
+  for (uint32_t i = 0; i < s->params.n_columns; i++) {
+    uint16_t n;
+    if (end - d < 4) return damaged(s, err, "column descriptors");
+    memcpy(&n, d + 2, 2);
+    if (d[0] < IVFPQ_INTEGER || d[0] > IVFPQ_TEXT || d[1] > 3 || end - d - 4 < n || n == 0 || memchr(d + 4, 0, n))
+      return damaged(s, err, "column descriptors");
+    s->columns[i].type = d[0], s->columns[i].flags = d[1];
+    if (!(s->columns[i].name = strndup((const char *)d + 4, n))) return vs_nomem(err);
+    d += 4 + n;
+  }
+  return d == end ? VS_OK : damaged(s, err, "column descriptors");
+}
+
+static vs_rc open_groups(ivfpq_segment *s, const uint8_t *p, uint64_t left, vs_err *err) {
+  const ivfpq_params *h = &s->params;
+  uint64_t lanes = ivfpq_round(h->n_groups, 16), bias = lanes * 4, cent = lanes * h->dim_padded * 4, next = 0;
+  if (left != (uint64_t)h->n_groups * sizeof(ivfpq_group) + bias + cent) return damaged(s, err, "group table size");
+  s->groups = malloc((size_t)h->n_groups * sizeof *s->groups + 1);
+  s->group_bias = malloc(bias + cent + VS_IO_PAD);
+  if (!s->groups || !s->group_bias) return vs_nomem(err);
+  memcpy(s->groups, p, h->n_groups * sizeof *s->groups);
+  memcpy(s->group_bias, p + h->n_groups * sizeof *s->groups, bias + cent);
+  s->group_centroids = s->group_bias + lanes;
+  for (uint32_t g = 0; g < h->n_groups; g++) {
+    const ivfpq_group *x = &s->groups[g];
+    uint64_t size = s->section[IVFPQ_GROUPS].size;
+    if (x->first != next || x->n == 0 || x->n > h->nlist || x->reserved) return damaged(s, err, "group table order");
+    if (x->off > size || x->size > size - x->off || x->off % 8 || x->size != ivfpq_group_bytes(x->n, h->dim_padded))
+      return damaged(s, err, "group table ranges");
+    next += x->n;
+  }
+  return next == h->nlist ? VS_OK : damaged(s, err, "groups do not add up to the partitions");
+}
+
+static vs_rc open_params(ivfpq_segment *s, vs_err *err) {
+  const ivfpq_section *x = &s->section[IVFPQ_PARAMS];
+  uint8_t *p = NULL;
+  const char *fault;
+  if (x->size < sizeof s->params + 8 || x->size > (1u << 30)) return damaged(s, err, "parameter section size");
+  vs_rc rc = read_copy(s->io, x->off, x->size, (void **)&p, err);
+  if (rc) return rc;
+  uint64_t check, body = x->size - 8, table;
+  memcpy(&check, p + body, 8);
+  memcpy(&s->params, p, sizeof s->params);
+  table = ivfpq_round(sizeof s->params + (uint64_t)s->params.descriptor_bytes, 64);
+  if (check != ivfpq_check(p, body)) rc = damaged(s, err, "parameter checksum");
+  else if ((fault = params_fault(&s->params))) rc = damaged(s, err, fault);
+  else if (table > body) rc = damaged(s, err, "parameter section size");
+  if (!rc) rc = open_columns(s, p + sizeof s->params, err);
+  if (!rc) rc = open_groups(s, p + table, body - table, err);
+  free(p);
+  return rc;
+}
+
+/* A section that is floats and a check: mean, codebook. */
+static vs_rc open_floats(ivfpq_segment *s, int id, uint64_t n, uint64_t n_padded, float **out, vs_err *err) {
+  const ivfpq_section *x = &s->section[id];
+  if (x->size != n * 4 + 8) return damaged(s, err, id == IVFPQ_MEAN ? "mean size" : "codebook size");
+  vs_range r = {.off = x->off, .len = x->size};
+  vs_rc rc = vs_io_fetch(s->io, &r, 1, err);
+  if (rc) return rc;
+  uint64_t check;
+  memcpy(&check, r.ptr + n * 4, 8);
+  if (check != ivfpq_check(r.ptr, n * 4)) rc = damaged(s, err, id == IVFPQ_MEAN ? "mean checksum" : "codebook checksum");
+  else if (!(*out = calloc(n_padded + 16, 4))) rc = vs_nomem(err);
+  else memcpy(*out, r.ptr, n * 4);
+  vs_io_release(s->io, &r, 1);
+  return rc;
+}
+
+static vs_rc check_sizes(ivfpq_segment *s, vs_err *err) {
+  const ivfpq_params *p = &s->params;
+  uint64_t pages[8], n_pages = 0;
+  if (s->section[IVFPQ_ROWS].size != p->n_rows * p->row_bytes) return damaged(s, err, "row section size");
+  for (uint32_t i = ivfpq_iddir_levels(p->n_rows, pages); i-- > 0;) n_pages += pages[i];
+  if (s->section[IVFPQ_IDDIR].size != n_pages * IVFPQ_PAGE) return damaged(s, err, "id directory size");
+  return VS_OK;
+}
+
+vs_rc ivfpq_segment_open(vs_io *io, ivfpq_segment **out, vs_err *err) {
+  *out = NULL;
+  ivfpq_segment *s = calloc(1, sizeof *s);
+  if (!s) {
+    vs_io_close(io);
+    return vs_nomem(err);
+  }
+  s->io = io;
+  vs_rc rc = open_footer(s, err);
+  if (!rc) rc = open_params(s, err);
+  if (!rc) rc = check_sizes(s, err);
+  const ivfpq_params *p = &s->params;
+  if (!rc && p->m) {
+    uint32_t subs = ivfpq_subs(p->m, p->bits);
+    rc = open_floats(s, IVFPQ_MEAN, p->dim, p->dim_padded, &s->mean, err);
+    if (!rc) {
+      uint64_t n = (uint64_t)subs * ivfpq_words(p->bits) * p->sub_dim;
+      rc = open_floats(s, IVFPQ_CODEBOOK, n, n, &s->codebook, err);
+    }
+  }
+  if (!rc && io->stable) {
+    s->group_checked = calloc(p->n_groups + 1, 1);
+    s->part_checked = calloc((size_t)p->nlist + 1, 1);
+    s->rows_checked = calloc(p->n_rows / ROWS_PER_FLAGS + 1, sizeof *s->rows_checked);
+    if (!s->group_checked || !s->part_checked || !s->rows_checked) rc = vs_nomem(err);
+  }
+  if (rc) {
+    ivfpq_segment_close(s);
+    return rc;
+  }
+  *out = s;
+  return VS_OK;
+}
+
+void ivfpq_segment_close(ivfpq_segment *s) {
+  if (!s) return;
+  for (uint32_t i = 0; s->columns && i < s->params.n_columns; i++) free(s->columns[i].name);
+  for (uint64_t i = 0; s->rows_checked && i <= s->params.n_rows / ROWS_PER_FLAGS; i++) free(s->rows_checked[i]);
+  free(s->columns), free(s->groups), free(s->group_bias), free(s->mean), free(s->codebook);
+  free(s->group_checked), free(s->part_checked), free(s->rows_checked);
+  vs_io_close(s->io);
+  free(s);
+}
+
+/* ---- groups ---- */
+
+static int flag_get(const unsigned char *flags, size_t i, unsigned bit) {
+  return flags && (__atomic_load_n(&flags[i], __ATOMIC_RELAXED) & bit);
+}
+static void flag_set(unsigned char *flags, size_t i, unsigned bit) {
+  if (flags) __atomic_fetch_or(&flags[i], bit, __ATOMIC_RELAXED);
+}
+
+static const char *entries_fault(const ivfpq_segment *s, const ivfpq_group_view *v) {
+  uint64_t scan = s->section[IVFPQ_SCAN].size;
+  for (uint32_t i = 0; i < v->n; i++) {
+    const ivfpq_partition *e = &v->entries[i];
+    uint64_t bytes = ivfpq_round(ivfpq_code_bytes(e->n_rows, s->params.m), 8) + e->column_bytes;
+    if (e->n_rows > IVFPQ_MAX_PARTITION) return "a partition is too large";
+    if (e->off % 64 || e->off > scan || bytes > scan - e->off || e->reserved) return "a partition lies outside the file";
+    if (e->row0 > s->params.n_rows || e->n_rows > s->params.n_rows - e->row0) return "a partition claims rows that do not exist";
+  }
+  return NULL;
+}
+
+static vs_rc group_view(ivfpq_segment *s, uint32_t g, ivfpq_group_view *v, vs_err *err) {
+  const ivfpq_group *x = &s->groups[g];
+  uint64_t lanes = ivfpq_round(x->n, 16), check;
+  const uint8_t *p = v->range.ptr;
+  v->first = x->first, v->n = x->n;
+  v->entries = (const ivfpq_partition *)p;
+  v->bias = (const float *)(p + x->n * sizeof(ivfpq_partition));
+  v->centroids = v->bias + lanes;
+  if (flag_get(s->group_checked, g, 1)) return VS_OK;
+  memcpy(&check, p + x->size - 8, 8);
+  if (check != ivfpq_check(p, x->size - 8)) return damaged(s, err, "checksum of a centroid group");
+  const char *fault = entries_fault(s, v);
+  if (fault) return damaged(s, err, fault);
+  flag_set(s->group_checked, g, 1);
+  return VS_OK;
+}
+
+vs_rc ivfpq_groups_fetch(ivfpq_segment *s, const uint32_t *groups, size_t n, ivfpq_group_view *out, vs_err *err) {
+  vs_range *r = calloc(n + 1, sizeof *r);
+  if (!r) return vs_nomem(err);
+  for (size_t i = 0; i < n; i++) {
+    r[i].off = s->section[IVFPQ_GROUPS].off + s->groups[groups[i]].off;
+    r[i].len = s->groups[groups[i]].size;
+  }
+  vs_rc rc = vs_io_fetch(s->io, r, n, err);
+  for (size_t i = 0; i < n && !rc; i++) {
+    out[i].range = r[i];
+    rc = group_view(s, groups[i], &out[i], err);
+    if (rc) vs_io_release(s->io, r, n);
+  }
+  free(r);
+  return rc;
+}
+
+void ivfpq_groups_release(ivfpq_segment *s, ivfpq_group_view *views, size_t n) {
+  for (size_t i = 0; i < n; i++) vs_io_release(s->io, &views[i].range, 1);
+}
+
+/* ---- partitions ---- */
+
+static vs_rc check_part(ivfpq_segment *s, ivfpq_part *p, vs_err *err) {
+  if (p->range[0].len && !flag_get(s->part_checked, p->number, 1)) {
+    if (ivfpq_check(p->codes, p->range[0].len) != p->entry.check)
+      return vs_corrupt(err, "%s: damaged: checksum of the codes of partition %u", s->io->name, p->number);
+    flag_set(s->part_checked, p->number, 1);
+  }
+  if (p->range[1].len && !flag_get(s->part_checked, p->number, 2)) {
+    if (ivfpq_check(p->columns, p->range[1].len) != p->entry.column_check)
+      return vs_corrupt(err, "%s: damaged: checksum of the columns of partition %u", s->io->name, p->number);
+    flag_set(s->part_checked, p->number, 2);
+  }
+  return VS_OK;
+}
+
+vs_rc ivfpq_parts_fetch(ivfpq_segment *s, int want, ivfpq_part *parts, size_t n, vs_err *err) {
+  uint64_t base = s->section[IVFPQ_SCAN].off;
+  vs_range *r = calloc(2 * n + 1, sizeof *r);
+  if (!r) return vs_nomem(err);
+  for (size_t i = 0; i < n; i++) {
+    const ivfpq_partition *e = &parts[i].entry;
+    uint64_t code_bytes = ivfpq_code_bytes(e->n_rows, s->params.m);
+    r[2 * i].off = base + e->off, r[2 * i].len = want & IVFPQ_WANT_CODES ? code_bytes : 0;
+    r[2 * i + 1].off = base + e->off + ivfpq_round(code_bytes, 8);
+    r[2 * i + 1].len = want & IVFPQ_WANT_COLUMNS ? e->column_bytes : 0;
+  }
+  vs_rc rc = vs_io_fetch(s->io, r, 2 * n, err);
+  for (size_t i = 0; i < n && !rc; i++) {
+    ivfpq_part *p = &parts[i];
+    p->range[0] = r[2 * i], p->range[1] = r[2 * i + 1];
+    p->codes = p->range[0].ptr;
+    p->terms = (const uint16_t *)(p->codes + ivfpq_round(p->entry.n_rows, 64) * s->params.m);
+    p->columns = p->range[1].len ? p->range[1].ptr : NULL;
+    rc = check_part(s, p, err);
+    if (rc) vs_io_release(s->io, r, 2 * n);
+  }
+  free(r);
+  return rc;
+}
+
+void ivfpq_parts_release(ivfpq_segment *s, ivfpq_part *parts, size_t n) {
+  for (size_t i = 0; i < n; i++) vs_io_release(s->io, parts[i].range, 2);
+}
+
+static uint32_t load_u32(const uint8_t *p) {
+  uint32_t v;
+  memcpy(&v, p, 4);
+  return v;
+}
+
+vs_rc ivfpq_part_columns(ivfpq_segment *s, const ivfpq_part *part, ivfpq_column_view *view, size_t n_views, vs_err *err) {
+  uint64_t n = part->entry.n_rows, left = part->columns ? part->entry.column_bytes : 0;
+  const uint8_t *p = part->columns;
+  size_t at = 0;
+  for (uint32_t c = 0; c < s->params.n_columns && at < n_views; c++) {
+    if (!(s->columns[c].flags & IVFPQ_FILTER)) continue;
+    ivfpq_column_view *v = &view[at++];
+    uint64_t nulls = (n + 7) / 8, values = s->columns[c].type == IVFPQ_TEXT ? n * 4 : n * 8, text = 0;
+    if (left < nulls + values) return damaged(s, err, "column block size");
+    *v = (ivfpq_column_view){.type = s->columns[c].type, .n_rows = (uint32_t)n, .nulls = p, .values = p + nulls};
+    if (v->type == IVFPQ_TEXT) {
+      v->ends = v->values;
+      v->text = (const char *)p + nulls + values;
+      for (uint64_t i = 0; i < n; i++) {
+        uint64_t end = load_u32(v->ends + 4 * i);
+        if (end < text) return damaged(s, err, "text column order");
+        text = end;
+      }
+      if (left - nulls - values < text) return damaged(s, err, "text column size");
+    }
+    p += nulls + values + text;
+    left -= nulls + values + text;
+  }
+  return at == n_views ? VS_OK : damaged(s, err, "column count");
+}
+
+/* ---- rows ---- */
+
+size_t ivfpq_vector_bytes(const ivfpq_segment *s) { return (size_t)s->params.dim * (s->params.store ? 2 : 4); }
+
+/* The bitmap of 65,536 rows, made on first use; NULL when memory is short: then rows are just checked again. */
+static unsigned char *row_flags(ivfpq_segment *s, uint32_t row) {
+  if (!s->rows_checked) return NULL;
+  unsigned char **slot = &s->rows_checked[row / ROWS_PER_FLAGS], *have = __atomic_load_n(slot, __ATOMIC_ACQUIRE);
+  if (have) return have;
+  unsigned char *made = calloc(1, ROWS_PER_FLAGS / 8);
+  if (made && !__atomic_compare_exchange_n(slot, &have, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+    free(made);
+    return have;
+  }
+  return made;
+}
+
+static vs_rc check_row(ivfpq_segment *s, uint32_t row, const uint8_t *record, vs_err *err) {
+  unsigned char *flags = row_flags(s, row);
+  uint32_t at = row % ROWS_PER_FLAGS, size = s->params.row_bytes;
+  if (flag_get(flags, at / 8, 1u << at % 8)) return VS_OK;
+  if (load_u32(record + size - 4) != ivfpq_check32(record, size - 4))
+    return vs_corrupt(err, "%s: damaged: checksum of row %u", s->io->name, row);
+  flag_set(flags, at / 8, 1u << at % 8);
+  return VS_OK;
+}
+
+vs_rc ivfpq_rows_fetch(ivfpq_segment *s, const uint32_t *rows, size_t n, ivfpq_row *out, vs_err *err) {
+  uint64_t base = s->section[IVFPQ_ROWS].off, size = s->params.row_bytes;
+  vs_range *r = calloc(n + 1, sizeof *r);
+  if (!r) return vs_nomem(err);
+  for (size_t i = 0; i < n; i++) {
+    r[i].off = base + rows[i] * size;
+    r[i].len = size;
+  }
+  vs_rc rc = vs_io_fetch(s->io, r, n, err);
+  for (size_t i = 0; i < n && !rc; i++) {
+    out[i].range = r[i], out[i].record = r[i].ptr;
+    rc = check_row(s, rows[i], r[i].ptr, err);
+    if (rc) vs_io_release(s->io, r, n);
+  }
+  free(r);
+  return rc;
+}
+
+vs_rc ivfpq_rows_fetch_range(ivfpq_segment *s, uint32_t first, uint32_t n, ivfpq_row *out, vs_err *err) {
+  uint64_t size = s->params.row_bytes;
+  out->range = (vs_range){.off = s->section[IVFPQ_ROWS].off + first * size, .len = n * size};
+  vs_rc rc = vs_io_fetch(s->io, &out->range, 1, err);
+  if (rc) return rc;
+  out->record = out->range.ptr;
+  for (uint32_t i = 0; i < n && !rc; i++) rc = check_row(s, first + i, out->record + i * size, err);
+  if (rc) vs_io_release(s->io, &out->range, 1);
+  return rc;
+}
+
+void ivfpq_rows_release(ivfpq_segment *s, ivfpq_row *rows, size_t n) {
+  for (size_t i = 0; i < n; i++) vs_io_release(s->io, &rows[i].range, 1);
+}
+
+const float *ivfpq_row_vector(const ivfpq_segment *s, const uint8_t *record, float *buf) {
+  if (!s->params.store && (uintptr_t)record % 4 == 0) return (const float *)record;
+  if (!s->params.store) memcpy(buf, record, (size_t)s->params.dim * 4);
+  else kern_get()->f16_to_f32((const uint16_t *)record, buf, s->params.dim);
+  return buf;
+}
+
+vs_rc ivfpq_row_id(ivfpq_segment *s, const uint8_t *record, ivfpq_id *out, vs_err *err) {
+  const uint8_t *slot = record + ivfpq_vector_bytes(s);
+  memset(out, 0, sizeof *out);
+  if (!s->params.id_text) {
+    memcpy(&out->i, slot, 8);
+    return VS_OK;
+  }
+  out->is_text = 1;
+  out->len = load_u32(slot);
+  out->text = (const char *)slot + 4;
+  if (out->len <= s->params.id_width) return VS_OK;
+  const ivfpq_section *heap = &s->section[IVFPQ_IDHEAP];
+  uint64_t off;
+  memcpy(&off, slot + 4, 8);
+  if (off > heap->size || out->len + 4ull > heap->size - off) return damaged(s, err, "a long id lies outside the file");
+  vs_rc rc = read_copy(s->io, heap->off + off, out->len + 4ull, (void **)&out->heap, err);
+  if (rc) return rc;
+  if (load_u32((uint8_t *)out->heap + out->len) != ivfpq_check32(out->heap, out->len)) {
+    ivfpq_id_free(out);
+    return damaged(s, err, "checksum of a long id");
+  }
+  out->text = out->heap;
+  return VS_OK;
+}
+
+void ivfpq_id_free(ivfpq_id *id) {
+  free(id->heap);
+  id->heap = NULL;
+}
+
+static vs_rc decode_columns(ivfpq_segment *s, const uint8_t *p, uint32_t left, ivfpq_value *values, vs_err *err) {
+  for (uint32_t c = 0; c < s->params.n_columns; c++) {
+    ivfpq_value *v = &values[c];
+    memset(v, 0, sizeof *v);
+    if (left < 1 || (*p && *p != s->columns[c].type)) return damaged(s, err, "a row's column values");
+    v->tag = *p++, left--;
+    if (v->tag == IVFPQ_TEXT) {
+      if (left < 4 || load_u32(p) > left - 4) return damaged(s, err, "a row's column values");
+      v->len = load_u32(p), v->text = (const char *)p + 4;
+      p += 4 + v->len, left -= 4 + v->len;
+    } else if (v->tag) {
+      if (left < 8) return damaged(s, err, "a row's column values");
+      memcpy(v->tag == IVFPQ_INTEGER ? (void *)&v->i : (void *)&v->r, p, 8);
+      p += 8, left -= 8;
+    }
+  }
+  return left ? damaged(s, err, "a row's column values") : VS_OK;
+}
+
+vs_rc ivfpq_row_columns(ivfpq_segment *s, const uint8_t *record, ivfpq_value *values, uint8_t **buf, vs_err *err) {
+  const ivfpq_section *x = &s->section[IVFPQ_COLUMNS];
+  const uint8_t *slot = record + s->params.row_bytes - 16;
+  uint64_t off;
+  uint32_t size = load_u32(slot + 8);
+  *buf = NULL;
+  if (!s->params.n_columns) return VS_OK;
+  memcpy(&off, slot, 8);
+  if (size < 4 || off > x->size || size > x->size - off) return damaged(s, err, "a row's columns lie outside the file");
+  vs_rc rc = read_copy(s->io, x->off + off, size, (void **)buf, err);
+  if (rc) return rc;
+  if (load_u32(*buf + size - 4) != ivfpq_check32(*buf, size - 4)) rc = damaged(s, err, "checksum of a row's columns");
+  else rc = decode_columns(s, *buf, size - 4, values, err);
+  if (rc) free(*buf), *buf = NULL;
+  return rc;
+}
+
+/* ---- the id directory ---- */
+
+/* Reads page `at` of the level that starts at page `level0` and checks it. */
+static vs_rc fetch_page(ivfpq_segment *s, uint64_t page, vs_range *r, uint32_t *count, uint32_t max, vs_err *err) {
+  uint64_t check;
+  *r = (vs_range){.off = s->section[IVFPQ_IDDIR].off + page * IVFPQ_PAGE, .len = IVFPQ_PAGE};
+  vs_rc rc = vs_io_fetch(s->io, r, 1, err);
+  if (rc) return rc;
+  memcpy(&check, r->ptr + IVFPQ_PAGE - 8, 8);
+  *count = load_u32(r->ptr);
+  if (check != ivfpq_check(r->ptr, IVFPQ_PAGE - 8)) rc = damaged(s, err, "checksum of an id directory page");
+  else if (*count < 1 || *count > max) rc = damaged(s, err, "an id directory page");
+  if (rc) vs_io_release(s->io, r, 1);
+  return rc;
+}
+
+static uint64_t load_u64(const uint8_t *p) {
+  uint64_t v;
+  memcpy(&v, p, 8);
+  return v;
+}
+
+/* The leaf page where entries with `key` start, or would. Equal keys may run over several pages: the last fence below `key`
+ * leads to the first of them. */
+static vs_rc find_leaf(ivfpq_segment *s, uint64_t key, uint64_t *leaf, vs_err *err) {
+  uint64_t pages[8], level0[8], at = 0;
+  uint32_t levels = ivfpq_iddir_levels(s->params.n_rows, pages);
+  level0[0] = 0;
+  for (uint32_t l = 1; l < levels; l++) level0[l] = level0[l - 1] + pages[l - 1];
+  for (uint32_t l = levels; l-- > 1;) {
+    vs_range r;
+    uint32_t n, lo = 0;
+    vs_rc rc = fetch_page(s, level0[l] + at, &r, &n, IVFPQ_FENCE_MAX, err);
+    if (rc) return rc;
+    for (uint32_t hi = n; lo < hi;) {
+      uint32_t mid = (lo + hi) / 2;
+      if (load_u64(r.ptr + 8 + 8 * mid) < key) lo = mid + 1;
+      else hi = mid;
+    }
+    vs_io_release(s->io, &r, 1);
+    at = at * IVFPQ_FENCE_MAX + (lo ? lo - 1 : 0);
+    if (at >= pages[l - 1]) return damaged(s, err, "id directory");
+  }
+  *leaf = at;
+  return VS_OK;
+}
+
+static int id_equal(const ivfpq_id *a, const ivfpq_id *b) {
+  if (a->is_text != b->is_text) return 0;
+  return a->is_text ? a->len == b->len && !memcmp(a->text, b->text, a->len) : a->i == b->i;
+}
+
+static vs_rc row_has_id(ivfpq_segment *s, uint32_t row, const ivfpq_id *id, int *found, vs_err *err) {
+  ivfpq_row r;
+  ivfpq_id have;
+  if (row >= s->params.n_rows) return damaged(s, err, "the id directory names a row that does not exist");
+  vs_rc rc = ivfpq_rows_fetch(s, &row, 1, &r, err);
+  if (rc) return rc;
+  rc = ivfpq_row_id(s, r.record, &have, err);
+  if (!rc) {
+    *found = id_equal(&have, id);
+    ivfpq_id_free(&have);
+  }
+  ivfpq_rows_release(s, &r, 1);
+  return rc;
+}
+
+vs_rc ivfpq_find_id(ivfpq_segment *s, const ivfpq_id *id, uint32_t *row, int *found, vs_err *err) {
+  uint64_t pages[8], leaf = 0, key;
+  *found = 0, *row = 0;
+  if (!s->params.n_rows || (id->is_text != 0) != (s->params.id_text != 0)) return VS_OK;
+  key = id->is_text ? ivfpq_key_text(id->text, id->len) : ivfpq_key_int(id->i);
+  ivfpq_iddir_levels(s->params.n_rows, pages);
+  vs_rc rc = find_leaf(s, key, &leaf, err);
+  for (; !rc && !*found && leaf < pages[0]; leaf++) {
+    vs_range r;
+    uint32_t n, lo = 0;
+    if ((rc = fetch_page(s, leaf, &r, &n, IVFPQ_LEAF_MAX, err))) break;
+    for (uint32_t hi = n; lo < hi;) {
+      uint32_t mid = (lo + hi) / 2;
+      if (load_u64(r.ptr + 8 + (size_t)IVFPQ_LEAF_ENTRY * mid) < key) lo = mid + 1;
+      else hi = mid;
+    }
+    for (; lo < n && !rc && !*found; lo++) {
+      const uint8_t *e = r.ptr + 8 + (size_t)IVFPQ_LEAF_ENTRY * lo;
+      if (load_u64(e) != key) break;
+      *row = load_u32(e + 8);
+      rc = row_has_id(s, *row, id, found, err);
+    }
+    vs_io_release(s->io, &r, 1);
+    if (lo < n) break; /* a greater key: no more equal ones */
+  }
+  return rc;
+}

@@ -1,0 +1,93 @@
+/* kern.h - arithmetic on arrays: no SQLite, no files, no allocation.
+ *
+ * One table of function pointers per process, filled once and thread-safely by kern_get(): the best variant that the CPU
+ * and the operating system support, capped by the environment variable VECSHARD_SIMD (scalar | avx2 | avx512; a name above
+ * what the machine has means the best it has, an unknown name too). kern_variant(name) hands out one variant for tests, NULL
+ * when this machine lacks it. The scalar file is the definition of every call; allowed differences:
+ *   float results   relative error <= 1e-5 of the sum of absolute terms (order of additions, FMA)
+ *   integer results equal
+ * Pointers need no alignment unless said. Lengths may be 0. Nothing reads past its arrays.
+ */
+#ifndef KERN_H
+#define KERN_H
+#include <stddef.h>
+#include <stdint.h>
+
+/* Rows of a code block; a partition is cut into blocks of KERN_BLOCK rows, its last block is padded to KERN_GROUP rows. */
+enum { KERN_BLOCK = 256, KERN_GROUP = 64, KERN_LANES = 16 };
+
+typedef struct kern {
+  const char *name; /* "scalar", "avx2", "avx512" */
+
+  /* sum a*b, and sum (a-b)^2, over n floats. NaN and Inf propagate as in IEEE arithmetic. */
+  float (*dot_f32)(const float *a, const float *b, size_t n);
+  float (*l2sq_f32)(const float *a, const float *b, size_t n);
+  /* out = {a.b, a.a, b.b} in one pass: what a cosine needs. */
+  void (*cosine_f32)(const float *a, const float *b, size_t n, float out[3]);
+
+  /* IEEE half <-> float; f32_to_f16 rounds to nearest even and gives Inf on overflow. */
+  void (*f16_to_f32)(const uint16_t *in, float *out, size_t n);
+  void (*f32_to_f16)(const float *in, uint16_t *out, size_t n);
+
+  /* 1 when every one of the n floats is finite. */
+  int (*all_finite_f32)(const float *a, size_t n);
+
+  /* Scores of one vector against a packed matrix (kern_pack_f32): out[c] = x.C_c + bias[c] for c in [0, n_c padded to 16).
+   * bias has that padded length too. */
+  void (*scores_f32)(const float *x, size_t dim, const float *packed, const float *bias, size_t n_c, float *out);
+
+  /* For each of n_x rows of `dim` floats (row r at x + r*stride): the c in [0, n_c) with the greatest x.C_c + bias[c], the
+   * lowest such c on ties; with bias = -|C|^2/2 this is the nearest centroid. best (may be NULL) gets the score. Each row's
+   * result does not depend on which rows share the call. */
+  void (*argmax_f32)(const float *x, size_t n_x, size_t stride, size_t dim, const float *packed, const float *bias,
+                     size_t n_c, uint32_t *id, float *best);
+
+  /* 8-bit PQ scan of n_rows rows of one partition, from a block border on. codes: blocks as described at
+   * kern_code_offset; terms: u16 per row, in row order, padded like the codes; table: m rows of 256 u8.
+   *   sum(row) = min(65535, SUM_j table[j][code_j(row)] + (terms[row] * term_mul >> 16)),   m <= 256
+   * Rows with sum < threshold are survivors (threshold above 65535: all rows); their numbers in [0, n_rows), ascending, go
+   * to out_row and their sums to out_sum, both with room for n_rows rounded up to KERN_GROUP. Returns how many. */
+  size_t (*pq_scan)(const uint8_t *codes, size_t m, const uint16_t *terms, size_t n_rows, const uint8_t *table,
+                    uint16_t term_mul, uint32_t threshold, uint32_t *out_row, uint16_t *out_sum);
+
+  /* Reorders a[0..n) so that its `want` smallest keys come first, in any order; a stays a permutation of itself. scratch has
+   * room for 2*(n+8) keys. Expected O(n), never worse than O(n log n). Returns the largest of them (0 when want is 0; the
+   * largest of all when want >= n). */
+  uint64_t (*select_u64)(uint64_t *a, size_t n, size_t want, uint64_t *scratch);
+} kern;
+
+const kern *kern_get(void);
+const kern *kern_variant(const char *name);
+
+/* Ascending sort of 64-bit keys; scratch has room for n keys. Radix for long arrays, insertion for short ones. */
+void kern_sort_u64(uint64_t *a, size_t n, uint64_t *scratch);
+
+/* Packs an n_c x dim row-major matrix for scores_f32 and argmax_f32: groups of KERN_LANES rows interleaved, element (c, j)
+ * at packed[((c / 16) * dim + j) * 16 + c % 16]; the last group is filled with zeros. packed holds kern_packed_len floats. */
+size_t kern_packed_len(size_t n_c, size_t dim);
+void kern_pack_f32(const float *c, size_t n_c, size_t dim, float *packed);
+
+/* Where code j of row r of a partition of n_rows rows lies. Blocks of 256 rows are sub-quantizer-major, [m][256]; the last
+ * one is [m][g*64], g in 1..4. Within 64 bytes row i < 32 is byte 2i and row i >= 32 is byte 2(i-32)+1, so that sums of the
+ * even and of the odd bytes come out in row order. */
+static inline size_t kern_code_offset(size_t n_rows, size_t m, size_t r, size_t j) {
+  size_t block = r / KERN_BLOCK, in = r % KERN_BLOCK, left = n_rows - block * KERN_BLOCK;
+  size_t width = left >= KERN_BLOCK ? KERN_BLOCK : (left + KERN_GROUP - 1) / KERN_GROUP * KERN_GROUP;
+  size_t lane = in % KERN_GROUP, byte = lane < 32 ? 2 * lane : 2 * (lane - 32) + 1;
+  return block * KERN_BLOCK * m + j * width + in / KERN_GROUP * KERN_GROUP + byte;
+}
+
+/* (distance, number) as one key whose integer order is the order of the float, then of the number; NaN sorts last. */
+static inline uint64_t kern_key(float d, uint32_t number) {
+  union { float f; uint32_t u; } v = {d};
+  uint32_t u = d != d ? 0xffffffffu : v.u >> 31 ? ~v.u : v.u | 0x80000000u;
+  return (uint64_t)u << 32 | number;
+}
+static inline float kern_key_value(uint64_t key) {
+  uint32_t u = (uint32_t)(key >> 32);
+  union { uint32_t u; float f; } v = {u >> 31 ? u & 0x7fffffffu : ~u};
+  return v.f;
+}
+static inline uint32_t kern_key_number(uint64_t key) { return (uint32_t)key; }
+
+#endif

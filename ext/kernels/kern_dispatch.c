@@ -1,0 +1,175 @@
+/* kern_dispatch.c - picks the variant, and holds what has only one: packing, sorting, the frame of the selection.
+ *
+ * A variant is offered only if the CPU has every feature that its file was compiled with and the operating system saves
+ * the registers; __builtin_cpu_supports answers both. F16C is the exception: clang 14 does not know its name, so its
+ * CPUID bit is read here; the state it needs (ymm) is the state that the question for AVX2 has already covered.
+ */
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#include "kern_int.h"
+
+/* ------------------------------------------------------------------ variants */
+
+#if defined(__x86_64__)
+static int has_f16c(void) {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+static int has_avx2(void) {
+  __builtin_cpu_init();
+  /* -mavx2 turns POPCNT on as well */
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt") &&
+         has_f16c();
+}
+static int has_avx512(void) {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+}
+#endif
+static int has_scalar(void) { return 1; }
+
+/* Best first. */
+static const struct {
+  const kern *table;
+  int (*is_here)(void);
+} variants[] = {
+#if defined(__x86_64__)
+  {&kern_table_avx512, has_avx512},
+  {&kern_table_avx2, has_avx2},
+#endif
+  {&kern_table_scalar, has_scalar},
+};
+enum { N_VARIANTS = sizeof variants / sizeof *variants };
+
+const kern *kern_variant(const char *name) {
+  for (int i = 0; i < N_VARIANTS; i++)
+    if (strcmp(name, variants[i].table->name) == 0) return variants[i].is_here() ? variants[i].table : NULL;
+  return NULL;
+}
+
+static pthread_once_t chosen_once = PTHREAD_ONCE_INIT;
+static const kern *chosen;
+
+static void choose(void) {
+  const char *cap = getenv("VECSHARD_SIMD");
+  int first = 0;
+  if (cap)
+    for (int i = 0; i < N_VARIANTS; i++)
+      if (strcmp(cap, variants[i].table->name) == 0) first = i; /* an unknown name leaves 0: no cap */
+  while (!variants[first].is_here()) first++; /* ends: the scalar one is always here */
+  chosen = variants[first].table;
+}
+
+const kern *kern_get(void) {
+  pthread_once(&chosen_once, choose);
+  return chosen;
+}
+
+/* ------------------------------------------------------------------ packed matrices */
+
+size_t kern_packed_len(size_t n_c, size_t dim) { return (n_c + KERN_LANES - 1) / KERN_LANES * KERN_LANES * dim; }
+
+void kern_pack_f32(const float *c, size_t n_c, size_t dim, float *packed) {
+  for (size_t first = 0; first < n_c; first += KERN_LANES) {
+    size_t n_lanes = n_c - first < KERN_LANES ? n_c - first : KERN_LANES;
+    for (size_t j = 0; j < dim; j++, packed += KERN_LANES) {
+      for (size_t lane = 0; lane < n_lanes; lane++) packed[lane] = c[(first + lane) * dim + j];
+      for (size_t lane = n_lanes; lane < KERN_LANES; lane++) packed[lane] = 0;
+    }
+  }
+}
+
+/* ------------------------------------------------------------------ sorting */
+
+/* Below this the eight histograms cost more than the quadratic moves. */
+enum { INSERTION_MAX = 64 };
+
+static void sort_insertion(uint64_t *a, size_t n) {
+  for (size_t i = 1; i < n; i++) {
+    uint64_t key = a[i];
+    size_t at = i;
+    for (; at && a[at - 1] > key; at--) a[at] = a[at - 1];
+    a[at] = key;
+  }
+}
+
+/* Least significant byte first; one read counts the bytes of all eight passes, and a pass in which all keys share the
+ * byte (the high bytes of row numbers, the exponents of distances) is skipped. */
+void kern_sort_u64(uint64_t *a, size_t n, uint64_t *scratch) {
+  if (n <= INSERTION_MAX) {
+    sort_insertion(a, n);
+    return;
+  }
+  size_t count[8][256];
+  memset(count, 0, sizeof count);
+  for (size_t i = 0; i < n; i++)
+    for (int byte = 0; byte < 8; byte++) count[byte][a[i] >> 8 * byte & 255]++;
+
+  uint64_t *from = a, *to = scratch;
+  for (int byte = 0; byte < 8; byte++) {
+    if (count[byte][from[0] >> 8 * byte & 255] == n) continue;
+    size_t at = 0;
+    for (int v = 0; v < 256; v++) {
+      size_t here = count[byte][v];
+      count[byte][v] = at;
+      at += here;
+    }
+    for (size_t i = 0; i < n; i++) to[count[byte][from[i] >> 8 * byte & 255]++] = from[i];
+    uint64_t *swap = from;
+    from = to;
+    to = swap;
+  }
+  if (from != a) memcpy(a, from, n * sizeof *a);
+}
+
+/* ------------------------------------------------------------------ selection */
+
+enum { N_SAMPLES = 16, WORK_FACTOR = 8 };
+
+/* A key of a[0..n) (n >= N_SAMPLES) that about `need` keys do not exceed. The sample of that rank, but one towards the
+ * middle: the cut then most likely falls into the smaller part and the larger one is settled. */
+static uint64_t choose_pivot(const uint64_t *a, size_t n, size_t need) {
+  uint64_t sample[N_SAMPLES];
+  size_t step = n / N_SAMPLES, rank = (size_t)((double)need * N_SAMPLES / (double)n);
+  for (size_t i = 0; i < N_SAMPLES; i++) sample[i] = a[step / 2 + i * step];
+  sort_insertion(sample, N_SAMPLES);
+  return sample[rank < N_SAMPLES / 2 ? rank + 1 : rank - 1]; /* need < n, so rank < N_SAMPLES */
+}
+
+/* Quickselect: a[0..base) is known to belong in front, a[end..n) behind, the cut lies between. Evenly spaced samples
+ * make sorted and reversed input the easiest; an input made against them, or bad luck, runs into the work limit and is
+ * sorted, so the worst case is linear: WORK_FACTOR splits of the array and one radix sort. */
+uint64_t kern_select_by(kern_split_fn split, uint64_t *a, size_t n, size_t want, uint64_t *scratch) {
+  size_t base = 0, end = n, work = 0;
+  if (want > n) want = n;
+  while (base < want && want < end) {
+    uint64_t *rest = a + base;
+    size_t n_rest = end - base, need = want - base;
+    if (n_rest <= INSERTION_MAX || work / WORK_FACTOR > n) {
+      kern_sort_u64(rest, n_rest, scratch);
+      break;
+    }
+    uint64_t pivot = choose_pivot(rest, n_rest, need);
+    size_t n_low = split(rest, n_rest, pivot, scratch);
+    work += n_rest;
+    if (n_low <= need) {
+      base += n_low;
+    } else if (n_low < n_rest) {
+      end = base + n_low;
+    } else { /* the pivot is the largest key: set all of its copies apart, else many duplicates would never split */
+      if (pivot == 0) break;
+      n_low = split(rest, n_rest, pivot - 1, scratch);
+      work += n_rest;
+      if (n_low <= need) break; /* what lies behind the cut is all equal */
+      end = base + n_low;
+    }
+  }
+  uint64_t largest = 0;
+  for (size_t i = 0; i < want; i++) largest = a[i] > largest ? a[i] : largest;
+  return largest;
+}

@@ -1,0 +1,106 @@
+/* io_local.c - see io_local.h. No cache of our own: the page cache is one. */
+#include "io_local.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+typedef struct local_io {
+  vs_io base;
+  int fd;           /* -1 once mapped */
+  uint8_t *map;     /* NULL: pread */
+  size_t map_bytes; /* with the page behind the file */
+  char name[];
+} local_io;
+
+static vs_rc fetch_mapped(vs_io *io, vs_range *r, size_t n, vs_err *err) {
+  const local_io *l = (const local_io *)io;
+  (void)err;
+  for (size_t i = 0; i < n; i++) r[i].ptr = l->map + r[i].off;
+  return VS_OK;
+}
+static void release_mapped(vs_io *io, vs_range *r, size_t n) { (void)io, (void)r, (void)n; }
+
+static void release_read(vs_io *io, vs_range *r, size_t n) {
+  (void)io;
+  for (size_t i = 0; i < n; i++) {
+    free(r[i].owner);
+    r[i].owner = NULL, r[i].ptr = NULL;
+  }
+}
+
+static vs_rc read_range(const local_io *l, vs_range *r, vs_err *err) {
+  uint8_t *buf = malloc(r->len + VS_IO_PAD);
+  if (!buf) return vs_nomem(err);
+  r->owner = buf, r->ptr = buf;
+  for (uint64_t have = 0; have < r->len;) {
+    ssize_t n = pread(l->fd, buf + have, r->len - have, (off_t)(r->off + have));
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0)
+      return vs_fail(err, VS_IO, "%s: cannot read at %llu: %s", l->name, (unsigned long long)(r->off + have),
+                     n ? strerror(errno) : "the file was cut short");
+    have += (uint64_t)n;
+  }
+  memset(buf + r->len, 0, VS_IO_PAD);
+  return VS_OK;
+}
+
+static vs_rc fetch_read(vs_io *io, vs_range *r, size_t n, vs_err *err) {
+  for (size_t i = 0; i < n; i++) {
+    vs_rc rc = read_range((const local_io *)io, &r[i], err);
+    if (rc) {
+      release_read(io, r, i + 1);
+      return rc;
+    }
+  }
+  return VS_OK;
+}
+
+static void close_local(vs_io *io) {
+  local_io *l = (local_io *)io;
+  if (l->map) munmap(l->map, l->map_bytes);
+  if (l->fd >= 0) close(l->fd);
+  free(l);
+}
+
+/* Reserves one page more than the file needs, so that what lies behind the last byte can be read, and maps the file over it. */
+static int map_file(local_io *l) {
+  size_t page = (size_t)sysconf(_SC_PAGESIZE), size = (size_t)l->base.size, whole = (size + page - 1) / page * page;
+  uint8_t *at = mmap(NULL, whole + page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) return 0;
+  if (size && mmap(at, size, PROT_READ, MAP_SHARED | MAP_FIXED, l->fd, 0) == MAP_FAILED) {
+    munmap(at, whole + page);
+    return 0;
+  }
+  l->map = at, l->map_bytes = whole + page;
+  l->base.stable = 1, l->base.fetch = fetch_mapped, l->base.release = release_mapped;
+  close(l->fd), l->fd = -1;
+  return 1;
+}
+
+vs_rc io_local_open(const char *path, int use_mmap, vs_io **out, vs_err *err) {
+  struct stat st;
+  *out = NULL;
+  int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (fd < 0) return vs_fail(err, errno == ENOENT ? VS_NOTFOUND : VS_IO, "%s: cannot open: %s", path, strerror(errno));
+  if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
+    close(fd);
+    return vs_fail(err, VS_INVALID, "%s: not a regular file", path);
+  }
+  local_io *l = calloc(1, sizeof *l + strlen(path) + 1);
+  if (!l) {
+    close(fd);
+    return vs_nomem(err);
+  }
+  strcpy(l->name, path);
+  l->fd = fd;
+  l->base = (vs_io){.size = (uint64_t)st.st_size, .name = l->name, .fetch = fetch_read, .release = release_read, .close = close_local};
+  const char *env = getenv("VECSHARD_MMAP");
+  if (use_mmap > 0 || (use_mmap < 0 && !(env && !strcmp(env, "0")))) map_file(l);
+  *out = &l->base;
+  return VS_OK;
+}

@@ -1,0 +1,79 @@
+/* shard.h - open shards and sets of shards, and the query executor over them.
+ *
+ * A shard handle is one version, immutable, shared by every connection and thread of the process: shard_open hands out the
+ * same handle while the folder's newest version is the same, and reopens when a newer one was committed. Handles are counted;
+ * the last close of an old version closes its files.
+ *
+ * A source is what users name: the path of a shard, of a database (a folder of shards), or a JSON list of such paths.
+ */
+#ifndef SHARD_H
+#define SHARD_H
+#include "../ivfpq/ivfpq_search.h"
+#include "shard_manifest.h"
+
+typedef struct shard {
+  char *path;               /* as opened */
+  shard_manifest manifest;
+  ivfpq_segment **segments; /* manifest.n_segments */
+} shard;
+
+/* The newest version (0) or the one asked for. Fails with VS_NOTFOUND and advice when there is no shard. */
+vs_rc shard_open(const char *path, uint64_t version, shard **out, vs_err *err) VS_WARN_UNUSED;
+void shard_close(shard *s); /* NULL is legal */
+shard *shard_share(shard *s); /* one more owner */
+int shard_is_fresh(const shard *s); /* 0: the folder may have a newer version */
+
+typedef struct shard_stamp { uint64_t device, inode; int64_t mtime_ns; int settled; } shard_stamp;
+typedef struct shard_folder { char *path; shard_stamp stamp; } shard_folder;
+
+typedef struct shard_set {
+  shard **shards;
+  char **names; /* the `shard` column: folder name, or the path as given where folder names repeat */
+  size_t n;
+  shard_folder *folders; /* databases that were listed */
+  size_t n_folders;
+} shard_set;
+/* Opens every shard of a source, in ascending name order within a database, in the given order for a list. All have one
+ * dimension, metric and id type, else VS_INVALID naming two that differ. */
+vs_rc shard_set_open(const char *source, shard_set *out, vs_err *err) VS_WARN_UNUSED;
+int shard_set_is_fresh(const shard_set *s); /* 0: open it again for the newest versions */
+void shard_set_reset(shard_set *s);
+/* VS_INVALID naming two that differ in dimension, metric or id type. */
+vs_rc shard_set_check(shard *const *shards, size_t n, vs_err *err) VS_WARN_UNUSED;
+int shard_source_is_path(const char *source); /* contains '/' or ':' or starts with '[' */
+
+/* ---- searching ---- */
+
+enum { SHARD_DEFAULT_REFINE = 10 };
+
+typedef struct shard_hit {
+  float distance;
+  uint32_t shard, segment, row; /* row of the segment */
+} shard_hit;
+
+typedef struct shard_search {
+  shard *const *shards;
+  size_t n_shards;
+  const float *query;
+  uint32_t dim;            /* of query; a mismatch is VS_INVALID naming both dimensions */
+  uint64_t k;              /* clamped to the rows there are; 0 gives none */
+  int64_t nprobe, refine;  /* -1: defaults; above range: all */
+  int exact;
+  const ivfpq_filter *const *filters; /* per shard; NULL or NULL entries: every row */
+  const shard_hit *after;  /* only hits behind this one in (distance, shard, segment, row) order; NULL: all */
+  int threads;             /* 0: vs_threads() */
+  int (*stop)(void *ctx);  /* called on the caller's thread only */
+  void *stop_ctx;
+} shard_search;
+
+typedef struct shard_stats { uint64_t partitions, rows, refined; } shard_stats;
+
+/* The k nearest, ascending by (distance, shard, id). *hits is malloc'ed. Without `exact`, estimates of all shards are merged
+ * first and only the best k*refine of them are compared by stored vectors (DESIGN 5.4). */
+vs_rc shard_search_run(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) VS_WARN_UNUSED;
+
+/* ---- single rows ---- */
+/* Finds a row by id. */
+vs_rc shard_find(shard *s, const ivfpq_id *id, uint32_t *segment, uint32_t *row, int *found, vs_err *err) VS_WARN_UNUSED;
+
+#endif

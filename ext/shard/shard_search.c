@@ -1,0 +1,296 @@
+/* shard_search.c - the query executor: many segments of many shards, one ranking.
+ *
+ * Phase 1 scans every segment (in parallel over segments), each keeping its best k*refine estimates. The estimates of all
+ * segments are merged, the best k*refine of them stay. Phase 2 reads those rows and computes true distances. Exact searches
+ * have one phase, and their result is what sorting the shards' own results together would give.
+ */
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../base/vs_pool.h"
+#include "../kernels/kern.h"
+#include "shard.h"
+
+enum {
+  REFINE_SLICE = 256,     /* rows per task of phase 2 */
+  FEW_CANDIDATES = 100,   /* at least so many when refine is not given: k = 1 is as good as k = 10 */
+  EASED_FROM = 100        /* beyond this k the default refine falls towards 2: far neighbours crowd less */
+};
+
+typedef struct segment_task {
+  ivfpq_segment *segment;
+  uint32_t shard, number;
+  ivfpq_keys keys;
+  ivfpq_stats stats;
+  vs_rc rc;
+  vs_err err;
+} segment_task;
+
+typedef struct run {
+  const shard_search *q;
+  uint64_t n_rows, k, n_candidates;
+  segment_task *tasks;
+  size_t n_tasks;
+  pthread_t caller;
+  int stop; /* set once by the caller's thread, read by all */
+} run;
+
+static int poll_stop(void *ctx) {
+  run *r = ctx;
+  if (r->q->stop && pthread_equal(pthread_self(), r->caller) && r->q->stop(r->q->stop_ctx))
+    __atomic_store_n(&r->stop, 1, __ATOMIC_RELAXED);
+  return __atomic_load_n(&r->stop, __ATOMIC_RELAXED);
+}
+
+/* ---- sizes ---- */
+
+static uint64_t candidates_for(uint64_t k, int64_t refine, uint64_t n_rows) {
+  uint64_t want;
+  if (refine >= 0) {
+    uint64_t f = refine ? (uint64_t)refine : 1;
+    want = k > n_rows / f ? n_rows : k * f;
+  } else if (k > n_rows / SHARD_DEFAULT_REFINE) {
+    want = n_rows;
+    if (k >= EASED_FROM && 2 * k + 8 * EASED_FROM < n_rows) want = 2 * k + 8 * EASED_FROM;
+  } else {
+    want = k * SHARD_DEFAULT_REFINE;
+    if (k >= EASED_FROM) want = 2 * k + 8 * EASED_FROM;
+    if (want < FEW_CANDIDATES) want = FEW_CANDIDATES;
+  }
+  return want < n_rows ? want : n_rows;
+}
+
+static uint32_t nprobe_for(const shard_search *q, const ivfpq_segment *s) {
+  uint64_t n = q->nprobe < 0 ? ivfpq_default_nprobe(s->params.nlist) : (uint64_t)q->nprobe;
+  if (n < 1) n = 1;
+  return n > s->params.nlist ? s->params.nlist : (uint32_t)n;
+}
+
+static vs_rc prepare(run *r, vs_err *err) {
+  const shard_search *q = r->q;
+  size_t n = 0;
+  for (size_t i = 0; i < q->n_shards; i++) {
+    const shard *s = q->shards[i];
+    if (s->manifest.dim != q->dim)
+      return vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", q->dim, s->path, s->manifest.dim);
+    n += s->manifest.n_segments;
+    r->n_rows += s->manifest.n_rows;
+  }
+  r->k = q->k < r->n_rows ? q->k : r->n_rows;
+  r->n_candidates = q->exact ? r->k : candidates_for(r->k, q->refine, r->n_rows);
+  if (!(r->tasks = calloc(n + 1, sizeof *r->tasks))) return vs_nomem(err);
+  for (uint32_t i = 0; i < q->n_shards; i++)
+    for (uint32_t g = 0; g < q->shards[i]->manifest.n_segments; g++)
+      r->tasks[r->n_tasks++] = (segment_task){.segment = q->shards[i]->segments[g], .shard = i, .number = g};
+  return VS_OK;
+}
+
+/* ---- phase 1 ---- */
+
+static ivfpq_query segment_query(run *r, const segment_task *t) {
+  return (ivfpq_query){.vector = r->q->query, .nprobe = nprobe_for(r->q, t->segment), .n_candidates = r->n_candidates,
+                       .filter = r->q->filters ? r->q->filters[t->shard] : NULL, .stop = poll_stop, .stop_ctx = r};
+}
+
+static void scan_task(void *ctx, size_t i) {
+  run *r = ctx;
+  segment_task *t = &r->tasks[i];
+  ivfpq_query q = segment_query(r, t);
+  t->rc = ivfpq_scan(t->segment, &q, &t->keys, &t->stats, &t->err);
+}
+
+/* The keys of this segment that lie at or before `after`. */
+static uint64_t after_key(const shard_hit *a, const segment_task *t) {
+  if (t->shard == a->shard && t->number == a->segment) return kern_key(a->distance, a->row);
+  int before = t->shard != a->shard ? t->shard < a->shard : t->number < a->segment;
+  return before ? kern_key(a->distance, UINT32_MAX) : kern_key(a->distance, 0) - 1;
+}
+
+static vs_rc first_error(run *r, vs_err *err) {
+  for (size_t i = 0; i < r->n_tasks; i++)
+    if (r->tasks[i].rc) return vs_fail(err, r->tasks[i].rc, "%s", r->tasks[i].err.text);
+  return VS_OK;
+}
+
+static vs_rc run_exact(run *r, vs_err *err) {
+  for (size_t i = 0; i < r->n_tasks; i++) {
+    segment_task *t = &r->tasks[i];
+    ivfpq_query q = segment_query(r, t);
+    uint64_t after = r->q->after ? after_key(r->q->after, t) : 0;
+    vs_rc rc = ivfpq_exact(t->segment, &q, r->q->after ? &after : NULL, r->q->threads, &t->keys, &t->stats, err);
+    if (rc) return rc;
+  }
+  return VS_OK;
+}
+
+/* All keys as hits, cut to the best n by (value, shard, segment, row). */
+static int hit_order(const void *pa, const void *pb) {
+  const shard_hit *a = pa, *b = pb;
+  uint64_t x = kern_key(a->distance, a->shard), y = kern_key(b->distance, b->shard);
+  if (x != y) return x < y ? -1 : 1;
+  if (a->segment != b->segment) return a->segment < b->segment ? -1 : 1;
+  return a->row < b->row ? -1 : a->row > b->row;
+}
+
+static vs_rc collect(run *r, uint64_t n_best, shard_hit **hits, size_t *n, vs_err *err) {
+  size_t total = 0, at = 0;
+  for (size_t i = 0; i < r->n_tasks; i++) total += r->tasks[i].keys.n;
+  shard_hit *h = malloc((total + 1) * sizeof *h);
+  *hits = h;
+  if (!h) return vs_nomem(err);
+  for (size_t i = 0; i < r->n_tasks; i++)
+    for (size_t j = 0; j < r->tasks[i].keys.n; j++) {
+      uint64_t key = r->tasks[i].keys.key[j];
+      h[at++] = (shard_hit){kern_key_value(key), r->tasks[i].shard, r->tasks[i].number, kern_key_number(key)};
+    }
+  if (total > n_best || r->q->exact) qsort(h, total, sizeof *h, hit_order);
+  *n = total < n_best ? total : (size_t)n_best;
+  return VS_OK;
+}
+
+/* ---- phase 2 ---- */
+
+static int storage_order(const void *pa, const void *pb) {
+  const shard_hit *a = pa, *b = pb;
+  if (a->shard != b->shard) return a->shard < b->shard ? -1 : 1;
+  if (a->segment != b->segment) return a->segment < b->segment ? -1 : 1;
+  return a->row < b->row ? -1 : a->row > b->row;
+}
+
+typedef struct refine_job {
+  run *r;
+  shard_hit *hits;
+  size_t n;
+  vs_rc rc;
+  vs_err err;
+  pthread_mutex_t lock;
+} refine_job;
+
+/* One slice: stretches of one segment, each read in one round. */
+static vs_rc refine_slice(refine_job *j, size_t at, size_t end, vs_err *err) {
+  uint32_t rows[REFINE_SLICE];
+  float distance[REFINE_SLICE];
+  while (at < end) {
+    size_t n = 0;
+    const shard_hit *first = &j->hits[at];
+    while (at + n < end && first[n].shard == first->shard && first[n].segment == first->segment) rows[n] = first[n].row, n++;
+    ivfpq_segment *s = j->r->q->shards[first->shard]->segments[first->segment];
+    vs_rc rc = ivfpq_distances(s, j->r->q->query, rows, n, distance, err);
+    if (rc) return rc;
+    for (size_t i = 0; i < n; i++) j->hits[at + i].distance = distance[i];
+    at += n;
+  }
+  return poll_stop(j->r) ? vs_fail(err, VS_INTERRUPT, "interrupted") : VS_OK;
+}
+
+static void refine_task(void *ctx, size_t i) {
+  refine_job *j = ctx;
+  vs_err err = {0};
+  size_t at = i * REFINE_SLICE, end = at + REFINE_SLICE < j->n ? at + REFINE_SLICE : j->n;
+  vs_rc rc = refine_slice(j, at, end, &err);
+  if (!rc) return;
+  pthread_mutex_lock(&j->lock);
+  if (!j->rc) j->rc = rc, j->err = err;
+  pthread_mutex_unlock(&j->lock);
+}
+
+static vs_rc refine(run *r, shard_hit *hits, size_t n, vs_err *err) {
+  refine_job j = {.r = r, .hits = hits, .n = n, .lock = PTHREAD_MUTEX_INITIALIZER};
+  qsort(hits, n, sizeof *hits, storage_order);
+  vs_pool_run((n + REFINE_SLICE - 1) / REFINE_SLICE, r->q->threads, refine_task, &j);
+  if (j.rc) return vs_fail(err, j.rc, "%s", j.err.text);
+  qsort(hits, n, sizeof *hits, hit_order);
+  return VS_OK;
+}
+
+/* ---- ties ---- */
+
+typedef struct tied { shard_hit hit; ivfpq_id id; } tied;
+
+static int id_order(const void *pa, const void *pb) {
+  const ivfpq_id *a = &((const tied *)pa)->id, *b = &((const tied *)pb)->id;
+  if (!a->is_text) return a->i < b->i ? -1 : a->i > b->i;
+  int c = memcmp(a->text, b->text, a->len < b->len ? a->len : b->len);
+  return c ? c : a->len < b->len ? -1 : a->len > b->len;
+}
+
+/* Reads one hit's id into memory of its own. */
+static vs_rc own_id(const shard_search *q, tied *t, vs_err *err) {
+  ivfpq_segment *s = q->shards[t->hit.shard]->segments[t->hit.segment];
+  ivfpq_row row;
+  vs_rc rc = ivfpq_rows_fetch(s, &t->hit.row, 1, &row, err);
+  if (rc) return rc;
+  rc = ivfpq_row_id(s, row.record, &t->id, err);
+  if (!rc && t->id.is_text && !t->id.heap) {
+    if (!(t->id.heap = malloc(t->id.len + 1))) rc = vs_nomem(err);
+    else memcpy(t->id.heap, t->id.text, t->id.len), t->id.text = t->id.heap;
+  }
+  ivfpq_rows_release(s, &row, 1);
+  return rc;
+}
+
+static vs_rc order_tie(const shard_search *q, shard_hit *hits, size_t n, vs_err *err) {
+  tied *t = calloc(n, sizeof *t);
+  vs_rc rc = t ? VS_OK : vs_nomem(err);
+  for (size_t i = 0; i < n && !rc; i++) {
+    t[i].hit = hits[i];
+    rc = own_id(q, &t[i], err);
+  }
+  if (!rc) {
+    qsort(t, n, sizeof *t, id_order);
+    for (size_t i = 0; i < n; i++) hits[i] = t[i].hit;
+  }
+  for (size_t i = 0; t && i < n; i++) ivfpq_id_free(&t[i].id);
+  free(t);
+  return rc;
+}
+
+/* Equal distances within a shard come in the order of their ids. */
+static vs_rc order_ties(const shard_search *q, shard_hit *hits, size_t n, vs_err *err) {
+  for (size_t i = 0; i < n;) {
+    size_t m = 1;
+    while (i + m < n && hits[i + m].distance == hits[i].distance && hits[i + m].shard == hits[i].shard) m++;
+    vs_rc rc = m > 1 ? order_tie(q, hits + i, m, err) : VS_OK;
+    if (rc) return rc;
+    i += m;
+  }
+  return VS_OK;
+}
+
+/* ---- the whole ---- */
+
+/* Drops what lies at or before `after`; hits are in order. */
+static size_t skip_until(const shard_hit *after, shard_hit *hits, size_t n) {
+  size_t at = 0;
+  while (at < n && hit_order(&hits[at], after) <= 0) at++;
+  memmove(hits, hits + at, (n - at) * sizeof *hits);
+  return n - at;
+}
+
+vs_rc shard_search_run(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) {
+  run r = {.q = q, .caller = pthread_self()};
+  *hits = NULL, *n = 0;
+  memset(stats, 0, sizeof *stats);
+  vs_rc rc = prepare(&r, err);
+  if (!rc && r.k && q->exact) {
+    rc = run_exact(&r, err);
+    if (!rc) rc = collect(&r, r.k, hits, n, err);
+  } else if (!rc && r.k) {
+    vs_pool_run(r.n_tasks, q->threads, scan_task, &r);
+    rc = first_error(&r, err);
+    if (!rc) rc = collect(&r, r.n_candidates, hits, n, err);
+    stats->refined = *n;
+    if (!rc) rc = refine(&r, *hits, *n, err);
+    if (!rc && *n > r.k) *n = (size_t)r.k;
+    if (!rc && q->after) *n = skip_until(q->after, *hits, *n);
+  }
+  if (!rc) rc = order_ties(q, *hits, *n, err);
+  for (size_t i = 0; i < r.n_tasks; i++) {
+    stats->partitions += r.tasks[i].stats.partitions, stats->rows += r.tasks[i].stats.rows;
+    ivfpq_keys_reset(&r.tasks[i].keys);
+  }
+  free(r.tasks);
+  if (rc) free(*hits), *hits = NULL, *n = 0;
+  return rc;
+}

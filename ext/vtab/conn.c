@@ -1,0 +1,246 @@
+/* conn.c - see conn.h.
+ *
+ *   SELECT vecshard_config('threads', 4);        -- threads a query may use; 0: all that the machine gives this process
+ *   SELECT vecshard_config('threads');           -- the value in force
+ *   SELECT vecshard_config('allow', '/data/');   -- path prefix that a stored table may name although trusted_schema is off
+ */
+#include "conn.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "../base/vs_pool.h"
+SQLITE_EXTENSION_INIT3
+
+enum { POLL_MS = 5 };
+
+conn *conn_new(sqlite3 *db) {
+  conn *c = calloc(1, sizeof *c);
+  if (c) c->db = db, c->refs = 1;
+  return c;
+}
+
+static void source_reset(conn_source *s) {
+  free(s->name), s->name = NULL;
+  shard_set_reset(&s->set);
+}
+
+void conn_release(void *p) {
+  conn *c = p;
+  if (--c->refs) return;
+  for (int i = 0; i < CONN_SOURCES; i++) source_reset(&c->sources[i]);
+  for (size_t i = 0; i < c->n_allowed; i++) free(c->allowed[i]);
+  free(c->allowed), free(c);
+}
+
+/* ---- tables ---- */
+
+void conn_table_add(conn *c, conn_table *t) { t->next = c->tables, c->tables = t; }
+
+void conn_table_remove(conn *c, conn_table *t) {
+  for (conn_table **at = &c->tables; *at; at = &(*at)->next)
+    if (*at == t) {
+      *at = t->next;
+      return;
+    }
+}
+
+static conn_table *find_connected(conn *c, const char *name) {
+  const char *dot = strchr(name, '.');
+  for (conn_table *t = c->tables; t; t = t->next) {
+    if (!sqlite3_stricmp(t->name, name)) return t;
+    if (dot && (size_t)(dot - name) == strlen(t->schema) && !sqlite3_strnicmp(t->schema, name, (int)(dot - name)) &&
+        !sqlite3_stricmp(t->name, dot + 1))
+      return t;
+  }
+  return NULL;
+}
+
+conn_table *conn_table_find(conn *c, const char *name) {
+  conn_table *t = find_connected(c, name);
+  if (t) return t;
+  /* SQLite connects a table when it is first named; preparing a statement is enough */
+  const char *dot = strchr(name, '.');
+  char *sql = dot ? sqlite3_mprintf("SELECT 1 FROM \"%.*w\".\"%w\"", (int)(dot - name), name, dot + 1)
+                  : sqlite3_mprintf("SELECT 1 FROM \"%w\"", name);
+  sqlite3_stmt *stmt = NULL;
+  if (sql) sqlite3_prepare_v2(c->db, sql, -1, &stmt, NULL);
+  sqlite3_finalize(stmt);
+  sqlite3_free(sql);
+  return find_connected(c, name);
+}
+
+/* ---- sources ---- */
+
+static vs_rc copy_set(const shard_set *from, shard_set *out, vs_err *err) {
+  memset(out, 0, sizeof *out);
+  out->shards = calloc(from->n + 1, sizeof *out->shards);
+  out->names = calloc(from->n + 1, sizeof *out->names);
+  if (!out->shards || !out->names) {
+    shard_set_reset(out);
+    return vs_nomem(err);
+  }
+  for (size_t i = 0; i < from->n; i++) {
+    if (!(out->names[i] = strdup(from->names[i]))) {
+      shard_set_reset(out);
+      return vs_nomem(err);
+    }
+    out->shards[i] = shard_share(from->shards[i]);
+    out->n++;
+  }
+  return VS_OK;
+}
+
+static vs_rc open_path(conn *c, const char *source, shard_set *out, vs_err *err) {
+  conn_source *slot = &c->sources[0];
+  memset(out, 0, sizeof *out);
+  for (int i = 0; i < CONN_SOURCES; i++) {
+    conn_source *s = &c->sources[i];
+    if (s->name && !strcmp(s->name, source)) {
+      slot = s;
+      break;
+    }
+    if (s->used < slot->used) slot = s;
+  }
+  slot->used = ++c->clock;
+  if (slot->name && !strcmp(slot->name, source) && shard_set_is_fresh(&slot->set)) return copy_set(&slot->set, out, err);
+  shard_set opened; /* opened before the old one is closed, so that unchanged shards stay open */
+  vs_rc rc = shard_set_open(source, &opened, err);
+  source_reset(slot);
+  if (rc) return rc;
+  slot->set = opened;
+  if (!(slot->name = strdup(source))) {
+    source_reset(slot);
+    return vs_nomem(err);
+  }
+  return copy_set(&slot->set, out, err);
+}
+
+static vs_rc open_tables(conn *c, const char *names, shard_set *out, vs_err *err) {
+  vs_rc rc = VS_OK;
+  memset(out, 0, sizeof *out);
+  while (*names && !rc) {
+    size_t n = strcspn(names, ","), skip = strspn(names, " ");
+    if (skip > n) skip = n;
+    char *name = strndup(names + skip, n - skip);
+    if (!name) return vs_nomem(err);
+    for (size_t end = strlen(name); end && name[end - 1] == ' ';) name[--end] = 0;
+    shard **shards = realloc(out->shards, (out->n + 1) * sizeof *shards);
+    if (shards) out->shards = shards;
+    char **list = realloc(out->names, (out->n + 1) * sizeof *list);
+    if (list) out->names = list;
+    conn_table *t = conn_table_find(c, name);
+    if (!shards || !list) rc = vs_nomem(err);
+    else if (!t) rc = vs_fail(err, VS_NOTFOUND, "%s is not a vecshard table of this connection (a path contains a '/', as ./%s)", name, name);
+    else rc = t->open(t, &out->shards[out->n], err);
+    if (!rc) out->names[out->n++] = name;
+    else free(name);
+    names += names[n] ? n + 1 : n;
+  }
+  if (!rc && !out->n) rc = vs_fail(err, VS_INVALID, "the source is empty: give a folder, a JSON list of paths, or table names");
+  if (!rc) rc = shard_set_check(out->shards, out->n, err);
+  if (rc) shard_set_reset(out);
+  return rc;
+}
+
+vs_rc conn_any_open(conn *c, const char *source, shard_set *out, vs_err *err) {
+  return shard_source_is_path(source) ? open_path(c, source, out, err) : open_tables(c, source, out, err);
+}
+
+/* ---- stopping ---- */
+
+static int64_t now_ms(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+void conn_stop_init(conn_stop *s, sqlite3 *db) { *s = (conn_stop){.db = db, .last_ms = now_ms()}; }
+
+/* SQLite 3.40 has no call that tells whether a connection was interrupted, but a step of any statement does. */
+int conn_stop_poll(void *p) {
+  conn_stop *s = p;
+  if (s->hit) return 1;
+  int64_t now = now_ms();
+  if (now - s->last_ms < POLL_MS) return 0;
+  s->last_ms = now;
+  int rc = s->probe ? SQLITE_OK : sqlite3_prepare_v2(s->db, "SELECT 1", -1, &s->probe, NULL);
+  if (rc == SQLITE_OK && s->probe) {
+    rc = sqlite3_step(s->probe);
+    sqlite3_reset(s->probe);
+  }
+  s->hit = rc == SQLITE_INTERRUPT;
+  return s->hit;
+}
+
+void conn_stop_reset(conn_stop *s) {
+  sqlite3_finalize(s->probe);
+  s->probe = NULL;
+}
+
+/* ---- errors ---- */
+
+int conn_error(const vs_err *err, char **message) {
+  sqlite3_free(*message);
+  *message = err->text[0] ? sqlite3_mprintf("%s", err->text) : NULL;
+  switch (err->rc) {
+    case VS_OK: return SQLITE_OK;
+    case VS_NOMEM: return SQLITE_NOMEM;
+    case VS_INTERRUPT: return SQLITE_INTERRUPT;
+    case VS_CORRUPT: return SQLITE_CORRUPT_VTAB;
+    default: return SQLITE_ERROR; /* SQLITE_IOERR would roll the application's whole transaction back */
+  }
+}
+
+/* ---- vecshard_config ---- */
+
+static void config_threads(conn *c, sqlite3_context *ctx, sqlite3_value *value) {
+  if (value) {
+    sqlite3_int64 n = sqlite3_value_int64(value);
+    if (sqlite3_value_numeric_type(value) != SQLITE_INTEGER || n < 0 || n > 4096) {
+      sqlite3_result_error(ctx, "vecshard_config: threads must be an integer from 0 (as the machine gives) to 4096", -1);
+      return;
+    }
+    c->threads = (int)n;
+  }
+  sqlite3_result_int(ctx, c->threads ? c->threads : vs_threads());
+}
+
+static void config_allow(conn *c, sqlite3_context *ctx, sqlite3_value *value) {
+  if (value && sqlite3_value_type(value) != SQLITE_NULL) {
+    const char *text = (const char *)sqlite3_value_text(value);
+    char **grown = text ? realloc(c->allowed, (c->n_allowed + 1) * sizeof *grown) : NULL;
+    if (grown) c->allowed = grown;
+    if (!grown || !(grown[c->n_allowed] = strdup(text))) {
+      sqlite3_result_error_nomem(ctx);
+      return;
+    }
+    c->n_allowed++;
+  }
+  sqlite3_result_int64(ctx, (sqlite3_int64)c->n_allowed);
+}
+
+static const struct {
+  const char *name;
+  void (*apply)(conn *, sqlite3_context *, sqlite3_value *); /* value NULL: only read */
+} settings[] = {{"threads", config_threads}, {"allow", config_allow}};
+
+static void config(sqlite3_context *ctx, int argc, sqlite3_value **argv) {
+  const char *name = (const char *)sqlite3_value_text(argv[0]);
+  for (size_t i = 0; name && i < sizeof settings / sizeof *settings; i++)
+    if (!sqlite3_stricmp(name, settings[i].name)) {
+      settings[i].apply(sqlite3_user_data(ctx), ctx, argc > 1 ? argv[1] : NULL);
+      return;
+    }
+  sqlite3_result_error(ctx, "vecshard_config: unknown setting; known are threads, allow", -1);
+}
+
+int conn_config_register(conn *c) {
+  int flags = SQLITE_UTF8 | SQLITE_DIRECTONLY;
+  c->refs++; /* one for each registration: SQLite calls the destructor once for each, also when it fails */
+  int rc = sqlite3_create_function_v2(c->db, "vecshard_config", 1, flags, c, config, NULL, NULL, conn_release);
+  if (rc) return rc;
+  c->refs++;
+  return sqlite3_create_function_v2(c->db, "vecshard_config", 2, flags, c, config, NULL, NULL, conn_release);
+}

@@ -1,0 +1,56 @@
+/* conn.h - what vecshard keeps per connection: its tables, settings, and the sources it has open.
+ *
+ * One conn is shared by all modules of a connection, counted by them, and freed with the last. Used on the connection's
+ * thread only, as SQLite serialises calls into modules.
+ */
+#ifndef VTAB_CONN_H
+#define VTAB_CONN_H
+#include "../shard/shard.h"
+#include "sqlite3ext.h"
+
+typedef struct conn_table conn_table;
+/* A vecshard table of this connection, in a list that shard_union looks names up in. */
+struct conn_table {
+  char *schema, *name;
+  vs_rc (*open)(conn_table *, shard **out, vs_err *); /* the newest version, counted */
+  conn_table *next;
+};
+
+enum { CONN_SOURCES = 4 };
+typedef struct conn_source { char *name; shard_set set; uint64_t used; } conn_source;
+
+typedef struct conn {
+  sqlite3 *db;
+  int refs;
+  conn_table *tables;
+  int threads;                        /* 0: vs_threads() */
+  char **allowed;                     /* path prefixes that schemas may name although trusted_schema is off */
+  size_t n_allowed;
+  conn_source sources[CONN_SOURCES];  /* kept open between statements, least recently used goes first */
+  uint64_t clock;
+} conn;
+
+conn *conn_new(sqlite3 *db);
+void conn_release(void *conn); /* a module destructor */
+
+void conn_table_add(conn *c, conn_table *t);
+void conn_table_remove(conn *c, conn_table *t);
+/* By name or schema.name; NULL when there is no such vecshard table. Connects the table if the schema has it. */
+conn_table *conn_table_find(conn *c, const char *name);
+
+/* Opens a source: a path, a JSON list of paths, or names of vecshard tables separated by commas. Every shard is counted once
+ * more for the caller: release with shard_set_reset. Paths stay open between statements while nothing in them changes. */
+vs_rc conn_any_open(conn *c, const char *source, shard_set *out, vs_err *err) VS_WARN_UNUSED;
+
+/* Answers "must I stop?" for a long computation inside a statement; asks SQLite every few milliseconds. */
+typedef struct conn_stop { sqlite3 *db; sqlite3_stmt *probe; int64_t last_ms; int hit; } conn_stop;
+void conn_stop_init(conn_stop *s, sqlite3 *db);
+int conn_stop_poll(void *stop);
+void conn_stop_reset(conn_stop *s);
+
+/* SQLite's code for ours; text goes to *message (sqlite3_malloc'ed, an old one is freed). */
+int conn_error(const vs_err *err, char **message);
+
+int conn_config_register(conn *c); /* the SQL function vecshard_config */
+
+#endif

@@ -1,0 +1,248 @@
+/* info_tables.c - table-valued functions that describe a source (the path of a shard or database, a JSON list, table names):
+ *
+ *   SELECT * FROM shard_list('db');        -- shard, path, rows, version, dim, metric, id_type, segments
+ *   SELECT * FROM shard_info('db');        -- per segment: shard, segment, rows, deleted, unindexed, nlist, M, bits, bytes, version
+ *   SELECT * FROM shard_partitions('db');  -- per partition: shard, segment, partition, rows, row0, code_bytes, column_bytes
+ *   SELECT * FROM shard_verify('db');      -- shard, segment, fault: no row when sound
+ *
+ * All results are computed when the query starts and then handed out. They read any path that SQL names: SQLITE_DIRECTONLY.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "../shard/shard_verify.h"
+#include "modules.h"
+SQLITE_EXTENSION_INIT3
+
+enum { MAX_CELLS = 10 };
+typedef struct cell { char *text; sqlite3_int64 i; } cell; /* text NULL: the integer */
+
+typedef struct rows { cell *cells; size_t n, room; int width; } rows;
+
+typedef struct info_kind {
+  const char *name, *columns;
+  int width;
+  vs_rc (*fill)(conn *, const char *source, rows *, vs_err *);
+} info_kind;
+
+typedef struct info_table { sqlite3_vtab base; conn *c; const info_kind *kind; } info_table;
+typedef struct info_cursor { sqlite3_vtab_cursor base; rows rows; size_t at; } info_cursor;
+
+static void rows_reset(rows *r) {
+  for (size_t i = 0; i < r->n * (size_t)r->width; i++) free(r->cells[i].text);
+  free(r->cells);
+  *r = (rows){.width = r->width};
+}
+
+/* format: one letter per cell, t text, i sqlite3_int64. */
+static vs_rc add_row(rows *r, vs_err *err, const char *format, ...) {
+  va_list ap;
+  vs_rc rc = VS_OK;
+  if (r->n == r->room) {
+    size_t room = r->room ? 2 * r->room : 64;
+    cell *grown = realloc(r->cells, room * (size_t)r->width * sizeof *grown);
+    if (!grown) return vs_nomem(err);
+    r->cells = grown, r->room = room;
+  }
+  cell *out = r->cells + r->n * (size_t)r->width;
+  memset(out, 0, (size_t)r->width * sizeof *out);
+  va_start(ap, format);
+  for (int i = 0; format[i]; i++) {
+    if (format[i] == 'i') out[i].i = va_arg(ap, sqlite3_int64);
+    else if (!(out[i].text = strdup(va_arg(ap, const char *)))) rc = vs_nomem(err);
+  }
+  va_end(ap);
+  r->n++;
+  return rc;
+}
+
+/* ---- what each function lists ---- */
+
+static vs_rc fill_list(conn *c, const char *source, rows *out, vs_err *err) {
+  static const char *const metrics[] = {"l2", "cosine", "dot"};
+  shard_set set;
+  vs_rc rc = conn_any_open(c, source, &set, err);
+  if (rc) return rc;
+  for (size_t i = 0; i < set.n && !rc; i++) {
+    const shard_manifest *m = &set.shards[i]->manifest;
+    rc = add_row(out, err, "ttiiitti", set.names[i], set.shards[i]->path, (sqlite3_int64)m->n_rows, (sqlite3_int64)m->version,
+                 (sqlite3_int64)m->dim, metrics[m->metric], m->id_text ? "TEXT" : "INTEGER", (sqlite3_int64)m->n_segments);
+  }
+  shard_set_reset(&set);
+  return rc;
+}
+
+static vs_rc fill_info(conn *c, const char *source, rows *out, vs_err *err) {
+  shard_set set;
+  vs_rc rc = conn_any_open(c, source, &set, err);
+  if (rc) return rc;
+  for (size_t i = 0; i < set.n && !rc; i++)
+    for (size_t g = 0; g < set.shards[i]->manifest.n_segments && !rc; g++) {
+      const shard_manifest *m = &set.shards[i]->manifest;
+      const ivfpq_params *p = &set.shards[i]->segments[g]->params;
+      /* nothing is deleted or waiting in a shard that was built as a whole */
+      rc = add_row(out, err, "ttiiiiiiii", set.names[i], m->segments[g].file, (sqlite3_int64)p->n_rows, (sqlite3_int64)0, (sqlite3_int64)0,
+                   (sqlite3_int64)p->nlist, (sqlite3_int64)ivfpq_subs(p->m, p->bits), (sqlite3_int64)p->bits,
+                   (sqlite3_int64)m->segments[g].n_bytes, (sqlite3_int64)m->version);
+    }
+  shard_set_reset(&set);
+  return rc;
+}
+
+static vs_rc list_group(rows *out, const char *shard_name, const char *file, ivfpq_segment *s, uint32_t g, vs_err *err) {
+  ivfpq_group_view v;
+  vs_rc rc = ivfpq_groups_fetch(s, &g, 1, &v, err);
+  if (rc) return rc;
+  for (uint32_t i = 0; i < v.n && !rc; i++)
+    rc = add_row(out, err, "ttiiiii", shard_name, file, (sqlite3_int64)(v.first + i), (sqlite3_int64)v.entries[i].n_rows,
+                 (sqlite3_int64)v.entries[i].row0, (sqlite3_int64)ivfpq_code_bytes(v.entries[i].n_rows, s->params.m),
+                 (sqlite3_int64)v.entries[i].column_bytes);
+  ivfpq_groups_release(s, &v, 1);
+  return rc;
+}
+
+static vs_rc fill_partitions(conn *c, const char *source, rows *out, vs_err *err) {
+  shard_set set;
+  vs_rc rc = conn_any_open(c, source, &set, err);
+  if (rc) return rc;
+  for (size_t i = 0; i < set.n && !rc; i++)
+    for (size_t n = 0; n < set.shards[i]->manifest.n_segments && !rc; n++) {
+      ivfpq_segment *s = set.shards[i]->segments[n];
+      for (uint32_t g = 0; g < s->params.n_groups && !rc; g++)
+        rc = list_group(out, set.names[i], set.shards[i]->manifest.segments[n].file, s, g, err);
+    }
+  shard_set_reset(&set);
+  return rc;
+}
+
+typedef struct verify_ctx { rows *out; conn_stop stop; vs_err *err; vs_rc rc; } verify_ctx;
+
+static int add_fault(void *ctx, const char *path, const char *segment, const char *text) {
+  verify_ctx *v = ctx;
+  v->rc = add_row(v->out, v->err, "ttt", path, segment, text);
+  return v->rc != VS_OK;
+}
+static int verify_stop(void *ctx) { return conn_stop_poll(&((verify_ctx *)ctx)->stop); }
+
+static vs_rc fill_verify(conn *c, const char *source, rows *out, vs_err *err) {
+  verify_ctx v = {.out = out, .err = err};
+  shard_verifier verifier = {.ctx = &v, .fault = add_fault, .stop = verify_stop};
+  conn_stop_init(&v.stop, c->db);
+  vs_rc rc = shard_verify(source, &verifier, err);
+  conn_stop_reset(&v.stop);
+  return rc ? rc : v.rc;
+}
+
+static const info_kind kinds[] = {
+    {"shard_list", "shard TEXT, path TEXT, rows INTEGER, version INTEGER, dim INTEGER, metric TEXT, id_type TEXT, segments INTEGER", 8,
+     fill_list},
+    {"shard_info",
+     "shard TEXT, segment TEXT, rows INTEGER, deleted INTEGER, unindexed INTEGER, nlist INTEGER, M INTEGER, bits INTEGER, "
+     "bytes INTEGER, version INTEGER", 10, fill_info},
+    {"shard_partitions",
+     "shard TEXT, segment TEXT, partition INTEGER, rows INTEGER, row0 INTEGER, code_bytes INTEGER, column_bytes INTEGER", 7,
+     fill_partitions},
+    {"shard_verify", "shard TEXT, segment TEXT, fault TEXT", 3, fill_verify},
+};
+enum { N_KINDS = sizeof kinds / sizeof *kinds };
+
+/* ---- the module ---- */
+
+static int x_connect(sqlite3 *db, void *aux, int argc, const char *const *argv, sqlite3_vtab **out, char **message) {
+  const info_kind *kind = NULL;
+  (void)argc, (void)message;
+  for (size_t i = 0; i < N_KINDS; i++)
+    if (!sqlite3_stricmp(argv[0], kinds[i].name)) kind = &kinds[i];
+  if (!kind) return SQLITE_ERROR;
+  char *sql = sqlite3_mprintf("CREATE TABLE x(%s, source HIDDEN)", kind->columns);
+  int rc = sql ? sqlite3_declare_vtab(db, sql) : SQLITE_NOMEM;
+  sqlite3_free(sql);
+  if (rc) return rc;
+  sqlite3_vtab_config(db, SQLITE_VTAB_DIRECTONLY);
+  info_table *t = sqlite3_malloc64(sizeof *t);
+  if (!t) return SQLITE_NOMEM;
+  *t = (info_table){.c = aux, .kind = kind};
+  t->c->refs++;
+  *out = &t->base;
+  return SQLITE_OK;
+}
+
+static int x_disconnect(sqlite3_vtab *v) {
+  conn_release(((info_table *)v)->c);
+  sqlite3_free(v);
+  return SQLITE_OK;
+}
+
+static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
+  int source_column = ((info_table *)v)->kind->width;
+  for (int i = 0; i < info->nConstraint; i++) {
+    const struct sqlite3_index_constraint *c = &info->aConstraint[i];
+    if (c->iColumn != source_column || c->op != SQLITE_INDEX_CONSTRAINT_EQ) continue;
+    if (!c->usable) return SQLITE_CONSTRAINT;
+    info->aConstraintUsage[i].argvIndex = 1;
+    info->aConstraintUsage[i].omit = 1;
+    info->estimatedCost = 100;
+    return SQLITE_OK;
+  }
+  return SQLITE_CONSTRAINT;
+}
+
+static int x_open(sqlite3_vtab *v, sqlite3_vtab_cursor **out) {
+  info_cursor *c = sqlite3_malloc64(sizeof *c);
+  (void)v;
+  if (!c) return SQLITE_NOMEM;
+  memset(c, 0, sizeof *c);
+  *out = &c->base;
+  return SQLITE_OK;
+}
+
+static int x_close(sqlite3_vtab_cursor *v) {
+  rows_reset(&((info_cursor *)v)->rows);
+  sqlite3_free(v);
+  return SQLITE_OK;
+}
+
+static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, int argc, sqlite3_value **argv) {
+  info_cursor *c = (info_cursor *)v;
+  info_table *t = (info_table *)v->pVtab;
+  vs_err err = {0};
+  (void)idx_num, (void)idx_str, (void)argc;
+  rows_reset(&c->rows);
+  c->rows.width = t->kind->width, c->at = 0;
+  const char *source = (const char *)sqlite3_value_text(argv[0]);
+  vs_rc rc = source ? t->kind->fill(t->c, source, &c->rows, &err) : VS_OK;
+  return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
+}
+
+static int x_next(sqlite3_vtab_cursor *v) {
+  ((info_cursor *)v)->at++;
+  return SQLITE_OK;
+}
+static int x_eof(sqlite3_vtab_cursor *v) { return ((info_cursor *)v)->at >= ((info_cursor *)v)->rows.n; }
+
+static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
+  info_cursor *c = (info_cursor *)v;
+  if (column >= c->rows.width) return SQLITE_OK; /* source */
+  const cell *x = &c->rows.cells[c->at * (size_t)c->rows.width + (size_t)column];
+  if (x->text) sqlite3_result_text(ctx, x->text, -1, SQLITE_TRANSIENT);
+  else sqlite3_result_int64(ctx, x->i);
+  return SQLITE_OK;
+}
+
+static int x_rowid(sqlite3_vtab_cursor *v, sqlite3_int64 *rowid) {
+  *rowid = (sqlite3_int64)((info_cursor *)v)->at;
+  return SQLITE_OK;
+}
+
+static const sqlite3_module module = {.xConnect = x_connect, .xBestIndex = x_best_index, .xDisconnect = x_disconnect,
+                                      .xDestroy = x_disconnect, .xOpen = x_open, .xClose = x_close, .xFilter = x_filter,
+                                      .xNext = x_next, .xEof = x_eof, .xColumn = x_column, .xRowid = x_rowid};
+
+int info_tables_register(conn *c) {
+  int rc = SQLITE_OK;
+  for (size_t i = 0; i < N_KINDS && !rc; i++) {
+    c->refs++;
+    rc = sqlite3_create_module_v2(c->db, kinds[i].name, &module, c, conn_release);
+  }
+  return rc;
+}

@@ -1,0 +1,136 @@
+/* plan.c - see plan.h. */
+#include "plan.h"
+
+#include <stdlib.h>
+#include <string.h>
+SQLITE_EXTENSION_INIT3
+
+void plan_begin(plan *p, sqlite3_index_info *info) { *p = (plan){.info = info, .args = sqlite3_str_new(NULL)}; }
+
+void plan_use(plan *p, int i, int omit, const char *entry) {
+  p->info->aConstraintUsage[i].argvIndex = ++p->n_args;
+  p->info->aConstraintUsage[i].omit = (unsigned char)omit;
+  sqlite3_str_appendf(p->args, "%s;", entry);
+}
+
+int plan_end(plan *p, int kind, double cost, sqlite3_int64 rows) {
+  int rc = sqlite3_str_errcode(p->args);
+  p->info->idxNum = kind;
+  p->info->estimatedCost = cost;
+  p->info->estimatedRows = rows;
+  p->info->idxStr = sqlite3_str_finish(p->args);
+  p->info->needToFreeIdxStr = 1;
+  return rc;
+}
+
+int plan_take_in(sqlite3_index_info *info, int i) {
+  if (info->aConstraint[i].op != SQLITE_INDEX_CONSTRAINT_EQ || !sqlite3_vtab_in(info, i, -1)) return 0;
+  sqlite3_vtab_in(info, i, 1);
+  return 1;
+}
+
+int plan_filter(plan *p, int i, int column, shard_type type) {
+  char entry[32];
+  const struct sqlite3_index_constraint *c = &p->info->aConstraint[i];
+  if (!c->usable) return 0;
+  const char *collation = sqlite3_vtab_collation(p->info, i);
+  if (type == SHARD_TEXT && collation && sqlite3_stricmp(collation, "BINARY")) return 0;
+  int op = filter_op_of(c->op, 0, type == SHARD_TEXT);
+  if (!op) return 0;
+  if (plan_take_in(p->info, i)) op = FILTER_IN;
+  sqlite3_snprintf(sizeof entry, entry, "f%c%d", op, column);
+  plan_use(p, i, 0, entry);
+  return 1;
+}
+
+/* ---- decoding ---- */
+
+/* A whole number >= 0; beyond 64 bits it means all. NULL: not given (-1). */
+static vs_rc whole_number(const char *name, sqlite3_value *v, int64_t *out, vs_err *err) {
+  *out = -1;
+  switch (sqlite3_value_numeric_type(v)) {
+    case SQLITE_NULL: return VS_OK;
+    case SQLITE_INTEGER: *out = sqlite3_value_int64(v); break;
+    case SQLITE_FLOAT: {
+      double d = sqlite3_value_double(v);
+      if (d >= 9.2e18) *out = INT64_MAX;
+      else if (d >= 0 && d == (double)(int64_t)d) *out = (int64_t)d;
+      else return vs_fail(err, VS_INVALID, "%s must be a whole number of at least 0, not %g", name, d);
+      break;
+    }
+    default: return vs_fail(err, VS_INVALID, "%s must be a whole number of at least 0, not text or a blob", name);
+  }
+  if (*out < 0) return vs_fail(err, VS_INVALID, "%s must be a whole number of at least 0, not %lld", name, (long long)*out);
+  return VS_OK;
+}
+
+static vs_rc decode_recall(sqlite3_value *v, vs_err *err) {
+  if (sqlite3_value_type(v) == SQLITE_NULL) return VS_OK;
+  return vs_fail(err, VS_INVALID, "recall: this shard holds no calibration; set nprobe and refine instead, or exact = 1");
+}
+
+static void decode_limit(const char *entry, sqlite3_value *v, plan_search *s) {
+  int type = sqlite3_value_numeric_type(v);
+  if (type != SQLITE_INTEGER && type != SQLITE_FLOAT) return; /* SQLite compares it with every distance itself */
+  double d = sqlite3_value_double(v);
+  if (s->has_limit && d >= s->limit) return;
+  s->has_limit = 1, s->limit = d, s->limit_open = entry[1] == '<';
+}
+
+static vs_rc decode_one(const char *e, sqlite3_value *v, shard_type (*type_of)(void *, int), void *ctx, plan_search *s, vs_err *err) {
+  int64_t n;
+  vs_rc rc = VS_OK;
+  switch (*e) {
+    case 'q': s->query = v; break;
+    case 's': s->source = v; break;
+    case 'i': s->id = v; break;
+    case 'w': s->rowid = v; break;
+    case 'k':
+      rc = whole_number("k", v, &n, err);
+      s->has_k = n >= 0, s->k = n >= 0 ? (uint64_t)n : 0;
+      break;
+    case 'n': rc = whole_number("nprobe", v, &s->nprobe, err); break;
+    case 'r': rc = whole_number("refine", v, &s->refine, err); break;
+    case 'R': rc = decode_recall(v, err); break;
+    case 'x':
+      rc = whole_number("exact", v, &n, err);
+      s->exact = n > 0;
+      break;
+    case 'd': decode_limit(e, v, s); break;
+    case 'f': {
+      int column = atoi(e + 2);
+      rc = filter_add(&s->filter, column, (filter_op)e[1], type_of(ctx, column), v, err);
+      break;
+    }
+    default: break;
+  }
+  return rc;
+}
+
+vs_rc plan_decode(const char *args, int argc, sqlite3_value **argv, shard_type (*type_of)(void *, int), void *ctx, plan_search *out,
+                  vs_err *err) {
+  memset(out, 0, sizeof *out);
+  out->nprobe = out->refine = -1;
+  for (int i = 0; i < argc && args && *args; i++) {
+    vs_rc rc = decode_one(args, argv[i], type_of, ctx, out, err);
+    if (rc) return rc;
+    args = strchr(args, ';') + 1;
+  }
+  return VS_OK;
+}
+
+void plan_search_reset(plan_search *s) {
+  filter_reset(&s->filter);
+  memset(s, 0, sizeof *s);
+}
+
+void plan_result_number(sqlite3_context *ctx, int64_t v) {
+  if (v >= 0) sqlite3_result_int64(ctx, v);
+}
+
+vs_rc plan_check_query(const float *v, uint32_t dim, shard_metric metric, vs_err *err) {
+  if (metric != SHARD_COSINE) return VS_OK;
+  for (uint32_t j = 0; j < dim; j++)
+    if (v[j] != 0) return VS_OK;
+  return vs_fail(err, VS_INVALID, "the query is a zero vector, which has no direction (the metric is cosine)");
+}

@@ -1,0 +1,58 @@
+/* plan.h - what xBestIndex of the search tables tells xFilter, and the arguments that come with it.
+ *
+ * idxStr lists the arguments of xFilter in order, one entry each, ended by ';':
+ *   q query | k | n nprobe | r refine | R recall | x exact | s source
+ *   d< d{  upper bound of distance (< or <=): lets a lazy stream end
+ *   i id = | w rowid = (plans without a query)
+ *   f<op><column>  filter term: op is a filter_op letter, column a number, -1 the id
+ * idxNum: PLAN_SCAN, PLAN_ID, PLAN_ROWID or PLAN_SEARCH, plus PLAN_SORTED when ORDER BY distance was consumed.
+ */
+#ifndef VTAB_PLAN_H
+#define VTAB_PLAN_H
+#include "filter.h"
+#include "stream.h"
+
+enum { PLAN_SCAN = 0, PLAN_ID = 1, PLAN_ROWID = 2, PLAN_SEARCH = 3, PLAN_KIND = 3, PLAN_SORTED = 4 };
+
+/* Costs: one constant for every plan with a query, below any plan without one, or the OR optimisation breaks searches up. */
+#define PLAN_SEARCH_COST 10.0
+#define PLAN_LOOKUP_COST 50.0
+#define PLAN_SCAN_COST 1e9
+
+typedef struct plan {
+  sqlite3_index_info *info;
+  sqlite3_str *args;
+  int n_args;
+} plan;
+void plan_begin(plan *p, sqlite3_index_info *info);
+/* Hands constraint i to xFilter as `entry`. omit: SQLite need not check it again. */
+void plan_use(plan *p, int i, int omit, const char *entry);
+int plan_end(plan *p, int kind, double cost, sqlite3_int64 rows); /* an SQLite code */
+
+/* Constraint i is `column = ...` of an IN list: takes all values at once. 1 when it is an IN. */
+int plan_take_in(sqlite3_index_info *info, int i);
+/* Handles a constraint on id or a metadata column; 1 when taken. */
+int plan_filter(plan *p, int i, int column, shard_type type);
+
+/* The decoded arguments of a search. Numbers: -1 not given. */
+typedef struct plan_search {
+  int has_k, exact;
+  uint64_t k;
+  int64_t nprobe, refine;
+  int has_limit, limit_open; /* distance bound; open: < */
+  double limit;
+  sqlite3_value *query, *source, *id, *rowid;
+  filter filter;
+} plan_search;
+/* type_of tells a metadata column's type (-1: the id). Release with plan_search_reset, also on failure. */
+vs_rc plan_decode(const char *args, int argc, sqlite3_value **argv, shard_type (*type_of)(void *ctx, int column), void *ctx,
+                  plan_search *out, vs_err *err) VS_WARN_UNUSED;
+void plan_search_reset(plan_search *s);
+
+/* The given k, nprobe, ... as column results; NULL when not given. */
+void plan_result_number(sqlite3_context *ctx, int64_t v);
+
+/* A cosine search by a zero vector has no answer. */
+vs_rc plan_check_query(const float *v, uint32_t dim, shard_metric metric, vs_err *err) VS_WARN_UNUSED;
+
+#endif

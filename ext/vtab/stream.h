@@ -1,0 +1,53 @@
+/* stream.h - the rows of one search, handed out one by one: what the cursors of vecshard and shard_union share.
+ *
+ * With k the search runs once. Without k the stream is lazy: ascending (distance, id), in batches that widen as more is asked
+ * for; the first batches are approximate searches, and once a batch would take a good part of the rows, brute force that
+ * starts behind the last row given out. A row that an early batch missed and that lies before what was given out already is
+ * not given out late, because ascending order was promised: that is the recall of the early batches.
+ */
+#ifndef VTAB_STREAM_H
+#define VTAB_STREAM_H
+#include "conn.h"
+#include "filter.h"
+
+typedef struct stream_options {
+  const float *query;
+  uint32_t dim;
+  int has_k;
+  uint64_t k;
+  int64_t nprobe, refine; /* -1: not given */
+  int exact;
+  const filter *filter;   /* on every shard; NULL or n == 0: none */
+  int threads;
+} stream_options;
+
+typedef struct stream {
+  shard *const *shards;
+  size_t n_shards;
+  stream_options opt;
+  float *query;           /* own copy */
+  const ivfpq_filter **filters;
+  conn_stop stop;
+  uint64_t n_rows;
+  shard_hit *hits;
+  size_t n, at;
+  uint64_t given;         /* rows of earlier batches */
+  uint64_t batch;
+  shard_hit last;         /* greatest of the rows given out, in search order */
+  int done;
+  /* the current row, read on demand */
+  ivfpq_segment *segment;
+  ivfpq_row row;
+  int has_row;
+} stream;
+
+/* shards must outlive the stream. Searches at once; at the end when stream_eof. */
+vs_rc stream_open(stream *s, sqlite3 *db, shard *const *shards, size_t n_shards, const stream_options *opt, vs_err *err) VS_WARN_UNUSED;
+vs_rc stream_next(stream *s, vs_err *err) VS_WARN_UNUSED;
+static inline int stream_eof(const stream *s) { return s->at >= s->n; }
+static inline const shard_hit *stream_hit(const stream *s) { return &s->hits[s->at]; }
+/* The record of the current row, until the next call of stream_next. */
+vs_rc stream_row(stream *s, ivfpq_segment **segment, const uint8_t **record, vs_err *err) VS_WARN_UNUSED;
+void stream_reset(stream *s); /* legal on a zeroed stream */
+
+#endif

@@ -1,0 +1,489 @@
+/* union_table.c - `shard_union`: the nearest rows over many shards, as a function and as a table.
+ *
+ *   SELECT shard, id, distance FROM shard_union('db', :q, 10);                    -- every shard in the folder
+ *   SELECT shard, id, distance FROM shard_union('["db/a","other/b"]', :q, 10);    -- named paths
+ *   SELECT shard, id, distance FROM shard_union('proteins,b7', :q, 10);           -- tables of this connection
+ *   SELECT query_no, query_key, id FROM shard_union('db', (SELECT vec_pack(e, name) FROM queries), 5);
+ *   CREATE VIRTUAL TABLE everything USING shard_union(source='db');               -- with the metadata columns and filters
+ *   SELECT id, organism FROM everything WHERE embedding MATCH :q AND length > 300 AND k = 10;
+ *
+ * Columns: shard, id, distance, query_no, query_key, embedding, row (JSON of the metadata), then, in the table form, the
+ * metadata columns; hidden: source, query, k, nprobe, refine, recall, exact. idxNum and idxStr: plan.h.
+ * xCreate is xConnect (SQLite wants that of a module that is a function too); a call as a function has no arguments of its own.
+ * The table form keeps its source and columns in <table>_config, so that connecting touches no shard.
+ * Limitations: read-only; a query is needed; several queries at once need k.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "modules.h"
+#include "plan.h"
+#include "vec_value.h"
+SQLITE_EXTENSION_INIT3
+
+enum { COL_SHARD, COL_ID, COL_DISTANCE, COL_QUERY_NO, COL_QUERY_KEY, COL_EMBEDDING, COL_ROW, N_FIXED };
+enum { HID_SOURCE, HID_QUERY, HID_K, HID_NPROBE, HID_REFINE, HID_RECALL, HID_EXACT };
+
+typedef struct union_table {
+  sqlite3_vtab base;
+  conn *c;
+  char *schema, *name;
+  char *source;      /* table form; NULL: the function form */
+  shard_manifest m;  /* table form: id type and metadata columns */
+} union_table;
+
+typedef struct ranked_hit { shard_hit hit; uint32_t query_no; } ranked_hit;
+
+typedef struct union_cursor {
+  sqlite3_vtab_cursor base;
+  shard_set set;
+  plan_search plan;
+  vec_batch batch;
+  stream hits;        /* one query */
+  ranked_hit *all;    /* several queries: every result */
+  size_t n_all, at;
+  int many, eof;
+  ivfpq_segment *segment; /* the current row, read on demand */
+  ivfpq_row row;
+  int has_row;
+} union_cursor;
+
+/* ---- connecting ---- */
+
+static vs_rc sql_failed(sqlite3 *db, vs_err *err) { return vs_fail(err, VS_IO, "%s", sqlite3_errmsg(db)); }
+
+static int config_exists(sqlite3 *db, const char *schema, const char *name) {
+  char *table = sqlite3_mprintf("%s_config", name);
+  int found = table && sqlite3_table_column_metadata(db, schema, table, NULL, NULL, NULL, NULL, NULL, NULL) == SQLITE_OK;
+  sqlite3_free(table);
+  return found;
+}
+
+static vs_rc parse_source(int argc, const char *const *argv, char **out, vs_err *err) {
+  *out = NULL;
+  if (argc != 1 || sqlite3_strnicmp(argv[0], "source", 6))
+    return vs_fail(err, VS_INVALID, "write USING shard_union(source='db'): one source is needed");
+  const char *p = argv[0] + 6;
+  while (*p == ' ') p++;
+  if (*p != '=') return vs_fail(err, VS_INVALID, "write USING shard_union(source='db')");
+  do p++; while (*p == ' ');
+  size_t n = strlen(p), used = 0;
+  int quoted = n >= 2 && (*p == '\'' || *p == '"') && p[n - 1] == *p;
+  if (!(*out = malloc(n + 1))) return vs_nomem(err);
+  for (size_t i = quoted ? 1 : 0; i < n - (quoted ? 1 : 0); i++) {
+    (*out)[used++] = p[i];
+    if (quoted && p[i] == *p && p[i + 1] == *p) i++;
+  }
+  (*out)[used] = 0;
+  return VS_OK;
+}
+
+/* The table form shows the first shard's columns; every shard must have the same. */
+static vs_rc same_columns(const shard_set *set, vs_err *err) {
+  const shard_manifest *a = &set->shards[0]->manifest;
+  for (size_t i = 1; i < set->n; i++) {
+    const shard_manifest *b = &set->shards[i]->manifest;
+    int differ = a->n_columns != b->n_columns;
+    for (size_t c = 0; c < a->n_columns && !differ; c++)
+      differ = strcmp(a->columns[c].name, b->columns[c].name) || a->columns[c].type != b->columns[c].type;
+    if (differ)
+      return vs_fail(err, VS_INVALID, "%s and %s have different metadata columns: use the function form", set->shards[0]->path,
+                     set->shards[i]->path);
+  }
+  return VS_OK;
+}
+
+static vs_rc create_config(union_table *t, vs_err *err) {
+  shard_set set;
+  char *json = NULL;
+  vs_rc rc = conn_any_open(t->c, t->source, &set, err);
+  if (rc) return rc;
+  rc = same_columns(&set, err);
+  if (!rc) {
+    shard_manifest copy = set.shards[0]->manifest;
+    copy.n_segments = 0, copy.segments = NULL;
+    rc = shard_manifest_print(&copy, &json, err);
+  }
+  shard_set_reset(&set);
+  if (!rc) {
+    char *sql = sqlite3_mprintf("CREATE TABLE \"%w\".\"%w_config\"(k TEXT PRIMARY KEY, v) WITHOUT ROWID;"
+                                "INSERT INTO \"%w\".\"%w_config\" VALUES('columns', %Q)",
+                                t->schema, t->name, t->schema, t->name, json);
+    if (!sql || sqlite3_exec(t->c->db, sql, NULL, NULL, NULL)) rc = sql_failed(t->c->db, err);
+    sqlite3_free(sql);
+  }
+  free(json);
+  return rc;
+}
+
+static vs_rc read_config(union_table *t, vs_err *err) {
+  sqlite3_stmt *stmt = NULL;
+  char *sql = sqlite3_mprintf("SELECT v FROM \"%w\".\"%w_config\" WHERE k = 'columns'", t->schema, t->name);
+  vs_rc rc = sql && !sqlite3_prepare_v2(t->c->db, sql, -1, &stmt, NULL) ? VS_OK : sql_failed(t->c->db, err);
+  sqlite3_free(sql);
+  if (!rc && sqlite3_step(stmt) != SQLITE_ROW) rc = vs_fail(err, VS_CORRUPT, "%s_config is empty: DROP the table and create it again", t->name);
+  if (!rc) {
+    const char *json = (const char *)sqlite3_column_text(stmt, 0);
+    rc = json ? shard_manifest_parse(json, (size_t)sqlite3_column_bytes(stmt, 0), "the _config table", &t->m, err) : vs_nomem(err);
+  }
+  sqlite3_finalize(stmt);
+  return rc;
+}
+
+static void union_free(union_table *t) {
+  shard_manifest_reset(&t->m);
+  free(t->schema), free(t->name), free(t->source);
+  conn_release(t->c);
+  sqlite3_free(t);
+}
+
+static vs_rc declare(union_table *t, vs_err *err) {
+  static const char *const types[] = {"", "INTEGER", "REAL", "TEXT"};
+  static const char *const taken[] = {"shard", "id",     "distance", "query_no", "query_key", "embedding", "row",
+                                      "source", "query", "k",        "nprobe",   "refine",    "recall",    "exact"};
+  sqlite3_str *s = sqlite3_str_new(t->c->db);
+  vs_rc rc = VS_OK;
+  sqlite3_str_appendall(s, "CREATE TABLE x(shard TEXT, id, distance REAL, query_no INTEGER, query_key, embedding BLOB, row TEXT");
+  for (size_t i = 0; i < t->m.n_columns && !rc; i++) {
+    for (size_t j = 0; j < sizeof taken / sizeof *taken; j++)
+      if (!sqlite3_stricmp(taken[j], t->m.columns[i].name))
+        rc = vs_fail(err, VS_INVALID, "the shards' column %s has the name of a column of shard_union: use the function form", taken[j]);
+    sqlite3_str_appendf(s, ", \"%w\" %s", t->m.columns[i].name, types[t->m.columns[i].type]);
+  }
+  sqlite3_str_appendall(s, ", source HIDDEN, query HIDDEN, k HIDDEN, nprobe HIDDEN, refine HIDDEN, recall HIDDEN, exact HIDDEN)");
+  char *sql = sqlite3_str_finish(s);
+  if (!rc && (!sql || sqlite3_declare_vtab(t->c->db, sql))) rc = sql_failed(t->c->db, err);
+  sqlite3_free(sql);
+  return rc;
+}
+
+static int x_connect(sqlite3 *db, void *aux, int argc, const char *const *argv, sqlite3_vtab **out, char **message) {
+  vs_err err = {0};
+  union_table *t = sqlite3_malloc64(sizeof *t);
+  if (!t) return SQLITE_NOMEM;
+  memset(t, 0, sizeof *t);
+  t->c = aux, t->c->refs++;
+  t->schema = strdup(argv[1]), t->name = strdup(argv[2]);
+  vs_rc rc = t->schema && t->name ? VS_OK : vs_nomem(&err);
+  if (!rc && argc > 3) {
+    rc = parse_source(argc - 3, argv + 3, &t->source, &err);
+    if (!rc && !config_exists(db, t->schema, t->name)) rc = create_config(t, &err);
+    if (!rc) rc = read_config(t, &err);
+  } else if (!rc) sqlite3_vtab_config(db, SQLITE_VTAB_DIRECTONLY); /* it reads any path that SQL names */
+  if (!rc) rc = declare(t, &err);
+  if (rc) {
+    union_free(t);
+    return conn_error(&err, message);
+  }
+  *out = &t->base;
+  return SQLITE_OK;
+}
+
+static int x_disconnect(sqlite3_vtab *v) {
+  union_free((union_table *)v);
+  return SQLITE_OK;
+}
+
+static int x_destroy(sqlite3_vtab *v) {
+  union_table *t = (union_table *)v;
+  char *sql = sqlite3_mprintf("DROP TABLE IF EXISTS \"%w\".\"%w_config\"", t->schema, t->name);
+  int rc = sql ? sqlite3_exec(t->c->db, sql, NULL, NULL, NULL) : SQLITE_NOMEM;
+  sqlite3_free(sql);
+  if (rc == SQLITE_OK) union_free(t);
+  return rc;
+}
+
+static int x_rename(sqlite3_vtab *v, const char *name) {
+  union_table *t = (union_table *)v;
+  char *sql = sqlite3_mprintf("ALTER TABLE \"%w\".\"%w_config\" RENAME TO \"%w_config\"", t->schema, t->name, name);
+  int rc = sql ? sqlite3_exec(t->c->db, sql, NULL, NULL, NULL) : SQLITE_NOMEM;
+  sqlite3_free(sql);
+  return rc;
+}
+
+static int x_shadow_name(const char *suffix) { return !sqlite3_stricmp(suffix, "config"); }
+
+/* ---- planning ---- */
+
+static int hidden_of(const union_table *t, int column) { return column - N_FIXED - (int)t->m.n_columns; }
+
+static int is_query(const union_table *t, const struct sqlite3_index_constraint *c) {
+  return (c->iColumn == COL_EMBEDDING && c->op == SQLITE_INDEX_CONSTRAINT_MATCH) ||
+         (hidden_of(t, c->iColumn) == HID_QUERY && c->op == SQLITE_INDEX_CONSTRAINT_EQ);
+}
+
+static shard_type column_type(void *ctx, int column) {
+  const union_table *t = ctx;
+  return column == FILTER_ID ? (t->m.id_text ? SHARD_TEXT : SHARD_INTEGER) : t->m.columns[column].type;
+}
+
+static void use_constraint(plan *p, union_table *t, int i) {
+  static const char *const entries[] = {"s", "q", "k", "n", "r", "R", "x"};
+  const struct sqlite3_index_constraint *c = &p->info->aConstraint[i];
+  int h = hidden_of(t, c->iColumn), eq = c->op == SQLITE_INDEX_CONSTRAINT_EQ;
+  if (is_query(t, c)) plan_use(p, i, 1, "q");
+  else if (h >= 0 && eq) plan_use(p, i, 1, entries[h]);
+  else if (t->source && c->iColumn == COL_ID) plan_filter(p, i, FILTER_ID, column_type(t, FILTER_ID));
+  else if (c->iColumn >= N_FIXED && h < 0) plan_filter(p, i, c->iColumn - N_FIXED, column_type(t, c->iColumn - N_FIXED));
+}
+
+/* Rows come by query, then distance. */
+static int consumes_order(const sqlite3_index_info *info, int *sorted) {
+  const struct sqlite3_index_orderby *o = info->aOrderBy;
+  *sorted = info->nOrderBy == 1 && o[0].iColumn == COL_DISTANCE && !o[0].desc;
+  int natural = info->nOrderBy >= 1 && info->nOrderBy <= 2 && o[0].iColumn == COL_QUERY_NO && !o[0].desc &&
+                (info->nOrderBy == 1 || (o[1].iColumn == COL_DISTANCE && !o[1].desc));
+  return *sorted || natural;
+}
+
+static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
+  union_table *t = (union_table *)v;
+  int queries = 0, sources = t->source != NULL, sorted;
+  plan p;
+  for (int i = 0; i < info->nConstraint; i++) {
+    const struct sqlite3_index_constraint *c = &info->aConstraint[i];
+    int h = hidden_of(t, c->iColumn), eq = c->op == SQLITE_INDEX_CONSTRAINT_EQ;
+    if ((is_query(t, c) || (h >= 0 && eq)) && !c->usable) return SQLITE_CONSTRAINT;
+    queries += is_query(t, c);
+    sources += h == HID_SOURCE && eq;
+    if (h == HID_K && sqlite3_vtab_in(info, i, -1)) {
+      v->zErrMsg = sqlite3_mprintf("k IN (...): one k per search");
+      return SQLITE_ERROR;
+    }
+  }
+  if (queries > 1) {
+    v->zErrMsg = sqlite3_mprintf("two queries in one search; several at once go through vec_pack()");
+    return SQLITE_ERROR;
+  }
+  if (!queries || !sources) return SQLITE_CONSTRAINT;
+  plan_begin(&p, info);
+  for (int i = 0; i < info->nConstraint; i++)
+    if (info->aConstraint[i].usable) use_constraint(&p, t, i);
+  info->orderByConsumed = consumes_order(info, &sorted);
+  return plan_end(&p, PLAN_SEARCH | (sorted ? PLAN_SORTED : 0), PLAN_SEARCH_COST, 10);
+}
+
+/* ---- cursors ---- */
+
+static int x_open(sqlite3_vtab *v, sqlite3_vtab_cursor **out) {
+  union_cursor *c = sqlite3_malloc64(sizeof *c);
+  (void)v;
+  if (!c) return SQLITE_NOMEM;
+  memset(c, 0, sizeof *c);
+  *out = &c->base;
+  return SQLITE_OK;
+}
+
+static void drop_row(union_cursor *c) {
+  if (c->has_row) ivfpq_rows_release(c->segment, &c->row, 1);
+  c->has_row = 0;
+}
+
+static void cursor_reset(union_cursor *c) {
+  drop_row(c);
+  stream_reset(&c->hits);
+  plan_search_reset(&c->plan);
+  vec_batch_free(&c->batch);
+  memset(&c->batch, 0, sizeof c->batch);
+  shard_set_reset(&c->set);
+  free(c->all);
+  c->all = NULL, c->n_all = c->at = 0;
+  c->many = 0, c->eof = 1;
+}
+
+static int x_close(sqlite3_vtab_cursor *v) {
+  cursor_reset((union_cursor *)v);
+  sqlite3_free(v);
+  return SQLITE_OK;
+}
+
+static stream_options options_of(union_cursor *c, const union_table *t, uint32_t query_no) {
+  return (stream_options){.query = c->batch.vectors + (size_t)query_no * c->batch.dim, .dim = c->batch.dim, .has_k = c->plan.has_k,
+                          .k = c->plan.k, .nprobe = c->plan.nprobe, .refine = c->plan.refine, .exact = c->plan.exact,
+                          .filter = &c->plan.filter, .threads = t->c->threads};
+}
+
+static vs_rc add_results(union_cursor *c, stream *s, uint32_t query_no, vs_err *err) {
+  vs_rc rc = VS_OK;
+  while (!rc && !stream_eof(s)) {
+    size_t n = s->n - s->at;
+    ranked_hit *grown = realloc(c->all, (c->n_all + n + 1) * sizeof *grown);
+    if (!grown) return vs_nomem(err);
+    c->all = grown;
+    for (size_t i = 0; i < n; i++) c->all[c->n_all++] = (ranked_hit){s->hits[s->at + i], query_no};
+    s->at = s->n - 1;
+    rc = stream_next(s, err);
+  }
+  return rc;
+}
+
+static int by_distance(const void *pa, const void *pb) {
+  const ranked_hit *a = pa, *b = pb;
+  if (a->hit.distance != b->hit.distance) return a->hit.distance < b->hit.distance ? -1 : 1;
+  if (a->query_no != b->query_no) return a->query_no < b->query_no ? -1 : 1;
+  return 0;
+}
+
+static vs_rc search_many(union_cursor *c, union_table *t, int sorted, vs_err *err) {
+  vs_rc rc = VS_OK;
+  c->many = 1;
+  if (!c->plan.has_k) return vs_fail(err, VS_INVALID, "several queries at once need k");
+  for (uint32_t i = 0; i < c->batch.n && !rc; i++) {
+    stream_options o = options_of(c, t, i);
+    stream s = {0};
+    rc = plan_check_query(o.query, o.dim, c->set.shards[0]->manifest.metric, err);
+    if (!rc) rc = stream_open(&s, t->c->db, c->set.shards, c->set.n, &o, err);
+    if (!rc) rc = add_results(c, &s, i, err);
+    stream_reset(&s);
+  }
+  if (!rc && sorted && c->n_all) qsort(c->all, c->n_all, sizeof *c->all, by_distance);
+  c->eof = c->at >= c->n_all;
+  return rc;
+}
+
+static vs_rc search(union_cursor *c, union_table *t, int sorted, vs_err *err) {
+  uint32_t dim = c->set.shards[0]->manifest.dim;
+  if (c->batch.dim != dim) return vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", c->batch.dim, c->set.shards[0]->path, dim);
+  if (c->batch.n > 1) return search_many(c, t, sorted, err);
+  stream_options o = options_of(c, t, 0);
+  vs_rc rc = plan_check_query(o.query, o.dim, c->set.shards[0]->manifest.metric, err);
+  if (!rc) rc = stream_open(&c->hits, t->c->db, c->set.shards, c->set.n, &o, err);
+  c->eof = stream_eof(&c->hits);
+  return rc;
+}
+
+static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, int argc, sqlite3_value **argv) {
+  union_cursor *c = (union_cursor *)v;
+  union_table *t = (union_table *)v->pVtab;
+  vs_err err = {0};
+  cursor_reset(c);
+  vs_rc rc = plan_decode(idx_str, argc, argv, column_type, t, &c->plan, &err);
+  const char *source = t->source;
+  if (!rc && c->plan.source) source = (const char *)sqlite3_value_text(c->plan.source);
+  if (!rc && source && sqlite3_value_type(c->plan.query) != SQLITE_NULL) {
+    rc = vec_batch_from_value(c->plan.query, &c->batch, &err);
+    if (!rc) rc = conn_any_open(t->c, source, &c->set, &err);
+    if (!rc && c->batch.n) rc = search(c, t, (idx_num & PLAN_SORTED) != 0, &err);
+  }
+  c->plan.query = c->plan.source = NULL;
+  return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
+}
+
+static int x_next(sqlite3_vtab_cursor *v) {
+  union_cursor *c = (union_cursor *)v;
+  vs_err err = {0};
+  drop_row(c);
+  if (c->many) {
+    c->eof = ++c->at >= c->n_all;
+    return SQLITE_OK;
+  }
+  if (stream_next(&c->hits, &err)) return conn_error(&err, &v->pVtab->zErrMsg);
+  c->eof = stream_eof(&c->hits);
+  return SQLITE_OK;
+}
+
+static int x_eof(sqlite3_vtab_cursor *v) { return ((union_cursor *)v)->eof; }
+
+static const shard_hit *current(const union_cursor *c) { return c->many ? &c->all[c->at].hit : stream_hit(&c->hits); }
+
+static vs_rc need_row(union_cursor *c, vs_err *err) {
+  const shard_hit *h = current(c);
+  if (c->has_row) return VS_OK;
+  c->segment = c->set.shards[h->shard]->segments[h->segment];
+  vs_rc rc = ivfpq_rows_fetch(c->segment, &h->row, 1, &c->row, err);
+  c->has_row = !rc;
+  return rc;
+}
+
+static void append_json_text(sqlite3_str *s, const char *text, uint32_t n) {
+  sqlite3_str_appendchar(s, 1, '"');
+  for (uint32_t i = 0; i < n; i++) {
+    unsigned char ch = (unsigned char)text[i];
+    if (ch == '"' || ch == '\\') sqlite3_str_appendf(s, "\\%c", ch);
+    else if (ch < 0x20) sqlite3_str_appendf(s, "\\u%04x", ch);
+    else sqlite3_str_appendchar(s, 1, (char)ch);
+  }
+  sqlite3_str_appendchar(s, 1, '"');
+}
+
+/* {"organism":"E. coli","length":312} */
+static vs_rc result_row(sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *record, vs_err *err) {
+  uint8_t *buf = NULL;
+  ivfpq_value *values = malloc((s->params.n_columns + 1) * sizeof *values);
+  vs_rc rc = values ? ivfpq_row_columns(s, record, values, &buf, err) : vs_nomem(err);
+  if (!rc) {
+    sqlite3_str *out = sqlite3_str_new(NULL);
+    for (uint32_t c = 0; c < s->params.n_columns; c++) {
+      sqlite3_str_appendchar(out, 1, c ? ',' : '{');
+      append_json_text(out, s->columns[c].name, (uint32_t)strlen(s->columns[c].name));
+      sqlite3_str_appendchar(out, 1, ':');
+      if (values[c].tag == IVFPQ_INTEGER) sqlite3_str_appendf(out, "%lld", values[c].i);
+      else if (values[c].tag == IVFPQ_REAL) sqlite3_str_appendf(out, "%!.17g", values[c].r);
+      else if (values[c].tag == IVFPQ_TEXT) append_json_text(out, values[c].text, values[c].len);
+      else sqlite3_str_appendall(out, "null");
+    }
+    sqlite3_str_appendall(out, s->params.n_columns ? "}" : "{}");
+    char *text = sqlite3_str_finish(out);
+    if (text) sqlite3_result_text(ctx, text, -1, sqlite3_free);
+    else rc = vs_nomem(err);
+  }
+  free(values), free(buf);
+  return rc;
+}
+
+static vs_rc row_column(union_cursor *c, union_table *t, sqlite3_context *ctx, int column, vs_err *err) {
+  vs_rc rc = need_row(c, err);
+  if (rc) return rc;
+  int ok = 1;
+  if (column == COL_ID) ok = result_id(ctx, c->segment, c->row.record, err);
+  else if (column == COL_EMBEDDING) ok = result_vector(ctx, c->segment, c->row.record);
+  else if (column == COL_ROW) return result_row(ctx, c->segment, c->row.record, err);
+  else if (c->segment->params.n_columns == t->m.n_columns)
+    ok = result_column(ctx, c->segment, c->row.record, (uint32_t)(column - N_FIXED), err);
+  else return vs_fail(err, VS_INVALID, "%s: the shards' columns have changed: DROP the table and create it again", t->name);
+  return ok ? VS_OK : err->rc;
+}
+
+static void hidden_column(union_cursor *c, union_table *t, sqlite3_context *ctx, int hidden) {
+  switch (hidden) {
+    case HID_SOURCE:
+      if (t->source) sqlite3_result_text(ctx, t->source, -1, SQLITE_TRANSIENT);
+      break;
+    case HID_K: plan_result_number(ctx, c->plan.has_k ? (int64_t)c->plan.k : -1); break;
+    case HID_NPROBE: plan_result_number(ctx, c->plan.nprobe); break;
+    case HID_REFINE: plan_result_number(ctx, c->plan.refine); break;
+    case HID_EXACT: sqlite3_result_int(ctx, c->plan.exact); break;
+    default: break;
+  }
+}
+
+static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
+  union_cursor *c = (union_cursor *)v;
+  union_table *t = (union_table *)v->pVtab;
+  vs_err err = {0};
+  vs_rc rc = VS_OK;
+  uint32_t query_no = c->many ? c->all[c->at].query_no : 0;
+  if (hidden_of(t, column) >= 0) hidden_column(c, t, ctx, hidden_of(t, column));
+  else if (column == COL_SHARD) sqlite3_result_text(ctx, c->set.names[current(c)->shard], -1, SQLITE_TRANSIENT);
+  else if (column == COL_DISTANCE) sqlite3_result_double(ctx, current(c)->distance);
+  else if (column == COL_QUERY_NO) sqlite3_result_int64(ctx, query_no);
+  else if (column == COL_QUERY_KEY) vec_batch_key(&c->batch, query_no, ctx);
+  else rc = row_column(c, t, ctx, column, &err);
+  return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
+}
+
+static int x_rowid(sqlite3_vtab_cursor *v, sqlite3_int64 *rowid) {
+  union_cursor *c = (union_cursor *)v;
+  *rowid = (sqlite3_int64)(c->many ? c->at : c->hits.given + c->hits.at);
+  return SQLITE_OK;
+}
+
+static const sqlite3_module module = {
+    .iVersion = 3, .xCreate = x_connect, .xConnect = x_connect, .xBestIndex = x_best_index, .xDisconnect = x_disconnect,
+    .xDestroy = x_destroy, .xOpen = x_open, .xClose = x_close, .xFilter = x_filter, .xNext = x_next, .xEof = x_eof,
+    .xColumn = x_column, .xRowid = x_rowid, .xRename = x_rename, .xShadowName = x_shadow_name};
+
+int union_table_register(conn *c) {
+  c->refs++;
+  return sqlite3_create_module_v2(c->db, "shard_union", &module, c, conn_release);
+}

@@ -1,0 +1,36 @@
+/* vec_value.h - SQL values as vectors.
+ *
+ * A vector is a little-endian float32 BLOB or JSON text [1,2,...]; 1 to VEC_MAX_DIM finite numbers.
+ *
+ * Several vectors travel as the BLOB that vec_pack() makes, all fields little-endian:
+ *   "VSPK" | u32 version 1 | u32 dim | u32 count | u32 flags (1: keys) | u32 reserved 0 | count x dim float32 |
+ *   per key, with flag 1: u8 type (0 NULL, 1 i64, 2 f64, 3 text, 4 blob) and 8 bytes or u32 length and bytes | zeros
+ * The zeros make its length 2 modulo 4: a bare vector's length is 0 modulo 4, so neither is ever taken for the other.
+ */
+#ifndef VTAB_VEC_VALUE_H
+#define VTAB_VEC_VALUE_H
+#include <stdint.h>
+
+#include "../base/vs_err.h"
+#include "sqlite3ext.h"
+
+enum { VEC_MAX_DIM = 16384, VEC_SUBTYPE_F32 = 223 };
+
+/* *vec is sqlite3_malloc'ed, NULL for SQL NULL. */
+vs_rc vec_from_value(sqlite3_value *v, float **vec, uint32_t *dim, vs_err *err) VS_WARN_UNUSED;
+
+/* The float a text stands for, whatever the host's locale. */
+float vec_parse_float(const char *text);
+
+typedef struct vec_batch {
+  uint32_t dim, n;
+  float *vectors;        /* n x dim, owned */
+  uint8_t *keys;         /* owned copy of the key bytes; NULL without keys */
+  uint32_t *key_at;      /* n offsets into keys */
+} vec_batch;
+/* One vector (n = 1) or a packed BLOB; n = 0 for SQL NULL. */
+vs_rc vec_batch_from_value(sqlite3_value *v, vec_batch *out, vs_err *err) VS_WARN_UNUSED;
+void vec_batch_key(const vec_batch *b, uint32_t i, sqlite3_context *ctx); /* the key as result; NULL without */
+void vec_batch_free(vec_batch *b);
+
+#endif

@@ -1,0 +1,518 @@
+/* vecshard_table.c - the virtual table `vecshard`: one local shard as a table.
+ *
+ *   CREATE VIRTUAL TABLE proteins USING vecshard(path='db/proteins');          -- columns come from the shard
+ *   SELECT id, distance FROM proteins WHERE embedding MATCH :q AND k = 10;
+ *   SELECT id, distance FROM proteins WHERE embedding MATCH :q ORDER BY distance LIMIT 10;
+ *   SELECT id, distance FROM proteins(:q, 10);
+ *   SELECT * FROM proteins WHERE id = 'P12345';
+ *
+ * Schema: the id, the vector, the shard's metadata columns, then hidden: <table>, k, nprobe, refine, recall, exact, distance.
+ * idxNum and idxStr: plan.h. xCreate opens the shard once and keeps its columns in the shadow table <table>_config, so that
+ * xConnect touches no file of the shard: DROP and table lists work when it is gone. A statement pins the version that was the
+ * newest when its cursor was first filtered.
+ *
+ * rowid: the id itself for integer ids, else segment * 2^32 + row, stable within a version.
+ * Limitations: read-only; id and metadata conditions without a query are checked by SQLite row by row, but id = and rowid =.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "modules.h"
+#include "plan.h"
+#include "schema.h"
+#include "vec_value.h"
+SQLITE_EXTENSION_INIT3
+
+typedef struct table {
+  sqlite3_vtab base; /* first: SQLite's view */
+  conn_table entry;
+  conn *c;
+  shard_manifest m;  /* columns only: no segments */
+  char *path;        /* as stored */
+  char *full_path;   /* resolved against the database file */
+  uint64_t version;  /* 0: the newest */
+  int from_schema;   /* xConnect: somebody else's file may have named the path */
+  shard *open;       /* what the last statement used */
+} table;
+
+typedef struct cursor {
+  sqlite3_vtab_cursor base;
+  shard *s;
+  int kind;            /* PLAN_... */
+  plan_search plan;
+  stream hits;
+  uint32_t segment, row; /* scan and look-up */
+  int eof;
+} cursor;
+
+static table *table_of(sqlite3_vtab *v) { return (table *)v; }
+
+/* ---- the shadow table ---- */
+
+static vs_rc sql_failed(sqlite3 *db, vs_err *err) { return vs_fail(err, VS_IO, "%s", sqlite3_errmsg(db)); }
+
+static vs_rc config_write(table *t, vs_err *err) {
+  sqlite3 *db = t->c->db;
+  char *json = NULL, *sql;
+  sqlite3_stmt *stmt = NULL;
+  shard_manifest copy = t->m;
+  copy.n_segments = 0, copy.segments = NULL;
+  vs_rc rc = shard_manifest_print(&copy, &json, err);
+  if (rc) return rc;
+  sql = sqlite3_mprintf("CREATE TABLE \"%w\".\"%w_config\"(k TEXT PRIMARY KEY, v) WITHOUT ROWID", t->entry.schema, t->entry.name);
+  if (!sql || sqlite3_exec(db, sql, NULL, NULL, NULL)) rc = sql_failed(db, err);
+  sqlite3_free(sql);
+  sql = rc ? NULL : sqlite3_mprintf("INSERT INTO \"%w\".\"%w_config\" VALUES('path',?1),('version',?2),('columns',?3)", t->entry.schema,
+                                    t->entry.name);
+  if (!rc && (!sql || sqlite3_prepare_v2(db, sql, -1, &stmt, NULL))) rc = sql_failed(db, err);
+  if (!rc) {
+    if (t->path) sqlite3_bind_text(stmt, 1, t->path, -1, SQLITE_STATIC);
+    sqlite3_bind_int64(stmt, 2, (sqlite3_int64)t->version);
+    sqlite3_bind_text(stmt, 3, json, -1, SQLITE_STATIC);
+    if (sqlite3_step(stmt) != SQLITE_DONE) rc = sql_failed(db, err);
+  }
+  sqlite3_finalize(stmt);
+  sqlite3_free(sql);
+  free(json);
+  return rc;
+}
+
+static vs_rc config_row(table *t, const char *key, sqlite3_stmt *stmt, vs_err *err) {
+  const char *text = (const char *)sqlite3_column_text(stmt, 1);
+  if (!strcmp(key, "path") && text && !(t->path = strdup(text))) return vs_nomem(err);
+  if (!strcmp(key, "version")) t->version = (uint64_t)sqlite3_column_int64(stmt, 1);
+  if (!strcmp(key, "columns") && text && !t->m.dim)
+    return shard_manifest_parse(text, (size_t)sqlite3_column_bytes(stmt, 1), "the _config table", &t->m, err);
+  return VS_OK;
+}
+
+static vs_rc config_read(table *t, vs_err *err) {
+  sqlite3_stmt *stmt = NULL;
+  char *sql = sqlite3_mprintf("SELECT k, v FROM \"%w\".\"%w_config\"", t->entry.schema, t->entry.name);
+  vs_rc rc = sql && !sqlite3_prepare_v2(t->c->db, sql, -1, &stmt, NULL) ? VS_OK : sql_failed(t->c->db, err);
+  sqlite3_free(sql);
+  while (!rc && sqlite3_step(stmt) == SQLITE_ROW) {
+    const char *key = (const char *)sqlite3_column_text(stmt, 0);
+    rc = key ? config_row(t, key, stmt, err) : VS_OK;
+  }
+  if (sqlite3_finalize(stmt) && !rc) rc = sql_failed(t->c->db, err);
+  if (!rc && !t->m.dim) rc = vs_fail(err, VS_CORRUPT, "%s_config does not describe the table: DROP and create it again", t->entry.name);
+  return rc;
+}
+
+/* ---- paths ---- */
+
+/* Relative paths of a schema are relative to the database file, so that both can be moved together. */
+static vs_rc resolve_path(table *t, vs_err *err) {
+  const char *file = sqlite3_db_filename(t->c->db, t->entry.schema), *slash = file ? strrchr(file, '/') : NULL;
+  char *full;
+  if (t->path && (t->path[0] == '/' || strstr(t->path, "://"))) full = sqlite3_mprintf("%s", t->path);
+  else if (t->path) full = slash ? sqlite3_mprintf("%.*s/%s", (int)(slash - file), file, t->path) : sqlite3_mprintf("%s", t->path);
+  else if (file && *file) full = sqlite3_mprintf("%s.vecshard/%s", file, t->entry.name);
+  else return vs_fail(err, VS_INVALID, "a table in memory needs a path: USING vecshard(path='db/NAME')");
+  if (full) t->full_path = strdup(full);
+  sqlite3_free(full);
+  return t->full_path ? VS_OK : vs_nomem(err);
+}
+
+/* With trusted_schema off, a path that somebody else's file names must stay beside that file. */
+static vs_rc check_trust(const table *t, vs_err *err) {
+  int trusted = 1;
+  sqlite3_db_config(t->c->db, SQLITE_DBCONFIG_TRUSTED_SCHEMA, -1, &trusted);
+  if (trusted || !t->from_schema || !t->path) return VS_OK;
+  if (t->path[0] != '/' && !strstr(t->path, "..") && !strstr(t->path, "://")) return VS_OK;
+  for (size_t i = 0; i < t->c->n_allowed; i++)
+    if (!strncmp(t->path, t->c->allowed[i], strlen(t->c->allowed[i])) && !strstr(t->path, "..")) return VS_OK;
+  return vs_fail(err, VS_INVALID, "%s: the schema names the path %s and trusted_schema is off: allow it with SELECT vecshard_config('allow', '%s')",
+                 t->entry.name, t->path, t->path);
+}
+
+/* ---- connecting ---- */
+
+static void table_free(table *t) {
+  conn_table_remove(t->c, &t->entry);
+  shard_close(t->open);
+  shard_manifest_reset(&t->m);
+  free(t->entry.schema), free(t->entry.name), free(t->path), free(t->full_path);
+  conn_release(t->c);
+  sqlite3_free(t);
+}
+
+static vs_rc table_open(conn_table *entry, shard **out, vs_err *err) {
+  table *t = (table *)((char *)entry - offsetof(table, entry));
+  *out = NULL;
+  if (!t->open || (!t->version && !shard_is_fresh(t->open))) {
+    shard *s;
+    vs_rc rc = check_trust(t, err);
+    if (!rc) rc = shard_open(t->full_path, t->version, &s, err);
+    if (rc) return rc;
+    shard_close(t->open);
+    t->open = s;
+    if (s->manifest.dim != t->m.dim || s->manifest.metric != t->m.metric || s->manifest.id_text != t->m.id_text ||
+        s->manifest.n_columns != t->m.n_columns)
+      return vs_fail(err, VS_INVALID, "%s: the shard now has other columns than when the table was created: DROP and create it again",
+                     t->full_path);
+  }
+  *out = shard_share(t->open);
+  return VS_OK;
+}
+
+static vs_rc create(table *t, int argc, const char *const *argv, vs_err *err) {
+  schema_def def;
+  shard *s = NULL;
+  vs_rc rc = schema_parse(argc, argv, &def, err);
+  if (rc) return rc;
+  t->path = def.path, def.path = NULL;
+  t->version = def.version;
+  rc = resolve_path(t, err);
+  if (!rc) rc = shard_open(t->full_path, t->version, &s, err);
+  if (!rc) rc = schema_compare(&def, &s->manifest, err);
+  if (!rc) {
+    shard_manifest copy = s->manifest; /* printed and parsed: a deep copy without the segments */
+    char *json;
+    copy.n_segments = 0, copy.segments = NULL;
+    rc = shard_manifest_print(&copy, &json, err);
+    if (!rc) rc = shard_manifest_parse(json, strlen(json), t->full_path, &t->m, err);
+    if (!rc) free(json);
+  }
+  t->open = s;
+  schema_reset(&def);
+  return rc;
+}
+
+static int connect_table(sqlite3 *db, void *aux, int argc, const char *const *argv, sqlite3_vtab **out, char **message, int creating) {
+  vs_err err = {0};
+  char *sql = NULL;
+  table *t = sqlite3_malloc64(sizeof *t);
+  if (!t) return SQLITE_NOMEM;
+  memset(t, 0, sizeof *t);
+  t->c = aux, t->c->refs++;
+  t->entry.open = table_open, t->from_schema = !creating;
+  t->entry.schema = strdup(argv[1]), t->entry.name = strdup(argv[2]);
+  vs_rc rc = t->entry.schema && t->entry.name ? VS_OK : vs_nomem(&err);
+  if (!rc && creating) rc = create(t, argc - 3, argv + 3, &err);
+  else if (!rc) {
+    rc = config_read(t, &err);
+    if (!rc) rc = resolve_path(t, &err);
+  }
+  if (!rc) rc = schema_declare(&t->m, t->entry.name, &sql, &err);
+  if (!rc && creating) rc = config_write(t, &err);
+  if (!rc && sqlite3_declare_vtab(db, sql)) rc = sql_failed(db, &err);
+  sqlite3_free(sql);
+  if (rc) {
+    table_free(t);
+    return conn_error(&err, message);
+  }
+  conn_table_add(t->c, &t->entry);
+  *out = &t->base;
+  return SQLITE_OK;
+}
+
+static int x_create(sqlite3 *db, void *aux, int argc, const char *const *argv, sqlite3_vtab **out, char **message) {
+  return connect_table(db, aux, argc, argv, out, message, 1);
+}
+static int x_connect(sqlite3 *db, void *aux, int argc, const char *const *argv, sqlite3_vtab **out, char **message) {
+  return connect_table(db, aux, argc, argv, out, message, 0);
+}
+static int x_disconnect(sqlite3_vtab *v) {
+  table_free(table_of(v));
+  return SQLITE_OK;
+}
+
+static int x_destroy(sqlite3_vtab *v) {
+  table *t = table_of(v);
+  char *sql = sqlite3_mprintf("DROP TABLE IF EXISTS \"%w\".\"%w_config\"", t->entry.schema, t->entry.name);
+  int rc = sql ? sqlite3_exec(t->c->db, sql, NULL, NULL, NULL) : SQLITE_NOMEM;
+  sqlite3_free(sql);
+  if (rc == SQLITE_OK) table_free(t);
+  return rc;
+}
+
+static int x_rename(sqlite3_vtab *v, const char *name) {
+  table *t = table_of(v);
+  char *sql = sqlite3_mprintf("ALTER TABLE \"%w\".\"%w_config\" RENAME TO \"%w_config\"", t->entry.schema, t->entry.name, name);
+  char *copy = strdup(name);
+  int rc = sql && copy ? sqlite3_exec(t->c->db, sql, NULL, NULL, NULL) : SQLITE_NOMEM;
+  sqlite3_free(sql);
+  if (rc == SQLITE_OK) free(t->entry.name), t->entry.name = copy;
+  else free(copy);
+  return rc;
+}
+
+static int x_shadow_name(const char *suffix) { return !sqlite3_stricmp(suffix, "config"); }
+
+/* ---- planning ---- */
+
+/* Column numbers: 0 id, 1 vector, 2... metadata, then the hidden ones. */
+static int hidden_of(const table *t, int column) { return column - 2 - (int)t->m.n_columns; }
+static int is_search_column(const table *t, int column) {
+  int h = hidden_of(t, column);
+  return h >= HIDDEN_QUERY && h <= HIDDEN_EXACT;
+}
+
+static int is_query(const table *t, const struct sqlite3_index_constraint *c) {
+  return (c->iColumn == 1 && c->op == SQLITE_INDEX_CONSTRAINT_MATCH) ||
+         (hidden_of(t, c->iColumn) == HIDDEN_QUERY && c->op == SQLITE_INDEX_CONSTRAINT_EQ);
+}
+
+static int plan_refuse(sqlite3_vtab *v, const char *text) {
+  sqlite3_free(v->zErrMsg);
+  v->zErrMsg = sqlite3_mprintf("%s", text);
+  return SQLITE_ERROR;
+}
+
+static shard_type column_type(void *ctx, int column) {
+  const shard_manifest *m = ctx;
+  return column == FILTER_ID ? (m->id_text ? SHARD_TEXT : SHARD_INTEGER) : m->columns[column].type;
+}
+
+static void use_search_argument(plan *p, table *t, int i) {
+  static const char *const entries[] = {"q", "k", "n", "r", "R", "x"};
+  const struct sqlite3_index_constraint *c = &p->info->aConstraint[i];
+  int h = hidden_of(t, c->iColumn);
+  char bound[3] = {'d', c->op == SQLITE_INDEX_CONSTRAINT_LT ? '<' : '{', 0};
+  if (is_query(t, c)) plan_use(p, i, 1, "q");
+  else if (is_search_column(t, c->iColumn) && c->op == SQLITE_INDEX_CONSTRAINT_EQ) plan_use(p, i, 1, entries[h]);
+  else if (h == HIDDEN_DISTANCE && (c->op == SQLITE_INDEX_CONSTRAINT_LT || c->op == SQLITE_INDEX_CONSTRAINT_LE)) plan_use(p, i, 0, bound);
+  else if (c->iColumn == 0) plan_filter(p, i, FILTER_ID, column_type(&t->m, FILTER_ID));
+  else if (c->iColumn >= 2 && c->iColumn < 2 + (int)t->m.n_columns)
+    plan_filter(p, i, c->iColumn - 2, column_type(&t->m, c->iColumn - 2));
+}
+
+static int plan_search_query(table *t, sqlite3_index_info *info) {
+  plan p;
+  int sorted = 0;
+  for (int i = 0; i < info->nConstraint; i++)
+    if (hidden_of(t, info->aConstraint[i].iColumn) == HIDDEN_K && sqlite3_vtab_in(info, i, -1))
+      return plan_refuse(&t->base, "k IN (...): one k per search");
+  plan_begin(&p, info);
+  for (int i = 0; i < info->nConstraint; i++)
+    if (info->aConstraint[i].usable) use_search_argument(&p, t, i);
+  if (info->nOrderBy == 1 && hidden_of(t, info->aOrderBy[0].iColumn) == HIDDEN_DISTANCE && !info->aOrderBy[0].desc)
+    sorted = info->orderByConsumed = 1;
+  return plan_end(&p, PLAN_SEARCH | (sorted ? PLAN_SORTED : 0), PLAN_SEARCH_COST, 10);
+}
+
+static int plan_without_query(table *t, sqlite3_index_info *info) {
+  plan p;
+  (void)t;
+  plan_begin(&p, info);
+  for (int i = 0; i < info->nConstraint; i++) {
+    const struct sqlite3_index_constraint *c = &info->aConstraint[i];
+    if (!c->usable || c->op != SQLITE_INDEX_CONSTRAINT_EQ || c->iColumn > 0) continue;
+    const char *collation = sqlite3_vtab_collation(info, i);
+    if (c->iColumn == 0 && collation && sqlite3_stricmp(collation, "BINARY")) continue;
+    plan_use(&p, i, 0, c->iColumn == 0 ? "i" : "w");
+    info->idxFlags = SQLITE_INDEX_SCAN_UNIQUE;
+    return plan_end(&p, c->iColumn == 0 ? PLAN_ID : PLAN_ROWID, PLAN_LOOKUP_COST, 1);
+  }
+  return plan_end(&p, PLAN_SCAN, PLAN_SCAN_COST, 1000000);
+}
+
+static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
+  table *t = table_of(v);
+  int queries = 0;
+  for (int i = 0; i < info->nConstraint; i++) {
+    const struct sqlite3_index_constraint *c = &info->aConstraint[i];
+    int search = is_query(t, c) || (is_search_column(t, c->iColumn) && c->op == SQLITE_INDEX_CONSTRAINT_EQ);
+    if (search && !c->usable) return SQLITE_CONSTRAINT; /* another join order must come first */
+    queries += is_query(t, c);
+  }
+  if (queries > 1) return plan_refuse(v, "two queries in one search: one MATCH (or one table argument) is possible");
+  if (queries) return plan_search_query(t, info);
+  for (int i = 0; i < info->nConstraint; i++)
+    if (is_search_column(t, info->aConstraint[i].iColumn) && info->aConstraint[i].op == SQLITE_INDEX_CONSTRAINT_EQ)
+      return SQLITE_CONSTRAINT; /* they go with a query; the OR optimisation may still find one */
+  return plan_without_query(t, info);
+}
+
+/* ---- cursors ---- */
+
+static int x_open(sqlite3_vtab *v, sqlite3_vtab_cursor **out) {
+  cursor *c = sqlite3_malloc64(sizeof *c);
+  (void)v;
+  if (!c) return SQLITE_NOMEM;
+  memset(c, 0, sizeof *c);
+  *out = &c->base;
+  return SQLITE_OK;
+}
+
+static void cursor_reset(cursor *c) {
+  stream_reset(&c->hits);
+  plan_search_reset(&c->plan);
+  shard_close(c->s);
+  c->s = NULL;
+  c->eof = 1;
+}
+
+static int x_close(sqlite3_vtab_cursor *v) {
+  cursor_reset((cursor *)v);
+  sqlite3_free(v);
+  return SQLITE_OK;
+}
+
+static int beyond_limit(const cursor *c) {
+  double d = stream_hit(&c->hits)->distance;
+  return c->plan.has_limit && (c->plan.limit_open ? d >= c->plan.limit : d > c->plan.limit);
+}
+
+static vs_rc start_search(cursor *c, table *t, vs_err *err) {
+  float *query = NULL;
+  uint32_t dim;
+  vs_rc rc = vec_from_value(c->plan.query, &query, &dim, err);
+  if (!rc && query) {
+    stream_options o = {.query = query, .dim = dim, .has_k = c->plan.has_k, .k = c->plan.k, .nprobe = c->plan.nprobe,
+                        .refine = c->plan.refine, .exact = c->plan.exact, .filter = &c->plan.filter, .threads = t->c->threads};
+    if (dim != t->m.dim) rc = vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", dim, t->entry.name, t->m.dim);
+    if (!rc) rc = plan_check_query(query, dim, t->m.metric, err);
+    if (!rc) rc = stream_open(&c->hits, t->c->db, &c->s, 1, &o, err);
+  }
+  sqlite3_free(query);
+  c->eof = !rc && (stream_eof(&c->hits) || beyond_limit(c));
+  return rc;
+}
+
+/* The id as SQLite hands it over, with the affinity of the id column. */
+static int id_of_value(sqlite3_value *v, int is_text, ivfpq_id *id) {
+  memset(id, 0, sizeof *id);
+  id->is_text = is_text;
+  if (sqlite3_value_type(v) == SQLITE_NULL || sqlite3_value_type(v) == SQLITE_BLOB) return 0;
+  if (is_text) {
+    id->text = (const char *)sqlite3_value_text(v);
+    id->len = (uint32_t)sqlite3_value_bytes(v);
+    return id->text != NULL;
+  }
+  int type = sqlite3_value_numeric_type(v);
+  id->i = sqlite3_value_int64(v);
+  return type == SQLITE_INTEGER || (type == SQLITE_FLOAT && sqlite3_value_double(v) == (double)id->i);
+}
+
+static vs_rc start_lookup(cursor *c, table *t, vs_err *err) {
+  int found = 0;
+  ivfpq_id id;
+  vs_rc rc = VS_OK;
+  if (c->kind == PLAN_ID || !t->m.id_text) {
+    if (id_of_value(c->kind == PLAN_ID ? c->plan.id : c->plan.rowid, t->m.id_text, &id))
+      rc = shard_find(c->s, &id, &c->segment, &c->row, &found, err);
+  } else {
+    uint64_t rowid = (uint64_t)sqlite3_value_int64(c->plan.rowid);
+    c->segment = (uint32_t)(rowid >> 32), c->row = (uint32_t)rowid;
+    found = sqlite3_value_numeric_type(c->plan.rowid) == SQLITE_INTEGER && c->segment < c->s->manifest.n_segments &&
+            c->row < c->s->manifest.segments[c->segment].n_rows;
+  }
+  c->eof = !found;
+  return rc;
+}
+
+/* Leaves (segment, row) at an existing row, or ends the scan. */
+static void settle_scan(cursor *c) {
+  while (c->segment < c->s->manifest.n_segments && c->row >= c->s->manifest.segments[c->segment].n_rows) c->segment++, c->row = 0;
+  c->eof = c->segment >= c->s->manifest.n_segments;
+}
+
+static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, int argc, sqlite3_value **argv) {
+  cursor *c = (cursor *)v;
+  table *t = table_of(v->pVtab);
+  vs_err err = {0};
+  cursor_reset(c);
+  c->kind = idx_num & PLAN_KIND;
+  c->segment = c->row = 0;
+  vs_rc rc = plan_decode(idx_str, argc, argv, column_type, &t->m, &c->plan, &err);
+  if (!rc) rc = table_open(&t->entry, &c->s, &err);
+  if (!rc && c->kind == PLAN_SEARCH) rc = start_search(c, t, &err);
+  else if (!rc && c->kind == PLAN_SCAN) settle_scan(c);
+  else if (!rc) rc = start_lookup(c, t, &err);
+  c->plan.query = c->plan.id = c->plan.rowid = NULL; /* SQLite owns them until xFilter returns */
+  return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
+}
+
+static int x_next(sqlite3_vtab_cursor *v) {
+  cursor *c = (cursor *)v;
+  vs_err err = {0};
+  if (c->kind == PLAN_SCAN) {
+    c->row++;
+    settle_scan(c);
+  } else if (c->kind == PLAN_SEARCH) {
+    if (stream_next(&c->hits, &err)) return conn_error(&err, &v->pVtab->zErrMsg);
+    c->eof = stream_eof(&c->hits) || beyond_limit(c);
+  } else c->eof = 1;
+  return SQLITE_OK;
+}
+
+static int x_eof(sqlite3_vtab_cursor *v) { return ((cursor *)v)->eof; }
+
+static vs_rc stored_column(cursor *c, sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *record, int column, vs_err *err) {
+  int ok = column == 0   ? result_id(ctx, s, record, err)
+           : column == 1 ? result_vector(ctx, s, record)
+                         : result_column(ctx, s, record, (uint32_t)(column - 2), err);
+  (void)c;
+  return ok ? VS_OK : err->rc;
+}
+
+static void hidden_column(cursor *c, sqlite3_context *ctx, int hidden) {
+  if (c->kind != PLAN_SEARCH) return;
+  switch (hidden) {
+    case HIDDEN_K: plan_result_number(ctx, c->plan.has_k ? (int64_t)c->plan.k : -1); break;
+    case HIDDEN_NPROBE: plan_result_number(ctx, c->plan.nprobe); break;
+    case HIDDEN_REFINE: plan_result_number(ctx, c->plan.refine); break;
+    case HIDDEN_EXACT: sqlite3_result_int(ctx, c->plan.exact); break;
+    case HIDDEN_DISTANCE: sqlite3_result_double(ctx, stream_hit(&c->hits)->distance); break;
+    default: break;
+  }
+}
+
+static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
+  cursor *c = (cursor *)v;
+  table *t = table_of(v->pVtab);
+  vs_err err = {0};
+  vs_rc rc;
+  if (hidden_of(t, column) >= 0) {
+    hidden_column(c, ctx, hidden_of(t, column));
+    return SQLITE_OK;
+  }
+  if (c->kind == PLAN_SEARCH) {
+    ivfpq_segment *s;
+    const uint8_t *record;
+    rc = stream_row(&c->hits, &s, &record, &err);
+    if (!rc) rc = stored_column(c, ctx, s, record, column, &err);
+  } else {
+    ivfpq_segment *s = c->s->segments[c->segment];
+    ivfpq_row row;
+    rc = ivfpq_rows_fetch(s, &c->row, 1, &row, &err);
+    if (!rc) {
+      rc = stored_column(c, ctx, s, row.record, column, &err);
+      ivfpq_rows_release(s, &row, 1);
+    }
+  }
+  return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
+}
+
+static int x_rowid(sqlite3_vtab_cursor *v, sqlite3_int64 *rowid) {
+  cursor *c = (cursor *)v;
+  table *t = table_of(v->pVtab);
+  uint32_t segment = c->kind == PLAN_SEARCH ? stream_hit(&c->hits)->segment : c->segment;
+  uint32_t number = c->kind == PLAN_SEARCH ? stream_hit(&c->hits)->row : c->row;
+  *rowid = (sqlite3_int64)((uint64_t)segment << 32 | number);
+  if (t->m.id_text) return SQLITE_OK;
+  vs_err err = {0};
+  ivfpq_row row;
+  ivfpq_id id;
+  ivfpq_segment *s = c->s->segments[segment];
+  vs_rc rc = ivfpq_rows_fetch(s, &number, 1, &row, &err);
+  if (!rc) {
+    rc = ivfpq_row_id(s, row.record, &id, &err);
+    *rowid = id.i;
+    ivfpq_rows_release(s, &row, 1);
+  }
+  return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
+}
+
+static const sqlite3_module module = {
+    .iVersion = 3, .xCreate = x_create, .xConnect = x_connect, .xBestIndex = x_best_index, .xDisconnect = x_disconnect,
+    .xDestroy = x_destroy, .xOpen = x_open, .xClose = x_close, .xFilter = x_filter, .xNext = x_next, .xEof = x_eof,
+    .xColumn = x_column, .xRowid = x_rowid, .xRename = x_rename, .xShadowName = x_shadow_name};
+
+int vecshard_table_register(conn *c) {
+  c->refs++;
+  return sqlite3_create_module_v2(c->db, "vecshard", &module, c, conn_release);
+}

@@ -1,0 +1,1444 @@
+/* test_ivfpq.c - ext/ivfpq without SQLite: sorter, runs, k-means, build, search, verify, and damaged files.
+ *
+ * Proves: a built segment holds exactly the rows that went in and verifies clean; exact search equals brute force in double
+ * precision; a scan that may look at everything equals exact search; the bytes do not depend on threads or memory; filters
+ * lose and add nothing; every flipped byte is reported and no damage, also with forged checksums, crashes a reader.
+ * Everything is seeded; the seed is printed first. IVFPQ_TEST_SEED sets another one.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+/* cmocka wants these four first */
+#include <cmocka.h>
+#include <dirent.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "../ext/base/vs_pool.h"
+#include "../ext/ivfpq/ivfpq_build.h"
+#include "../ext/ivfpq/ivfpq_int.h"
+#include "../ext/ivfpq/ivfpq_runs.h"
+#include "../ext/ivfpq/ivfpq_search.h"
+#include "../ext/kernels/kern.h"
+#include "../ext/s3vfs/io_local.h"
+
+static char folder[64];
+static uint64_t seed = 20240611;
+
+static ivfpq_rng rng_of(uint64_t salt) { return (ivfpq_rng){seed * 1000003 + salt}; }
+static float rng_float(ivfpq_rng *r) { return (float)(ivfpq_rng_next(r) >> 40) / 8388608.0f - 1; }
+
+#define assert_ok(rc, err) \
+  do { \
+    if ((rc) != VS_OK) fail_msg("%s", (err).text); \
+  } while (0)
+
+const char *input_fault_text(input_fault f) { return f == INPUT_NAN ? "NaN or Inf" : "bad row"; } /* lives in ext/input */
+
+/* ---- data: rows in arrays, and an input over them ---- */
+
+typedef enum shape { CLUSTERS, ALL_EQUAL, HALF_EQUAL, SKEWED } shape;
+typedef enum id_shape { ROW_IDS, INT_IDS, TEXT_IDS, LONG_TEXT_IDS } id_shape;
+enum { N_COLUMNS = 4, LONG_ID = 10000 };
+static const input_type column_types[N_COLUMNS] = {INPUT_INT, INPUT_REAL, INPUT_TEXT, INPUT_TEXT};
+static const char *const column_names[N_COLUMNS] = {"year", "price", "colour", "note"};
+static const uint8_t column_flags[N_COLUMNS] = {IVFPQ_FILTER, IVFPQ_FILTER, IVFPQ_FILTER | IVFPQ_INDEX, 0};
+
+typedef struct set {
+  input in; /* first: the input is the set */
+  float *x;
+  input_value *ids, *columns;
+  uint8_t *faults;
+  char **texts; /* owned id and note text */
+  size_t n_texts;
+  uint64_t at;
+} set;
+
+static vs_rc set_read(input *in, size_t max, input_batch *b, vs_err *err) {
+  set *s = (set *)in;
+  uint64_t left = in->n_rows - s->at;
+  (void)err;
+  if (max > 3000) max = 3000; /* less than asked for is legal */
+  size_t n = left < max ? left : max;
+  *b = (input_batch){.n = n, .first_row = s->at, .vectors = s->x + s->at * in->dim, .ids = s->ids + s->at,
+                     .columns = s->columns + s->at * in->n_columns, .faults = s->faults + s->at};
+  s->at += n;
+  return VS_OK;
+}
+static vs_rc set_seek(input *in, uint64_t row, vs_err *err) {
+  (void)err;
+  assert_true(row <= in->n_rows);
+  ((set *)in)->at = row;
+  return VS_OK;
+}
+static void set_close(input *in) {
+  set *s = (set *)in;
+  for (size_t i = 0; i < s->n_texts; i++) free(s->texts[i]);
+  free(s->texts), free(s->x), free(s->ids), free(s->columns), free(s->faults), free(s);
+}
+
+static void fill_vectors(set *s, shape how, ivfpq_rng *r) {
+  enum { CENTRES = 20 };
+  uint32_t dim = s->in.dim;
+  float *centre = malloc(sizeof(float) * CENTRES * dim);
+  for (uint32_t i = 0; i < CENTRES * dim; i++) centre[i] = 2 * rng_float(r) + 0.25f;
+  for (uint64_t i = 0; i < s->in.n_rows; i++) {
+    uint64_t c = how == SKEWED && i % 10 ? 0 : ivfpq_rng_below(r, CENTRES);
+    for (uint32_t j = 0; j < dim; j++) {
+      float v = centre[c * dim + j] + 0.3f * (rng_float(r) + rng_float(r)); /* drawn always: rows stay comparable */
+      s->x[i * dim + j] = how == ALL_EQUAL ? centre[j] : how == HALF_EQUAL && i % 2 ? s->x[(i - 1) * dim + j] : v;
+    }
+  }
+  free(centre);
+}
+
+static const char *keep_text(set *s, char *text) {
+  s->texts[s->n_texts++] = text;
+  return text;
+}
+
+static void fill_ids(set *s, id_shape how) {
+  for (uint64_t i = 0; i < s->in.n_rows; i++) {
+    input_value *v = &s->ids[i];
+    if (how == ROW_IDS || how == INT_IDS) {
+      *v = (input_value){.type = INPUT_INT, .i = (int64_t)i};
+      if (how == INT_IDS) v->i = i == 1 ? INT64_MIN : i == 2 ? INT64_MAX : ((int64_t)i - (int64_t)s->in.n_rows / 2) * 7919;
+      continue;
+    }
+    size_t len = i == 1 ? 0 : how == LONG_TEXT_IDS && i % 50 == 2 ? LONG_ID : how == LONG_TEXT_IDS && i % 50 < 5 ? 60 + i % 50 : 0;
+    char *t = calloc(1, LONG_ID + 32);
+    if (i != 1) {
+      int at = snprintf(t, 32, "d\xc3\xb6" "c-%llu", (unsigned long long)i);
+      if ((size_t)at < len) memset(t + at, 'x', len - (size_t)at);
+      else len = (size_t)at;
+    }
+    t = realloc(t, len + 1); /* so that a sanitizer sees a read past the end */
+    *v = (input_value){.type = INPUT_TEXT, .text = keep_text(s, t), .len = len};
+  }
+}
+
+static void fill_columns(set *s, ivfpq_rng *r) {
+  static const char *const colours[] = {"red", "green", "", "ultramarine"};
+  for (uint64_t i = 0; i < s->in.n_rows; i++) {
+    input_value *v = s->columns + i * N_COLUMNS;
+    if (i % 5) v[0] = (input_value){.type = INPUT_INT, .i = (int64_t)i - 100};
+    if (i % 7) v[1] = (input_value){.type = INPUT_REAL, .r = rng_float(r) * 1e10};
+    if (i % 7 == 3) v[1] = (input_value){.type = INPUT_INT, .i = 41}; /* stored as a real */
+    const char *c = colours[ivfpq_rng_below(r, 4)];
+    if (i % 3) v[2] = (input_value){.type = INPUT_TEXT, .text = c, .len = strlen(c)};
+    size_t len = i % 64 == 9 ? 5000 : i % 9;
+    char *note = malloc(len + 1);
+    memset(note, 'n', len + 1);
+    v[3] = (input_value){.type = INPUT_TEXT, .text = keep_text(s, note), .len = len};
+  }
+}
+
+static set *set_open(uint64_t n, uint32_t dim, shape vectors, id_shape ids, int columns) {
+  ivfpq_rng r = rng_of(n * 31 + dim);
+  set *s = calloc(1, sizeof *s);
+  s->in = (input){.path = "memory", .n_rows = n, .dim = dim, .column_types = columns ? column_types : NULL,
+                  .n_columns = columns ? N_COLUMNS : 0, .read = set_read, .seek = set_seek, .close = set_close};
+  s->in.id_kind = ids == ROW_IDS ? INPUT_ID_ROW : ids == INT_IDS ? INPUT_ID_INT : INPUT_ID_TEXT;
+  s->x = calloc(n ? n * dim : dim, sizeof(float)), s->faults = calloc(n + 1, 1);
+  s->ids = calloc(n + 1, sizeof *s->ids), s->columns = calloc(n * N_COLUMNS + 1, sizeof *s->columns);
+  s->texts = malloc((2 * n + 1) * sizeof *s->texts);
+  fill_vectors(s, vectors, &r);
+  fill_ids(s, ids);
+  if (columns) fill_columns(s, &r);
+  return s;
+}
+
+static ivfpq_build_options options(ivfpq_metric metric) {
+  return (ivfpq_build_options){.metric = metric, .memory = 64 << 20, .threads = 2, .tmpdir = folder, .seed = 7,
+                               .column_names = column_names, .column_flags = column_flags};
+}
+
+static const char *path_of(const char *name) {
+  static char path[2][128];
+  static int turn;
+  turn = !turn;
+  snprintf(path[turn], sizeof path[turn], "%s/%s", folder, name);
+  return path[turn];
+}
+
+static ivfpq_build_result build(set *s, const ivfpq_build_options *o, const char *path) {
+  ivfpq_build_result out;
+  vs_err err = {0};
+  unlink(path);
+  assert_ok(ivfpq_build(&s->in, o, path, &out, &err), err);
+  return out;
+}
+
+static ivfpq_segment *open_path(const char *path, int map) {
+  vs_io *io;
+  vs_err err = {0};
+  ivfpq_segment *s = NULL;
+  assert_ok(io_local_open(path, map, &io, &err), err);
+  assert_ok(ivfpq_segment_open(io, &s, &err), err);
+  return s;
+}
+
+static int print_fault(void *ctx, const char *text) {
+  (void)ctx;
+  print_error("%s\n", text);
+  return 0;
+}
+static int count_fault(void *ctx, const char *text) {
+  assert_true(text[0]);
+  ++*(int *)ctx;
+  return 0;
+}
+static int print_and_count(void *ctx, const char *text) { return print_fault(NULL, text) + count_fault(ctx, text); }
+
+static void assert_clean(ivfpq_segment *s) {
+  vs_err err = {0};
+  int n = 0;
+  assert_ok(ivfpq_verify(s, print_and_count, &n, &err), err);
+  assert_int_equal(n, 0);
+}
+
+/* ---- what a segment must hold ---- */
+
+static ivfpq_id id_of(const input_value *v) {
+  return v->type == INPUT_TEXT ? (ivfpq_id){.is_text = 1, .text = v->text, .len = (uint32_t)v->len} : (ivfpq_id){.i = v->i};
+}
+
+static void assert_values(const input_value *want, const ivfpq_value *have) {
+  for (int c = 0; c < N_COLUMNS; c++) {
+    if (want[c].type == INPUT_NULL) {
+      assert_int_equal(have[c].tag, 0);
+      continue;
+    }
+    assert_int_equal(have[c].tag, column_types[c] == INPUT_INT ? IVFPQ_INTEGER : column_types[c] == INPUT_REAL ? IVFPQ_REAL : IVFPQ_TEXT);
+    if (have[c].tag == IVFPQ_INTEGER) assert_true(have[c].i == want[c].i);
+    if (have[c].tag == IVFPQ_REAL) assert_true(have[c].r == (want[c].type == INPUT_INT ? (double)want[c].i : want[c].r));
+    if (have[c].tag != IVFPQ_TEXT) continue;
+    assert_int_equal(have[c].len, want[c].len);
+    assert_memory_equal(have[c].text, want[c].text, want[c].len);
+  }
+}
+
+/* Row i of the input lies in the segment, whole; returns its number there. */
+static uint32_t assert_row(ivfpq_segment *s, const set *t, uint64_t i) {
+  vs_err err = {0};
+  ivfpq_id id = id_of(&t->ids[i]), have;
+  uint32_t row;
+  int found;
+  ivfpq_row r;
+  assert_ok(ivfpq_find_id(s, &id, &row, &found, &err), err);
+  if (!found) fail_msg("row %llu is not found by its id", (unsigned long long)i);
+  assert_ok(ivfpq_rows_fetch(s, &row, 1, &r, &err), err);
+  const float *x = t->x + i * t->in.dim;
+  if (s->params.store) {
+    uint16_t half[IVFPQ_MAX_DIM];
+    kern_get()->f32_to_f16(x, half, t->in.dim);
+    assert_memory_equal(r.record, half, t->in.dim * 2);
+  } else assert_memory_equal(r.record, x, t->in.dim * 4);
+  assert_ok(ivfpq_row_id(s, r.record, &have, &err), err);
+  if (id.is_text) {
+    assert_int_equal(have.len, id.len);
+    assert_memory_equal(have.text, id.text, id.len);
+  } else assert_true(have.i == id.i);
+  ivfpq_id_free(&have);
+  if (t->in.n_columns) {
+    ivfpq_value v[N_COLUMNS];
+    uint8_t *buf;
+    assert_ok(ivfpq_row_columns(s, r.record, v, &buf, &err), err);
+    assert_values(t->columns + i * N_COLUMNS, v);
+    free(buf);
+  }
+  ivfpq_rows_release(s, &r, 1);
+  return row;
+}
+
+static void assert_absent(ivfpq_segment *s) {
+  vs_err err = {0};
+  ivfpq_id id[] = {{.i = 3}, {.i = -1000000007}, {.is_text = 1, .text = "nobody", .len = 6}};
+  uint32_t row;
+  int found = 1;
+  for (size_t i = s->params.id_text ? 0 : 1; i < 3; i++) { /* 3 is a row number */
+    assert_ok(ivfpq_find_id(s, &id[i], &row, &found, &err), err);
+    assert_false(found);
+  }
+}
+
+/* The filterable columns by partition say what the rows say. row_of[i] is the segment's row of input row i. */
+static void assert_partition_columns(ivfpq_segment *s, const set *t, const uint32_t *row_of) {
+  vs_err err = {0};
+  uint64_t *input_row = calloc(s->params.n_rows + 1, sizeof *input_row);
+  for (uint64_t i = 0; i < t->in.n_rows; i++) input_row[row_of[i]] = i;
+  for (uint32_t g = 0; g < s->params.n_groups; g++) {
+    ivfpq_group_view v;
+    assert_ok(ivfpq_groups_fetch(s, &g, 1, &v, &err), err);
+    for (uint32_t p = 0; p < v.n; p++) {
+      ivfpq_part part = {.number = v.first + p, .entry = v.entries[p]};
+      ivfpq_column_view c[3];
+      if (!part.entry.n_rows) continue;
+      assert_ok(ivfpq_parts_fetch(s, IVFPQ_WANT_COLUMNS | IVFPQ_WANT_CODES, &part, 1, &err), err);
+      assert_ok(ivfpq_part_columns(s, &part, c, 3, &err), err);
+      for (uint32_t r = 0; r < part.entry.n_rows; r++) {
+        const input_value *want = t->columns + input_row[part.entry.row0 + r] * N_COLUMNS;
+        for (int k = 0; k < 3; k++) {
+          assert_int_equal(c[k].nulls[r / 8] >> r % 8 & 1, want[k].type == INPUT_NULL);
+          if (want[k].type == INPUT_NULL) continue;
+          double real;
+          int64_t i;
+          uint32_t end, from = 0;
+          memcpy(&i, c[k].values + 8 * r * (k < 2), 8 >> (k == 2)), memcpy(&real, &i, 8);
+          if (k == 0) assert_true(i == want[k].i);
+          if (k == 1) assert_true(real == (want[k].type == INPUT_INT ? (double)want[k].i : want[k].r));
+          if (k < 2) continue;
+          memcpy(&end, c[k].ends + 4 * r, 4);
+          if (r) memcpy(&from, c[k].ends + 4 * (r - 1), 4);
+          assert_int_equal(end - from, want[k].len);
+          assert_memory_equal(c[k].text + from, want[k].text, want[k].len);
+        }
+      }
+      ivfpq_parts_release(s, &part, 1);
+    }
+    ivfpq_groups_release(s, &v, 1);
+  }
+  free(input_row);
+}
+
+/* The oracle: double precision over the vectors as stored. */
+static double true_distance(ivfpq_metric metric, const float *q, const float *x, uint32_t dim, int half) {
+  double dot = 0, qq = 0, xx = 0, dd = 0;
+  for (uint32_t j = 0; j < dim; j++) {
+    float v = x[j];
+    if (half) {
+      uint16_t h;
+      kern_variant("scalar")->f32_to_f16(&v, &h, 1);
+      kern_variant("scalar")->f16_to_f32(&h, &v, 1);
+    }
+    dot += (double)q[j] * v, qq += (double)q[j] * q[j], xx += (double)v * v, dd += ((double)q[j] - v) * ((double)q[j] - v);
+  }
+  if (metric == IVFPQ_L2) return sqrt(dd);
+  if (metric == IVFPQ_DOT) return -dot;
+  return qq > 0 && xx > 0 ? 1 - dot / sqrt(qq * xx) : 1;
+}
+
+static int by_double(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return x < y ? -1 : x > y;
+}
+static int by_key(const void *a, const void *b) {
+  uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+  return x < y ? -1 : x > y;
+}
+
+static void assert_near(double have, double want, double scale) {
+  if (!(fabs(have - want) <= 2e-4 * scale)) fail_msg("distance %.9g, should be %.9g", have, want);
+}
+
+typedef vs_rc (*eval_fn)(void *, ivfpq_segment *, const ivfpq_part *, uint64_t *, vs_err *);
+
+/* Exact search, and a scan that may look at everything, return the k nearest rows. */
+static void assert_search(ivfpq_segment *s, const set *t, const uint32_t *row_of, const float *q) {
+  uint64_t n = s->params.n_rows, k = n < 10 ? n : 10;
+  ivfpq_metric metric = (ivfpq_metric)s->params.metric;
+  double *truth = malloc((n + 1) * sizeof *truth), *by_row = malloc((n + 1) * sizeof *by_row), scale = 1e-3;
+  for (uint64_t i = 0; i < n; i++) {
+    truth[i] = by_row[row_of[i]] = true_distance(metric, q, t->x + i * t->in.dim, t->in.dim, (int)s->params.store);
+    if (fabs(truth[i]) > scale) scale = fabs(truth[i]);
+  }
+  qsort(truth, n, sizeof *truth, by_double);
+  vs_err err = {0};
+  ivfpq_keys keys = {0}, all = {0};
+  ivfpq_stats stats = {0};
+  ivfpq_query query = {.vector = q, .nprobe = s->params.nlist ? s->params.nlist : 1, .n_candidates = k};
+  assert_ok(ivfpq_exact(s, &query, NULL, 2, &keys, &stats, &err), err);
+  assert_int_equal(keys.n, k);
+  if (k) qsort(keys.key, keys.n, 8, by_key);
+  for (uint64_t i = 0; i < k; i++) {
+    assert_near(kern_key_value(keys.key[i]), truth[i], scale);
+    assert_near(by_row[kern_key_number(keys.key[i])], truth[i], scale);
+  }
+  query.n_candidates = n ? n : 1;
+  assert_ok(ivfpq_scan(s, &query, &all, &stats, &err), err);
+  assert_int_equal(all.n, n);
+  uint32_t *rows = malloc(n * 4 + 4);
+  float *d = malloc(n * 4 + 4);
+  for (uint64_t i = 0; i < n; i++) rows[i] = kern_key_number(all.key[i]);
+  assert_ok(ivfpq_distances(s, q, rows, n, d, &err), err);
+  for (uint64_t i = 0; i < n; i++) all.key[i] = kern_key(d[i], rows[i]);
+  if (n) qsort(all.key, all.n, 8, by_key);
+  for (uint64_t i = 0; i < k; i++) assert_true(all.key[i] == keys.key[i]);
+  for (uint64_t i = 1; i < n; i++) assert_true(all.key[i - 1] != all.key[i]);
+  /* pages of an exact search: what comes after the first half is the second half */
+  if (k > 1) {
+    ivfpq_keys rest = {0};
+    query.n_candidates = k - k / 2;
+    assert_ok(ivfpq_exact(s, &query, &keys.key[k / 2 - 1], 1, &rest, &stats, &err), err);
+    qsort(rest.key, rest.n, 8, by_key);
+    assert_int_equal(rest.n, k - k / 2);
+    assert_memory_equal(rest.key, keys.key + k / 2, rest.n * 8);
+    ivfpq_keys_reset(&rest);
+  }
+  ivfpq_keys_reset(&keys), ivfpq_keys_reset(&all);
+  free(truth), free(by_row), free(rows), free(d);
+}
+
+static void assert_segment(const char *path, const set *t, int map) {
+  ivfpq_segment *s = open_path(path, map);
+  ivfpq_rng r = rng_of(99);
+  uint32_t *row_of = calloc(t->in.n_rows + 1, sizeof *row_of);
+  float *q = malloc(t->in.dim * sizeof *q);
+  assert_clean(s);
+  assert_int_equal(s->params.n_rows, t->in.n_rows);
+  for (uint64_t i = 0; i < t->in.n_rows; i++) row_of[i] = assert_row(s, t, i);
+  assert_absent(s);
+  if (t->in.n_columns) assert_partition_columns(s, t, row_of);
+  for (int k = 0; k < 2; k++) {
+    uint64_t like = ivfpq_rng_below(&r, t->in.n_rows);
+    for (uint32_t j = 0; j < t->in.dim; j++) q[j] = k && t->in.n_rows ? t->x[like * t->in.dim + j] : rng_float(&r);
+    assert_search(s, t, row_of, q);
+  }
+  ivfpq_segment_close(s);
+  free(row_of), free(q);
+}
+
+/* ---- small parts ---- */
+
+static void test_sorter(void **state) {
+  (void)state;
+  for (int round = 0; round < 4; round++) {
+    size_t n = round == 0 ? 0 : round == 1 ? 1000 : 50000, at = 0;
+    size_t memory = round == 3 ? 30000 : 4 << 20; /* 1,250 records: 40 runs */
+    ivfpq_rng r = rng_of(round);
+    vs_err err = {0};
+    ivfpq_sorter *s;
+    ivfpq_record last = {0}, x;
+    uint64_t sum = 0, back = 0;
+    int more;
+    assert_ok(ivfpq_sorter_open(folder, memory, &s, &err), err);
+    for (size_t i = 0; i < n; i++) {
+      x = (ivfpq_record){ivfpq_rng_below(&r, 50), ivfpq_rng_below(&r, 50), ivfpq_rng_below(&r, 8)}; /* many equal ones */
+      sum += x.hi * 10007 + x.lo * 101 + x.value + 1;
+      assert_ok(ivfpq_sorter_add(s, x, &err), err);
+    }
+    assert_ok(ivfpq_sorter_finish(s, &err), err);
+    for (;; at++) {
+      assert_ok(ivfpq_sorter_next(s, &x, &more, &err), err);
+      if (!more) break;
+      assert_true(x.hi > last.hi || (x.hi == last.hi && (x.lo > last.lo || (x.lo == last.lo && x.value >= last.value))));
+      back += x.hi * 10007 + x.lo * 101 + x.value + 1;
+      last = x;
+    }
+    assert_int_equal(at, n);
+    assert_true(sum == back);
+    ivfpq_sorter_close(s);
+  }
+  ivfpq_sorter_close(NULL);
+}
+
+static void fill_scan_record(uint8_t *p, uint64_t seq, uint32_t column_bytes, size_t code_bytes) {
+  ivfpq_scan_head h = {seq, (float)seq, column_bytes};
+  memcpy(p, &h, sizeof h);
+  memset(p + sizeof h, (int)(seq & 255), code_bytes + column_bytes);
+}
+static void fill_row_record(uint8_t *p, uint64_t seq, uint32_t id_bytes, uint32_t column_bytes, size_t vector_bytes) {
+  ivfpq_row_head h = {seq, id_bytes, column_bytes};
+  memcpy(p, &h, sizeof h);
+  memset(p + sizeof h, (int)(seq * 3 & 255), vector_bytes + id_bytes + column_bytes);
+}
+
+/* Records of every centroid come back whole and in the order in which they were added. */
+static void test_runs(void **state) {
+  (void)state;
+  enum { CENTROIDS = 9, CODES = 3, VECTOR = 20 };
+  for (int round = 0; round < 3; round++) {
+    size_t n = round == 0 ? 0 : 4000, memory = round == 2 ? 20000 : 64 << 20;
+    ivfpq_rng r = rng_of(40 + round);
+    vs_err err = {0};
+    ivfpq_runs *runs;
+    uint32_t *centroid = calloc(n + 1, 4), *ids = calloc(n + 1, 4), *cols = calloc(n + 1, 4);
+    uint64_t total = 0, bytes = 0;
+    assert_ok(ivfpq_runs_open(folder, CENTROIDS, CODES, VECTOR, memory, &runs, &err), err);
+    for (size_t i = 0; i < n; i++) {
+      uint8_t *scan, *row;
+      centroid[i] = (uint32_t)ivfpq_rng_below(&r, CENTROIDS - 1); /* the last one stays empty */
+      ids[i] = (uint32_t)ivfpq_rng_below(&r, 30), cols[i] = (uint32_t)ivfpq_rng_below(&r, 30);
+      if (i == 17 || i == 2500) cols[i] = 3 << 20; /* more than the staging area and than the read buffer */
+      assert_ok(ivfpq_runs_add(runs, centroid[i], ids[i], cols[i], &scan, &row, &err), err);
+      fill_scan_record(scan, i, cols[i], CODES), fill_row_record(row, i, ids[i], cols[i], VECTOR);
+      bytes += sizeof(ivfpq_scan_head) + sizeof(ivfpq_row_head) + CODES + VECTOR + ids[i] + 2 * (uint64_t)cols[i];
+    }
+    assert_ok(ivfpq_runs_finish(runs, &err), err);
+    assert_true(ivfpq_runs_bytes(runs) == bytes);
+    uint8_t *want = malloc(4 << 20);
+    for (int kind = 0; kind < 2; kind++)
+      for (uint32_t c = 0; c < CENTROIDS; c++) {
+        uint64_t last = 0;
+        ivfpq_runs_rewind(runs, kind, c);
+        for (const uint8_t *p;;) {
+          uint64_t seq;
+          assert_ok(ivfpq_runs_next(runs, &p, &err), err);
+          if (!p) break;
+          memcpy(&seq, p, 8);
+          assert_true(seq < n && (!last || seq + 1 > last) && centroid[seq] == c);
+          if (kind) fill_row_record(want, seq, ids[seq], cols[seq], VECTOR);
+          else fill_scan_record(want, seq, cols[seq], CODES);
+          assert_int_equal(memcmp(p, want, kind ? sizeof(ivfpq_row_head) + VECTOR + ids[seq] + cols[seq]
+                                                : sizeof(ivfpq_scan_head) + CODES + cols[seq]), 0);
+          last = seq + 1, total++;
+        }
+      }
+    assert_int_equal(total, 2 * n);
+    ivfpq_runs_close(runs);
+    free(want), free(centroid), free(ids), free(cols);
+  }
+}
+
+static void test_kmeans(void **state) {
+  (void)state;
+  enum { N = 3000, DIM = 7, K = 37 };
+  set *t = set_open(N, DIM, CLUSTERS, ROW_IDS, 0);
+  float *c[3];
+  vs_err err = {0};
+  ivfpq_kmeans km = {.x = t->x, .n = N, .stride = DIM, .dim = DIM, .k = K, .iterations = 6, .seed = 5};
+  for (int i = 0; i < 3; i++) {
+    c[i] = malloc(K * DIM * sizeof(float));
+    km.threads = 1 << i;
+    assert_ok(ivfpq_kmeans_run(&km, c[i], &err), err);
+    assert_memory_equal(c[i], c[0], K * DIM * sizeof(float));
+  }
+  /* fewer rows than clusters, and one row many times */
+  km.n = 3;
+  assert_ok(ivfpq_kmeans_run(&km, c[0], &err), err);
+  assert_true(kern_get()->all_finite_f32(c[0], K * DIM));
+  km.n = N, km.stride = 0;
+  assert_ok(ivfpq_kmeans_run(&km, c[0], &err), err);
+  assert_true(kern_get()->all_finite_f32(c[0], K * DIM));
+  km.n = 0;
+  assert_int_equal(ivfpq_kmeans_run(&km, c[0], &err), VS_INVALID);
+  for (int i = 0; i < 3; i++) free(c[i]);
+  input_close(&t->in);
+}
+
+static void test_defaults(void **state) {
+  (void)state;
+  uint64_t pages[8];
+  assert_int_equal(ivfpq_default_nlist(0), 1);
+  assert_int_equal(ivfpq_default_nlist(1), 1);
+  for (uint64_t n = 1, last = 0; n < 1ull << 32; n += n / 3 + 1) {
+    uint32_t nlist = ivfpq_default_nlist(n);
+    assert_true(nlist >= last && nlist <= IVFPQ_MAX_NLIST);
+    last = nlist;
+    uint32_t levels = ivfpq_iddir_levels(n, pages);
+    assert_true(levels >= 1 && levels <= 8 && pages[levels - 1] == 1 && pages[0] * IVFPQ_LEAF_MAX >= n);
+  }
+  for (uint32_t dim = 1; dim <= IVFPQ_MAX_DIM; dim++) {
+    uint32_t subs = ivfpq_default_subs(dim);
+    assert_true(subs >= 1 && subs <= IVFPQ_MAX_M && subs <= dim);
+  }
+}
+
+/* ---- build, open, search, verify ---- */
+
+static void run_case(uint64_t n, uint32_t dim, shape how, id_shape ids, int columns, ivfpq_build_options o) {
+  set *t = set_open(n, dim, how, ids, columns);
+  const char *path = path_of("case.ivf");
+  ivfpq_build_result r = build(t, &o, path);
+  assert_int_equal(r.n_rows, n);
+  assert_segment(path, t, (int)(n + dim) & 1);
+  input_close(&t->in);
+}
+
+static void test_shapes(void **state) {
+  (void)state;
+  static const uint64_t rows[] = {0, 1, 2, 255, 256, 257, 5000};
+  static const uint32_t dims[] = {1, 2, 7, 16, 997};
+  unsigned turn = 0;
+  for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+    for (size_t j = 0; j < sizeof dims / sizeof *dims; j++)
+      for (int coded = 0; coded < 2; coded++, turn++) {
+        int big = rows[i] == 5000 && dims[j] == 997;
+        if (big && coded) continue;
+        ivfpq_build_options o = options((ivfpq_metric)(turn % 3));
+        o.bits = big || turn % 4 == 3 ? 4 : 8, o.store_f16 = turn % 5 == 2, o.nlist = coded ? 4 : 0;
+        if (dims[j] <= 2 && o.metric == IVFPQ_COSINE) o.metric = IVFPQ_L2; /* one direction or nearly so */
+        run_case(rows[i], dims[j], CLUSTERS, (id_shape)(turn / 2 % 4), turn % 3 == 0, o);
+      }
+}
+
+static void test_wide(void **state) {
+  (void)state;
+  ivfpq_build_options o = options(IVFPQ_DOT);
+  run_case(257, 4096, CLUSTERS, INT_IDS, 1, o);
+  o.nlist = 3, o.bits = 4;
+  run_case(255, 4096, CLUSTERS, TEXT_IDS, 0, o);
+}
+
+static void test_distributions(void **state) {
+  (void)state;
+  static const shape shapes[] = {ALL_EQUAL, HALF_EQUAL, SKEWED};
+  for (int i = 0; i < 3; i++)
+    for (int metric = 0; metric < 3; metric++) {
+      ivfpq_build_options o = options((ivfpq_metric)metric);
+      o.bits = metric == 1 ? 4 : 8, o.nlist = i == 2 ? 0 : 30;
+      run_case(4200, 16, shapes[i], metric == 2 ? LONG_TEXT_IDS : INT_IDS, metric == 0, o);
+    }
+}
+
+/* Two levels of centroids, more partitions than rows in places, and reads without a map. */
+static void test_many_partitions(void **state) {
+  (void)state;
+  ivfpq_build_options o = options(IVFPQ_L2);
+  o.nlist = 700, o.subs = 4;
+  run_case(5000, 8, CLUSTERS, ROW_IDS, 1, o);
+  run_case(5001, 8, CLUSTERS, TEXT_IDS, 0, o);
+  run_case(300, 8, CLUSTERS, INT_IDS, 0, o);
+}
+
+/* More rows at one centroid than an entry may have, and a directory of two levels. */
+static void test_oversized_partition(void **state) {
+  (void)state;
+  enum { N = IVFPQ_MAX_PARTITION + 5000 };
+  set *t = set_open(N, 1, CLUSTERS, ROW_IDS, 0);
+  ivfpq_build_options o = options(IVFPQ_L2);
+  vs_err err = {0};
+  ivfpq_stats stats = {0};
+  ivfpq_keys keys[2] = {{0}};
+  uint32_t rows[50];
+  float d[50];
+  o.nlist = 1;
+  ivfpq_build_result r = build(t, &o, path_of("case.ivf"));
+  assert_int_equal(r.nlist, 2);
+  ivfpq_segment *s = open_path(path_of("case.ivf"), 1);
+  assert_int_equal(s->params.iddir_levels, 2);
+  assert_clean(s);
+  for (uint64_t i = 0; i < N; i += 101) assert_row(s, t, i);
+  for (uint64_t i = 0; i < 20; i++) assert_row(s, t, N - 1 - i);
+  ivfpq_query query = {.vector = t->x + N - 1, .nprobe = 2, .n_candidates = 50};
+  assert_ok(ivfpq_exact(s, &query, NULL, 2, &keys[0], &stats, &err), err);
+  assert_ok(ivfpq_scan(s, &query, &keys[1], &stats, &err), err);
+  assert_int_equal(keys[1].n, 50);
+  for (int i = 0; i < 50; i++) rows[i] = kern_key_number(keys[1].key[i]);
+  assert_ok(ivfpq_distances(s, query.vector, rows, 50, d, &err), err);
+  for (int i = 0; i < 50; i++) assert_true(d[i] < 0.2f);
+  ivfpq_keys_reset(&keys[0]), ivfpq_keys_reset(&keys[1]);
+  ivfpq_segment_close(s);
+  input_close(&t->in);
+}
+
+static void test_sub_quantizers(void **state) {
+  (void)state;
+  for (uint32_t bits = 4; bits <= 8; bits += 4)
+    for (uint32_t subs = 1; subs <= 17; subs += subs < 4 ? 1 : 6) {
+      ivfpq_build_options o = options(IVFPQ_COSINE);
+      o.bits = bits, o.subs = subs, o.nlist = 5;
+      run_case(700, 17, CLUSTERS, ROW_IDS, 0, o);
+    }
+}
+
+/* What a scan drops on its way is worse than what it keeps: `have` is the head of the scan that keeps everything. */
+static void assert_best_estimates(ivfpq_segment *s, const ivfpq_query *q, const ivfpq_keys *have) {
+  ivfpq_query query = *q;
+  ivfpq_keys all = {0};
+  ivfpq_stats stats = {0};
+  vs_err err = {0};
+  query.n_candidates = s->params.n_rows;
+  assert_ok(ivfpq_scan(s, &query, &all, &stats, &err), err);
+  qsort(all.key, all.n, 8, by_key), qsort(have->key, have->n, 8, by_key);
+  for (size_t i = 0; i < have->n; i++) assert_true(kern_key_value(all.key[i]) == kern_key_value(have->key[i])); /* rows may tie */
+  ivfpq_keys_reset(&all);
+  query.n_candidates = 0;
+  assert_ok(ivfpq_scan(s, &query, &all, &stats, &err), err);
+  assert_ok(ivfpq_exact(s, &query, NULL, 1, &all, &stats, &err), err);
+  assert_int_equal(all.n, 0);
+  ivfpq_keys_reset(&all);
+}
+
+/* A budget of candidates finds most of the true neighbours. */
+static void test_recall(void **state) {
+  (void)state;
+  enum { N = 5000, DIM = 32, QUERIES = 20, K = 10 };
+  set *t = set_open(N, DIM, CLUSTERS, ROW_IDS, 0);
+  for (int metric = 0; metric < 3; metric++)
+    for (uint32_t bits = 4; bits <= 8; bits += 4) {
+      ivfpq_build_options o = options((ivfpq_metric)metric);
+      ivfpq_rng r = rng_of(7);
+      vs_err err = {0};
+      int hits = 0;
+      o.bits = bits, o.subs = bits == 4 ? 16 : 8;
+      build(t, &o, path_of("recall.ivf"));
+      ivfpq_segment *s = open_path(path_of("recall.ivf"), 1);
+      for (int i = 0; i < QUERIES; i++) {
+        float q[DIM];
+        const float *like = t->x + ivfpq_rng_below(&r, N) * DIM;
+        for (int j = 0; j < DIM; j++) q[j] = like[j] + 0.1f * rng_float(&r);
+        ivfpq_keys truth = {0}, have = {0};
+        ivfpq_stats stats = {0};
+        ivfpq_query query = {.vector = q, .nprobe = s->params.nlist, .n_candidates = K};
+        assert_ok(ivfpq_exact(s, &query, NULL, 1, &truth, &stats, &err), err);
+        query.n_candidates = 100;
+        assert_ok(ivfpq_scan(s, &query, &have, &stats, &err), err);
+        assert_int_equal(have.n, 100);
+        assert_best_estimates(s, &query, &have);
+        for (int a = 0; a < K; a++)
+          for (size_t b = 0; b < have.n; b++) hits += kern_key_number(truth.key[a]) == kern_key_number(have.key[b]);
+        ivfpq_keys_reset(&truth), ivfpq_keys_reset(&have);
+      }
+      ivfpq_segment_close(s);
+      if (hits < QUERIES * K * 85 / 100) fail_msg("metric %d, %u bits: recall@10 of 100 candidates is %.3f", metric, bits, hits / 200.0);
+    }
+  input_close(&t->in);
+}
+
+/* The estimates themselves: close to the squared distance, on one scale for coded and flat segments. */
+static void test_estimates(void **state) {
+  (void)state;
+  enum { N = 2000, DIM = 16 };
+  set *t = set_open(N, DIM, CLUSTERS, ROW_IDS, 0);
+  for (int metric = 0; metric < 3; metric++) {
+    ivfpq_build_options o = options((ivfpq_metric)metric);
+    float *estimate[2], q[DIM];
+    double sum[2] = {0}, spread = 0;
+    vs_err err = {0};
+    for (int j = 0; j < DIM; j++) q[j] = t->x[j] + 0.2f;
+    for (int coded = 0; coded < 2; coded++) {
+      o.nlist = coded ? 20 : 0, o.subs = coded ? 8 : 0;
+      build(t, &o, path_of("estimate.ivf"));
+      ivfpq_segment *s = open_path(path_of("estimate.ivf"), 1);
+      ivfpq_keys keys = {0};
+      ivfpq_stats stats = {0};
+      ivfpq_query query = {.vector = q, .nprobe = 1000, .n_candidates = N};
+      estimate[coded] = calloc(N, sizeof(float));
+      assert_ok(ivfpq_scan(s, &query, &keys, &stats, &err), err);
+      for (size_t i = 0; i < keys.n; i++) {
+        uint32_t row = kern_key_number(keys.key[i]);
+        ivfpq_row rec;
+        ivfpq_id id;
+        assert_ok(ivfpq_rows_fetch(s, &row, 1, &rec, &err), err);
+        assert_ok(ivfpq_row_id(s, rec.record, &id, &err), err);
+        estimate[coded][id.i] = kern_key_value(keys.key[i]), sum[coded] += estimate[coded][id.i];
+        ivfpq_rows_release(s, &rec, 1);
+      }
+      ivfpq_keys_reset(&keys);
+      ivfpq_segment_close(s);
+    }
+    double error = 0;
+    for (int i = 0; i < N; i++) {
+      spread += fabs(estimate[0][i] - sum[0] / N);
+      error += fabs(estimate[1][i] - estimate[0][i]);
+    }
+    if (error > 0.2 * spread) fail_msg("metric %d: mean error of an estimate is %.3f of their mean deviation", metric, error / spread);
+    free(estimate[0]), free(estimate[1]);
+  }
+  input_close(&t->in);
+}
+
+/* ---- the same bytes ---- */
+
+static void test_same_bytes(void **state) {
+  (void)state;
+  set *t = set_open(6000, 16, CLUSTERS, LONG_TEXT_IDS, 1);
+  ivfpq_build_options o = options(IVFPQ_COSINE);
+  char first[33];
+  /* the sample takes all 6,000 rows with every one of these, the staging area fills up with the smaller ones */
+  static const struct { int threads; uint64_t memory; } runs[] = {{1, 64 << 20}, {2, 64 << 20}, {4, 4 << 20}, {1, 2 << 20}};
+  uint64_t temp = 0;
+  for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
+    o.threads = runs[i].threads, o.memory = runs[i].memory;
+    ivfpq_build_result r = build(t, &o, path_of("same.ivf"));
+    if (i) assert_string_equal(r.checksum, first);
+    else memcpy(first, r.checksum, sizeof first), temp = r.temp_bytes;
+    assert_true(r.temp_bytes == temp);
+  }
+  o.memory = 300 << 10; /* another sample, tens of runs: other bytes, the same rows */
+  o.nlist = 10;
+  build(t, &o, path_of("same.ivf"));
+  assert_segment(path_of("same.ivf"), t, 0);
+  o.memory = 1000;
+  ivfpq_build_result r;
+  vs_err err = {0};
+  unlink(path_of("same.ivf"));
+  assert_int_equal(ivfpq_build(&t->in, &o, path_of("same.ivf"), &r, &err), VS_INVALID);
+  assert_non_null(strstr(err.text, "--memory"));
+  input_close(&t->in);
+}
+
+/* ---- rows that cannot or must not be stored twice ---- */
+
+static void assert_no_file(const char *path) { assert_int_not_equal(access(path, F_OK), 0); }
+
+static void test_duplicates(void **state) {
+  (void)state;
+  for (int text = 0; text < 2; text++) {
+    set *t = set_open(5000, 4, CLUSTERS, text ? TEXT_IDS : INT_IDS, 1);
+    ivfpq_build_options o = options(IVFPQ_L2);
+    ivfpq_build_result r;
+    vs_err err = {0};
+    const char *path = path_of("dup.ivf");
+    for (int i = 0; i < 1000; i++) t->ids[4000 + i] = t->ids[100 + i % 500]; /* 500 ids three times */
+    unlink(path);
+    assert_int_equal(ivfpq_build(&t->in, &o, path, &r, &err), VS_INVALID);
+    assert_non_null(strstr(err.text, "same id"));
+    assert_no_file(path);
+    for (o.duplicates = IVFPQ_DUP_FIRST; o.duplicates <= IVFPQ_DUP_LAST; o.duplicates++) {
+      r = build(t, &o, path);
+      assert_int_equal(r.n_rows, 4000);
+      assert_int_equal(r.n_duplicates, 1000);
+      ivfpq_segment *s = open_path(path, 1);
+      assert_clean(s);
+      for (uint64_t i = 0; i < 5000; i++)
+        if (o.duplicates == IVFPQ_DUP_FIRST ? i < 4000 : i < 100 || (i >= 600 && i < 4000) || i >= 4500) assert_row(s, t, i);
+      ivfpq_segment_close(s);
+    }
+    input_close(&t->in);
+  }
+}
+
+static void count_bad(void *ctx, uint64_t row, const char *why) {
+  assert_true(row % 100 == 3 && why[0]);
+  ++*(int *)ctx;
+}
+
+static void test_bad_rows(void **state) {
+  (void)state;
+  for (int coded = 0; coded < 2; coded++) {
+    uint64_t n = coded ? 4500 : 400;
+    set *t = set_open(n, 5, CLUSTERS, INT_IDS, 0);
+    ivfpq_build_options o = options(IVFPQ_COSINE);
+    ivfpq_build_result r;
+    vs_err err = {0};
+    const char *path = path_of("bad.ivf");
+    int bad = 0;
+    o.store_f16 = 1;
+    for (uint64_t i = 3; i < n; i += 100) {
+      float *x = t->x + i * 5;
+      switch (i / 100 % 5) {
+        case 0: t->faults[i] = INPUT_NAN; memset(x, 0, 20); break;
+        case 1: memset(x, 0, 20); break;
+        case 2: x[2] = 70000; break;
+        case 3: x[4] = 1e20f; break;
+        default: x[0] = NAN; break; /* an input should have marked it */
+      }
+    }
+    unlink(path);
+    assert_int_equal(ivfpq_build(&t->in, &o, path, &r, &err), VS_INVALID);
+    assert_non_null(strstr(err.text, "row 3"));
+    assert_no_file(path);
+    o.skip_bad = 1, o.bad_row = count_bad, o.ctx = &bad;
+    r = build(t, &o, path);
+    assert_int_equal(r.n_bad, n / 100);
+    assert_int_equal(bad, n / 100);
+    assert_int_equal(r.n_rows, n - n / 100);
+    ivfpq_segment *s = open_path(path, 1);
+    assert_clean(s);
+    for (uint64_t i = 0; i < n; i++) {
+      ivfpq_id id = id_of(&t->ids[i]);
+      uint32_t row;
+      int found;
+      if (i % 100 != 3) assert_row(s, t, i);
+      else {
+        assert_ok(ivfpq_find_id(s, &id, &row, &found, &err), err);
+        assert_false(found);
+      }
+    }
+    ivfpq_segment_close(s);
+    o.bad_row = NULL;
+    memset(t->faults, INPUT_NAN, n); /* nothing is left: a flat build is empty, a coded one cannot train */
+    if (coded) {
+      unlink(path), err = (vs_err){0};
+      assert_int_equal(ivfpq_build(&t->in, &o, path, &r, &err), VS_INVALID);
+    } else assert_int_equal(build(t, &o, path).n_rows, 0);
+    input_close(&t->in);
+  }
+}
+
+static int stop_later(void *ctx) { return --*(int *)ctx < 0; }
+
+/* A stop at any poll ends the build without a file; so does an option that cannot be. */
+static void test_refusals(void **state) {
+  (void)state;
+  set *t = set_open(4500, 8, CLUSTERS, INT_IDS, 0);
+  ivfpq_build_options o = options(IVFPQ_L2);
+  ivfpq_build_result r;
+  const char *path = path_of("refused.ivf");
+  vs_rc rc = VS_INTERRUPT;
+  o.nlist = 70, o.stop = stop_later;
+  for (int polls = 0; rc == VS_INTERRUPT; polls += 7) {
+    int left = polls;
+    vs_err err = {0};
+    o.ctx = &left;
+    unlink(path);
+    rc = ivfpq_build(&t->in, &o, path, &r, &err);
+    if (rc == VS_INTERRUPT) assert_no_file(path);
+    else assert_ok(rc, err);
+    assert_true(rc == VS_OK || polls < 1000);
+  }
+  o.stop = NULL;
+  vs_err err = {0};
+  assert_int_equal(ivfpq_build(&t->in, &o, path, &r, &err), VS_EXISTS);
+  assert_int_equal(access(path, F_OK), 0);
+  unlink(path);
+  ivfpq_build_options bad[] = {o, o, o, o};
+  bad[0].bits = 5, bad[1].subs = 9, bad[2].nlist = IVFPQ_MAX_NLIST + 1, bad[3].tmpdir = "/nowhere";
+  for (int i = 0; i < 4; i++) {
+    err = (vs_err){0};
+    assert_int_equal(ivfpq_build(&t->in, &bad[i], path, &r, &err), i == 3 ? VS_IO : VS_INVALID);
+    assert_true(err.text[0]);
+    assert_no_file(path);
+  }
+  input_close(&t->in);
+}
+
+/* Values that no segment could hold are refused, not cut. */
+static void test_column_limits(void **state) {
+  (void)state;
+  set *t = set_open(10, 4, CLUSTERS, INT_IDS, 1);
+  ivfpq_build_options o = options(IVFPQ_L2);
+  ivfpq_build_result r;
+  const char *path = path_of("limits.ivf"), *names[N_COLUMNS] = {"a", "", "c", "d"};
+  char *huge = calloc(1, IVFPQ_MAX_TEXT + 2);
+  for (int i = 0; i < 3; i++) {
+    vs_err err = {0};
+    t->columns[3 * N_COLUMNS + 3] = (input_value){.type = INPUT_TEXT, .text = huge, .len = i == 0 ? IVFPQ_MAX_TEXT + 1 : IVFPQ_MAX_TEXT};
+    if (i == 2) o.column_names = names;
+    unlink(path);
+    assert_int_equal(ivfpq_build(&t->in, &o, path, &r, &err), i == 1 ? VS_OK : VS_INVALID);
+  }
+  free(huge);
+  input_close(&t->in);
+}
+
+/* ---- filters ---- */
+
+typedef struct every { int64_t modulus; int fail; } every;
+
+/* Lets rows pass whose id is a multiple of the modulus. */
+static vs_rc eval_every(void *ctx, ivfpq_segment *s, const ivfpq_part *part, uint64_t *bitmap, vs_err *err) {
+  const every *e = ctx;
+  if (e->fail) return vs_fail(err, VS_INTERRUPT, "the filter said so");
+  for (uint32_t r = 0; r < part->entry.n_rows; r++) {
+    ivfpq_row row;
+    ivfpq_id id;
+    uint32_t number = (uint32_t)part->entry.row0 + r;
+    vs_rc rc = ivfpq_rows_fetch(s, &number, 1, &row, err);
+    if (rc) return rc;
+    if (!(rc = ivfpq_row_id(s, row.record, &id, err)) && id.i % e->modulus == 0) bitmap[r / 64] |= 1ull << r % 64;
+    ivfpq_rows_release(s, &row, 1);
+    if (rc) return rc;
+  }
+  return VS_OK;
+}
+
+static void assert_filtered(ivfpq_segment *s, int64_t modulus, uint64_t want, uint32_t nprobe, const float *q) {
+  every e = {modulus, 0};
+  ivfpq_filter f = {&e, eval_every};
+  vs_err err = {0};
+  uint64_t passing = (s->params.n_rows + (uint64_t)modulus - 1) / (uint64_t)modulus;
+  for (int exact = 0; exact < 2; exact++) {
+    ivfpq_query query = {.vector = q, .nprobe = nprobe, .n_candidates = want, .filter = &f};
+    ivfpq_keys keys = {0};
+    ivfpq_stats stats = {0};
+    vs_rc rc = exact ? ivfpq_exact(s, &query, NULL, 2, &keys, &stats, &err) : ivfpq_scan(s, &query, &keys, &stats, &err);
+    assert_ok(rc, err);
+    if (keys.n != (want < passing ? want : passing))
+      fail_msg("modulus %d, %s, %llu wanted: %zu of %llu rows", (int)modulus, exact ? "exact" : "scan", (unsigned long long)want, keys.n,
+               (unsigned long long)passing);
+    for (size_t i = 0; i < keys.n; i++) {
+      uint32_t row = kern_key_number(keys.key[i]);
+      ivfpq_row rec;
+      ivfpq_id id;
+      assert_ok(ivfpq_rows_fetch(s, &row, 1, &rec, &err), err);
+      assert_ok(ivfpq_row_id(s, rec.record, &id, &err), err);
+      assert_int_equal(id.i % modulus, 0);
+      ivfpq_rows_release(s, &rec, 1);
+    }
+    ivfpq_keys_reset(&keys);
+    e.fail = 1;
+    vs_err why = {0};
+    rc = exact ? ivfpq_exact(s, &query, NULL, 2, &keys, &stats, &why) : ivfpq_scan(s, &query, &keys, &stats, &why);
+    assert_int_equal(rc, VS_INTERRUPT);
+    ivfpq_keys_reset(&keys);
+    e.fail = 0;
+  }
+}
+
+static void test_filters(void **state) {
+  (void)state;
+  static const uint32_t nlists[] = {0, 20, 700};
+  static const uint64_t wanted[] = {1, 10, 100, 10000};
+  set *t = set_open(4500, 8, CLUSTERS, ROW_IDS, 1);
+  for (int i = 0; i < 3; i++)
+    for (int map = 0; map < 2; map++) {
+      ivfpq_build_options o = options(IVFPQ_L2);
+      if ((o.nlist = nlists[i]) == 0) t->in.n_rows = 3000; /* flat */
+      else t->in.n_rows = 4500;
+      build(t, &o, path_of("filter.ivf"));
+      ivfpq_segment *s = open_path(path_of("filter.ivf"), map);
+      for (int k = 0; k < 4; k++) {
+        assert_filtered(s, 2, wanted[k], 3, t->x);
+        assert_filtered(s, 997, wanted[k], 3, t->x + 8 * 77);
+      }
+      ivfpq_segment_close(s);
+    }
+  input_close(&t->in);
+}
+
+/* ---- one segment, many threads ---- */
+
+typedef struct crowd {
+  ivfpq_segment *s;
+  const set *t;
+  int wrong;
+} crowd;
+
+static void search_in_crowd(void *ctx, size_t i) {
+  crowd *c = ctx;
+  vs_err err = {0};
+  ivfpq_keys keys = {0};
+  ivfpq_stats stats = {0};
+  uint64_t like = i * 97 % c->t->in.n_rows;
+  ivfpq_id id = id_of(&c->t->ids[like]);
+  ivfpq_query query = {.vector = c->t->x + like * c->t->in.dim, .nprobe = 3, .n_candidates = 20};
+  uint32_t row = 0;
+  int found = 0, hit = 0;
+  vs_rc rc = ivfpq_find_id(c->s, &id, &row, &found, &err);
+  if (!rc) rc = i % 2 ? ivfpq_scan(c->s, &query, &keys, &stats, &err) : ivfpq_exact(c->s, &query, NULL, 2, &keys, &stats, &err);
+  for (size_t k = 0; k < keys.n; k++) hit |= kern_key_number(keys.key[k]) == row;
+  if (rc || !found || !hit) __atomic_fetch_add(&c->wrong, 1, __ATOMIC_RELAXED);
+  ivfpq_keys_reset(&keys);
+}
+
+static void test_crowd(void **state) {
+  (void)state;
+  set *t = set_open(4300, 8, CLUSTERS, TEXT_IDS, 0);
+  ivfpq_build_options o = options(IVFPQ_COSINE);
+  build(t, &o, path_of("crowd.ivf"));
+  for (int map = 0; map < 2; map++) {
+    crowd c = {.s = open_path(path_of("crowd.ivf"), map), .t = t};
+    vs_pool_run(60, 4, search_in_crowd, &c);
+    assert_true(c.wrong <= 3); /* a scan may miss a row, rarely; the thread sanitizer looks for the rest */
+    ivfpq_segment_close(c.s);
+  }
+  input_close(&t->in);
+}
+
+/* ---- damage ---- */
+
+/* A file in memory. Unstable: every fetch is a fresh, exact copy, so that a sanitizer sees reads past the padding and
+ * ranges that are not released. */
+typedef struct memory_io {
+  vs_io io;
+  const uint8_t *bytes;
+  int *open_ranges;
+} memory_io;
+
+static int fetches_left = -1; /* the fetch after so many fails; -1: none */
+
+static vs_rc memory_fetch(vs_io *io, vs_range *r, size_t n, vs_err *err) {
+  memory_io *m = (memory_io *)io;
+  if (fetches_left >= 0 && fetches_left-- == 0) return vs_fail(err, VS_IO, "the store is gone");
+  for (size_t i = 0; i < n; i++) {
+    if (io->stable) {
+      r[i].ptr = m->bytes + r[i].off;
+    } else {
+      uint8_t *copy = calloc(1, r[i].len + VS_IO_PAD);
+      if (!copy) return vs_nomem(err);
+      memcpy(copy, m->bytes + r[i].off, r[i].len);
+      r[i].ptr = r[i].owner = copy;
+    }
+  }
+  *m->open_ranges += (int)n;
+  return VS_OK;
+}
+static void memory_release(vs_io *io, vs_range *r, size_t n) {
+  *((memory_io *)io)->open_ranges -= (int)n;
+  for (size_t i = 0; i < n; i++) free(r[i].owner), r[i].owner = NULL;
+}
+static void memory_close(vs_io *io) { free(io); }
+
+static vs_io *memory_open(const uint8_t *bytes, uint64_t n, int stable, int *open_ranges) {
+  memory_io *m = malloc(sizeof *m);
+  *m = (memory_io){{.size = n, .stable = stable, .name = "damaged.ivf", .fetch = memory_fetch, .release = memory_release,
+                    .close = memory_close}, bytes, open_ranges};
+  return &m->io;
+}
+
+typedef struct victim {
+  uint8_t *good, *bytes; /* both with VS_IO_PAD zeros behind */
+  uint64_t n;
+  const set *t;
+} victim;
+
+static victim victim_open(const set *t, const char *path) {
+  FILE *f = fopen(path, "rb");
+  victim v = {.t = t};
+  assert_non_null(f);
+  fseek(f, 0, SEEK_END);
+  v.n = (uint64_t)ftell(f);
+  rewind(f);
+  v.good = calloc(1, v.n + VS_IO_PAD), v.bytes = calloc(1, v.n + VS_IO_PAD);
+  assert_int_equal(fread(v.good, 1, v.n, f), v.n);
+  memcpy(v.bytes, v.good, v.n);
+  fclose(f);
+  return v;
+}
+
+/* A row that comes back without an error is one of the input's rows, unless checksums were forged. */
+static void read_rows(ivfpq_segment *s, const victim *v, int forged) {
+  for (uint64_t i = 0; i < v->t->in.n_rows; i++) {
+    ivfpq_id id = id_of(&v->t->ids[i]), have;
+    vs_err err = {0};
+    ivfpq_row r;
+    uint32_t row;
+    int found;
+    if (ivfpq_find_id(s, &id, &row, &found, &err) || !found) {
+      assert_true(forged || err.text[0]); /* never "no such row" */
+      continue;
+    }
+    if (ivfpq_rows_fetch(s, &row, 1, &r, &err)) continue;
+    if (!forged) assert_memory_equal(r.record, v->t->x + i * v->t->in.dim, v->t->in.dim * 4);
+    if (!ivfpq_row_id(s, r.record, &have, &err)) ivfpq_id_free(&have);
+    if (s->params.n_columns == v->t->in.n_columns && s->params.n_columns) {
+      ivfpq_value values[N_COLUMNS];
+      uint8_t *buf;
+      if (!ivfpq_row_columns(s, r.record, values, &buf, &err) && !forged) assert_values(v->t->columns + i * N_COLUMNS, values);
+      free(buf);
+    }
+    ivfpq_rows_release(s, &r, 1);
+  }
+}
+
+static vs_rc eval_columns(void *ctx, ivfpq_segment *s, const ivfpq_part *part, uint64_t *bitmap, vs_err *err) {
+  ivfpq_column_view c[IVFPQ_MAX_COLUMNS];
+  size_t n = 0;
+  (void)ctx;
+  for (uint32_t i = 0; i < s->params.n_columns; i++) n += s->columns[i].flags & IVFPQ_FILTER ? 1 : 0;
+  vs_rc rc = ivfpq_part_columns(s, part, c, n, err);
+  for (uint32_t r = 0; r < part->entry.n_rows && !rc && n; r++)
+    if (!(c[0].nulls[r / 8] >> r % 8 & 1)) bitmap[r / 64] |= 1ull << r % 64;
+  return rc;
+}
+
+static void search_damaged(ivfpq_segment *s, const float *q) {
+  vs_err err = {0};
+  ivfpq_filter f = {NULL, eval_columns};
+  float *d, *wide = calloc(s->params.dim, sizeof *wide); /* a forged dimension may be larger */
+  wide[0] = q[0];
+  for (int i = 0; i < 4; i++) {
+    ivfpq_query query = {.vector = wide, .nprobe = 2, .n_candidates = 5, .filter = i % 2 ? &f : NULL};
+    ivfpq_keys keys = {0};
+    ivfpq_stats stats = {0};
+    vs_rc rc = i < 2 ? ivfpq_scan(s, &query, &keys, &stats, &err) : ivfpq_exact(s, &query, NULL, 1, &keys, &stats, &err);
+    if (!rc) {
+      uint32_t rows[5];
+      assert_true(keys.n <= 5);
+      for (size_t k = 0; k < keys.n; k++) {
+        rows[k] = kern_key_number(keys.key[k]);
+        assert_true(rows[k] < s->params.n_rows);
+      }
+      d = malloc(5 * sizeof *d);
+      rc = ivfpq_distances(s, wide, rows, keys.n, d, &err);
+      free(d);
+    }
+    if (rc) assert_true(err.text[0]);
+    ivfpq_keys_reset(&keys);
+  }
+  free(wide);
+}
+
+/* Opens the damaged bytes and tries everything. Returns whether the damage was noticed, by open or by verify. */
+static int try_damaged(const victim *v, uint64_t n, int stable, int forged, int thorough) {
+  int open_ranges = 0, faults = 0;
+  vs_err err = {0};
+  ivfpq_segment *s;
+  vs_rc rc = ivfpq_segment_open(memory_open(v->bytes, n, stable, &open_ranges), &s, &err);
+  if (rc) {
+    assert_true(err.text[0] && !s);
+    assert_int_equal(open_ranges, 0);
+    return 1;
+  }
+  if (thorough) {
+    read_rows(s, v, forged);
+    search_damaged(s, v->t->x);
+  }
+  assert_ok(ivfpq_verify(s, count_fault, &faults, &err), err);
+  assert_true(faults <= 1000);
+  ivfpq_segment_close(s);
+  assert_int_equal(open_ranges, 0);
+  return faults > 0;
+}
+
+static uint64_t at_u64(const uint8_t *p) {
+  uint64_t v;
+  memcpy(&v, p, 8);
+  return v;
+}
+static void put_check(uint8_t *at, const uint8_t *from, size_t n) {
+  uint64_t check = ivfpq_check(from, n);
+  memcpy(at, &check, 8);
+}
+static uint8_t *section_of(const victim *v, uint8_t *bytes, uint32_t id, uint64_t *size) {
+  uint8_t *t = bytes + v->n - IVFPQ_TRAILER, *f = bytes + at_u64(v->good + v->n - IVFPQ_TRAILER);
+  for (; f < t; f += 32) {
+    uint32_t have;
+    memcpy(&have, f, 4);
+    if (have == id && at_u64(f + 8) <= v->n && at_u64(f + 16) <= v->n - at_u64(f + 8)) {
+      *size = at_u64(f + 16);
+      return bytes + at_u64(f + 8);
+    }
+  }
+  *size = 0;
+  return bytes;
+}
+
+/* Makes every checksum right again, inside out, where the good file has it. */
+static void forge(const victim *v) {
+  uint64_t size, good_off = at_u64(v->good + v->n - IVFPQ_TRAILER);
+  ivfpq_params h;
+  uint8_t *b = v->bytes, *t = b + v->n - IVFPQ_TRAILER, *p = section_of(v, v->good, IVFPQ_PARAMS, &size);
+  memcpy(&h, p, sizeof h);
+  p = section_of(v, b, IVFPQ_ROWS, &size);
+  for (uint64_t i = 0; i < h.n_rows && (i + 1) * h.row_bytes <= size; i++) {
+    uint32_t check = ivfpq_check32(p + i * h.row_bytes, h.row_bytes - 4);
+    memcpy(p + (i + 1) * h.row_bytes - 4, &check, 4);
+  }
+  p = section_of(v, b, IVFPQ_IDDIR, &size);
+  for (uint64_t at = 0; at + IVFPQ_PAGE <= size; at += IVFPQ_PAGE) put_check(p + at + IVFPQ_PAGE - 8, p + at, IVFPQ_PAGE - 8);
+  uint64_t scan_size;
+  uint8_t *scan = section_of(v, b, IVFPQ_SCAN, &scan_size);
+  p = section_of(v, b, IVFPQ_GROUPS, &size);
+  for (uint32_t i = 0; i < h.nlist && (i + 1) * sizeof(ivfpq_partition) <= size; i++) { /* one group in these files */
+    ivfpq_partition e;
+    memcpy(&e, p + i * sizeof e, sizeof e);
+    uint64_t codes = ivfpq_code_bytes(e.n_rows, h.m), at = ivfpq_round(codes, 8);
+    if (e.off <= scan_size && at + e.column_bytes <= scan_size - e.off) {
+      e.check = ivfpq_check(scan + e.off, codes), e.column_check = ivfpq_check(scan + e.off + at, e.column_bytes);
+      memcpy(p + i * sizeof e, &e, sizeof e);
+    }
+  }
+  uint64_t group = ivfpq_group_bytes(h.nlist, h.dim_padded);
+  if (group <= size) put_check(p + group - 8, p, group - 8);
+  for (uint32_t id = IVFPQ_MEAN; id <= IVFPQ_PARAMS; id++) {
+    p = section_of(v, b, id, &size);
+    if (size >= 8) put_check(p + size - 8, p, size - 8);
+  }
+  for (uint8_t *f = b + good_off; f < t; f += 32)
+    if (at_u64(f + 8) <= v->n && at_u64(f + 16) <= v->n - at_u64(f + 8)) put_check(f + 24, b + at_u64(f + 8), at_u64(f + 16));
+  put_check(t + 16, b + good_off, v->n - IVFPQ_TRAILER - good_off);
+  put_check(t + 48, t, 48);
+}
+
+static void flip_bytes(victim *v, int n_random) {
+  uint64_t size, params;
+  ivfpq_rng r = rng_of(3);
+  params = (uint64_t)(section_of(v, v->good, IVFPQ_PARAMS, &size) - v->good);
+  uint64_t fixed = 64 + (v->n - params);
+  for (uint64_t i = 0; i < fixed + (uint64_t)n_random; i++) {
+    uint64_t at = i < 64 ? i : i < fixed ? params + i - 64 : ivfpq_rng_below(&r, v->n);
+    uint8_t by = i < fixed ? 0xff : (uint8_t)(1u << ivfpq_rng_below(&r, 8));
+    v->bytes[at] ^= by;
+    if (!try_damaged(v, v->n, (int)(i & 1), 0, i % 8 == 0))
+      fail_msg("byte %llu of %llu flipped by %02x: nobody noticed", (unsigned long long)at, (unsigned long long)v->n, by);
+    v->bytes[at] ^= by;
+  }
+}
+
+static void cut_short(victim *v) {
+  ivfpq_rng r = rng_of(4);
+  for (int i = 0; i < 600; i++) {
+    uint64_t n = i < 200 ? (uint64_t)i : i < 400 ? v->n - 1 - (uint64_t)(i - 200) : ivfpq_rng_below(&r, v->n);
+    /* a copy of its own, so that a read behind the end is seen */
+    victim cut = {.bytes = calloc(1, n + VS_IO_PAD), .n = n, .t = v->t};
+    memcpy(cut.bytes, v->bytes, n);
+    assert_true(try_damaged(&cut, n, i & 1, 0, 0));
+    free(cut.bytes);
+  }
+}
+
+/* Changed fields with right checksums: a hostile file. Nothing may crash; whatever is refused has a text. */
+static void forge_fields(victim *v, int n_tries) {
+  static const uint64_t values[] = {0, 1, 2, 0x7fffffff, 0x80000000, 0xffffffff, 1ull << 40, INT64_MAX, UINT64_MAX, UINT64_MAX - 63};
+  static const uint32_t ids[] = {IVFPQ_PARAMS, IVFPQ_PARAMS, IVFPQ_PARAMS, IVFPQ_GROUPS, IVFPQ_GROUPS, IVFPQ_ROWS, IVFPQ_IDDIR, IVFPQ_SCAN, IVFPQ_COLUMNS,
+                                 IVFPQ_IDHEAP, IVFPQ_CODEBOOK, IVFPQ_MEAN};
+  ivfpq_rng r = rng_of(5);
+  uint64_t trailer = v->n - IVFPQ_TRAILER, footer = at_u64(v->good + trailer), size;
+  for (int i = 0; i < n_tries; i++) {
+    for (uint64_t k = ivfpq_rng_below(&r, 3) + 1; k; k--) {
+      uint64_t which = ivfpq_rng_below(&r, sizeof ids / sizeof *ids + 1), at;
+      if (which == sizeof ids / sizeof *ids) at = footer + ivfpq_rng_below(&r, trailer - footer + 32);
+      else {
+        at = (uint64_t)(section_of(v, v->good, ids[which], &size) - v->good);
+        if (!size) continue;
+        if (which < 4 || ids[which] == IVFPQ_IDDIR) size = size < 512 ? size : 512; /* where the fields are */
+        at += ivfpq_rng_below(&r, size);
+      }
+      size_t width = 1u << ivfpq_rng_below(&r, 4);
+      if (width > 1) at -= at % width;
+      uint64_t value = ivfpq_rng_below(&r, 3) ? values[ivfpq_rng_below(&r, sizeof values / sizeof *values)]
+                                              : at_u64(v->good + (at < v->n - 8 ? at : v->n - 8)) + ivfpq_rng_below(&r, 5) - 2;
+      memcpy(v->bytes + at, &value, at + width <= v->n ? width : 1);
+    }
+    forge(v);
+    try_damaged(v, v->n, i & 1, 1, 1);
+    memcpy(v->bytes, v->good, v->n);
+  }
+}
+
+static void test_damage(void **state) {
+  (void)state;
+  static const struct { uint64_t n; uint32_t dim, nlist, bits; id_shape ids; int columns; } cases[] = {
+      {40, 4, 3, 8, LONG_TEXT_IDS, 1}, {60, 3, 0, 0, INT_IDS, 1}, {90, 6, 5, 4, ROW_IDS, 0}, {0, 5, 0, 0, TEXT_IDS, 1}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    set *t = set_open(cases[i].n, cases[i].dim, CLUSTERS, cases[i].ids, cases[i].columns);
+    if (cases[i].ids == LONG_TEXT_IDS) t->ids[2].len = 200; /* a long id, in a small file */
+    ivfpq_build_options o = options((ivfpq_metric)(i % 3));
+    o.nlist = cases[i].nlist, o.bits = cases[i].bits;
+    build(t, &o, path_of("victim.ivf"));
+    victim v = victim_open(t, path_of("victim.ivf"));
+    assert_false(try_damaged(&v, v.n, 0, 0, 1));
+    forge(&v);
+    assert_memory_equal(v.bytes, v.good, v.n); /* forging knows where the checksums are */
+    flip_bytes(&v, i ? 500 : 2000);
+    cut_short(&v);
+    forge_fields(&v, i == 3 ? 500 : 3000);
+    free(v.good), free(v.bytes);
+    input_close(&t->in);
+  }
+}
+
+/* The Nth read fails, for every N: each call says so, gives back what it holds, and works the next time. */
+static vs_rc read_everything(const victim *v, int *open_ranges, vs_err *err) {
+  ivfpq_filter f = {NULL, eval_columns};
+  ivfpq_query query = {.vector = v->t->x, .nprobe = 1, .n_candidates = 7, .filter = &f};
+  ivfpq_keys keys = {0};
+  ivfpq_stats stats = {0};
+  ivfpq_id id = id_of(&v->t->ids[2]);
+  ivfpq_segment *s;
+  uint32_t row = 0;
+  int found, faults = 0;
+  float d;
+  vs_rc rc = ivfpq_segment_open(memory_open(v->bytes, v->n, 0, open_ranges), &s, err);
+  if (rc) return rc;
+  rc = ivfpq_find_id(s, &id, &row, &found, err);
+  if (!rc) rc = ivfpq_scan(s, &query, &keys, &stats, err);
+  if (!rc) rc = ivfpq_exact(s, &query, NULL, 1, &keys, &stats, err);
+  if (!rc) rc = ivfpq_distances(s, query.vector, &row, 1, &d, err);
+  if (!rc) rc = ivfpq_verify(s, count_fault, &faults, err);
+  assert_int_equal(faults, 0);
+  ivfpq_keys_reset(&keys);
+  ivfpq_segment_close(s);
+  return rc;
+}
+
+static void test_failing_reads(void **state) {
+  (void)state;
+  set *t = set_open(40, 4, CLUSTERS, LONG_TEXT_IDS, 1);
+  ivfpq_build_options o = options(IVFPQ_L2);
+  o.nlist = 3;
+  build(t, &o, path_of("victim.ivf"));
+  victim v = victim_open(t, path_of("victim.ivf"));
+  vs_rc rc = VS_IO;
+  for (int n = 0; rc; n++) {
+    vs_err err = {0};
+    int open_ranges = 0;
+    fetches_left = n;
+    rc = read_everything(&v, &open_ranges, &err);
+    if (rc) assert_string_equal(err.text, "the store is gone");
+    assert_true(rc == VS_OK || rc == VS_IO);
+    assert_int_equal(open_ranges, 0);
+    assert_true(n < 1000);
+  }
+  fetches_left = -1;
+  free(v.good), free(v.bytes);
+  input_close(&t->in);
+}
+
+static int stop_at_once(void *ctx, const char *text) {
+  count_fault(ctx, text);
+  return 1;
+}
+
+/* Verify stops when it is told to, and after 1,000 faults. */
+static void test_fault_limits(void **state) {
+  (void)state;
+  set *t = set_open(2000, 2, CLUSTERS, INT_IDS, 0);
+  ivfpq_build_options o = options(IVFPQ_L2);
+  build(t, &o, path_of("victim.ivf"));
+  victim v = victim_open(t, path_of("victim.ivf"));
+  uint64_t size;
+  uint8_t *rows = section_of(&v, v.bytes, IVFPQ_ROWS, &size);
+  for (uint64_t i = 0; i < size; i++) rows[i] ^= 1;
+  for (int i = 0; i < 2; i++) {
+    vs_err err = {0};
+    int open_ranges = 0, faults = 0;
+    ivfpq_segment *s;
+    assert_ok(ivfpq_segment_open(memory_open(v.bytes, v.n, 0, &open_ranges), &s, &err), err);
+    assert_ok(ivfpq_verify(s, i ? stop_at_once : count_fault, &faults, &err), err);
+    assert_int_equal(faults, i ? 1 : 1000);
+    ivfpq_segment_close(s);
+    assert_int_equal(open_ranges, 0);
+  }
+  free(v.good), free(v.bytes);
+  input_close(&t->in);
+}
+
+/* Nonsense under right checksums that verify must find: it is more than a walk over hashes. */
+static void test_forged_faults(void **state) {
+  (void)state;
+  set *t = set_open(40, 4, CLUSTERS, INT_IDS, 1);
+  ivfpq_build_options o = options(IVFPQ_L2);
+  o.nlist = 3;
+  build(t, &o, path_of("victim.ivf"));
+  victim v = victim_open(t, path_of("victim.ivf"));
+  static const struct { uint32_t id; uint64_t off; int add; } cases[] = {
+      {IVFPQ_GROUPS, offsetof(ivfpq_partition, n_rows), -1}, {IVFPQ_GROUPS, offsetof(ivfpq_partition, row0), 1},
+      {IVFPQ_GROUPS, offsetof(ivfpq_partition, column_bytes), -1}, {IVFPQ_GROUPS, sizeof(ivfpq_partition), -64},
+      {IVFPQ_PARAMS, offsetof(ivfpq_params, n_padded), 1}, {IVFPQ_PARAMS, offsetof(ivfpq_params, beta) + 3, 0x40},
+      {IVFPQ_ROWS, 16, 1},   /* the first row's id */
+      {IVFPQ_ROWS, 3, 0x40}, /* its first value: NaN or infinite below */
+      {IVFPQ_ROWS, 32, 1},   /* its size of columns */
+      {IVFPQ_IDDIR, 0, -1}, {IVFPQ_IDDIR, 4, 1}, {IVFPQ_IDDIR, 8, 1}, {IVFPQ_IDDIR, 16, 1}, {IVFPQ_IDDIR, IVFPQ_PAGE - 9, 1}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    uint64_t size;
+    uint8_t *p = section_of(&v, v.bytes, cases[i].id, &size) + cases[i].off;
+    if (cases[i].add == 0x40) memset(p - 3, 0xff, 4); /* a NaN */
+    else *p = (uint8_t)(*p + cases[i].add);
+    forge(&v);
+    if (!try_damaged(&v, v.n, 0, 1, 1)) fail_msg("section %u, offset %llu: not noticed", cases[i].id, (unsigned long long)cases[i].off);
+    memcpy(v.bytes, v.good, v.n);
+  }
+  free(v.good), free(v.bytes);
+  input_close(&t->in);
+}
+
+/* The whole folder is empty of temporary files: they never had a name. */
+static void test_nothing_left(void **state) {
+  (void)state;
+  DIR *d = opendir(folder);
+  for (struct dirent *e; (e = readdir(d));) {
+    size_t n = strlen(e->d_name);
+    if (e->d_name[0] == '.' && n <= 2) continue;
+    if (n < 4 || strcmp(e->d_name + n - 4, ".ivf")) fail_msg("%s was left behind", e->d_name);
+    unlink(path_of(e->d_name));
+  }
+  closedir(d);
+  assert_int_equal(rmdir(folder), 0);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_sorter), cmocka_unit_test(test_runs), cmocka_unit_test(test_kmeans), cmocka_unit_test(test_defaults),
+      cmocka_unit_test(test_shapes), cmocka_unit_test(test_wide), cmocka_unit_test(test_distributions),
+      cmocka_unit_test(test_many_partitions), cmocka_unit_test(test_oversized_partition), cmocka_unit_test(test_sub_quantizers), cmocka_unit_test(test_recall),
+      cmocka_unit_test(test_estimates), cmocka_unit_test(test_same_bytes), cmocka_unit_test(test_duplicates),
+      cmocka_unit_test(test_bad_rows), cmocka_unit_test(test_refusals), cmocka_unit_test(test_column_limits),
+      cmocka_unit_test(test_filters), cmocka_unit_test(test_crowd), cmocka_unit_test(test_damage), cmocka_unit_test(test_failing_reads),
+      cmocka_unit_test(test_fault_limits), cmocka_unit_test(test_forged_faults),
+      cmocka_unit_test(test_nothing_left)};
+  const char *set_seed = getenv("IVFPQ_TEST_SEED"), *tmp = getenv("TMPDIR");
+  if (set_seed) seed = strtoull(set_seed, NULL, 10);
+  printf("seed %llu\n", (unsigned long long)seed);
+  snprintf(folder, sizeof folder, "%.40s/ivfpq-XXXXXX", tmp ? tmp : "/tmp");
+  if (!mkdtemp(folder)) return 1;
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,90 @@
+/* cmd_info.c - what a shard or a database holds, from its manifests and the parameters of its segments. */
+#include "../ext/shard/shard.h"
+#include "json.h"
+#include "options.h"
+#include "output.h"
+#include "source.h"
+
+typedef struct info_options { int json; } info_options;
+
+static const option_row rows[] = {OPTION_JSON(info_options)};
+static const option_command command = {
+  "info", "SOURCE", "What a shard or a database (a folder of shards) holds. SOURCE is a path, or a JSON list of paths.",
+  "  vecshard info db\n  vecshard info db --json | jq .rows", 1, 1, rows, sizeof rows / sizeof *rows};
+
+static uint64_t total_rows(const shard_set *set) {
+  uint64_t n = 0;
+  for (size_t i = 0; i < set->n; i++) n += set->shards[i]->manifest.n_rows;
+  return n;
+}
+
+static void json_segments(const shard *s) {
+  for (size_t g = 0; g < s->manifest.n_segments; g++) {
+    const shard_segment_ref *r = &s->manifest.segments[g];
+    const ivfpq_params *p = &s->segments[g]->params;
+    printf("%s{\"file\":\"%s\",\"rows\":%llu,\"nlist\":%u,\"m\":%u,\"bits\":%u,\"bytes\":%llu}", g ? "," : "", r->file,
+           (unsigned long long)r->n_rows, p->nlist, p->m, p->bits, (unsigned long long)r->n_bytes);
+  }
+}
+
+static void json_columns(const shard_manifest *m) {
+  static const char *const types[] = {"", "integer", "real", "text"};
+  for (size_t c = 0; c < m->n_columns; c++) {
+    printf("%s{\"name\":", c ? "," : "");
+    json_put_text(stdout, m->columns[c].name);
+    printf(",\"type\":\"%s\",\"filter\":%s,\"index\":%s}", types[m->columns[c].type], m->columns[c].filter ? "true" : "false",
+           m->columns[c].index ? "true" : "false");
+  }
+}
+
+static void print_json(const shard_set *set) {
+  printf("{\"rows\":%llu,\"shards\":[", (unsigned long long)total_rows(set));
+  for (size_t i = 0; i < set->n; i++) {
+    const shard_manifest *m = &set->shards[i]->manifest;
+    printf("%s{\"name\":", i ? "," : "");
+    json_put_text(stdout, set->names[i]);
+    printf(",\"path\":");
+    json_put_text(stdout, set->shards[i]->path);
+    printf(",\"rows\":%llu,\"version\":%llu,\"uuid\":\"%s\",\"dim\":%u,\"metric\":\"%s\",\"store\":\"%s\",\"id\":\"%s\",\"columns\":[",
+           (unsigned long long)m->n_rows, (unsigned long long)m->version, m->uuid, m->dim, source_metric((int)m->metric),
+           m->store == SHARD_F16 ? "f16" : "f32", m->id_text ? "text" : "integer");
+    json_columns(m);
+    printf("],\"segments\":[");
+    json_segments(set->shards[i]);
+    printf("]}");
+  }
+  printf("]}\n");
+}
+
+static void print_table(const shard_set *set) {
+  char size[32];
+  printf("%-24s %12s %7s %6s %-6s %-7s %9s %5s %4s %10s\n", "shard", "rows", "version", "dim", "metric", "id", "nlist", "m",
+         "bits", "size");
+  for (size_t i = 0; i < set->n; i++) {
+    const shard_manifest *m = &set->shards[i]->manifest;
+    for (size_t g = 0; g < m->n_segments; g++) {
+      const ivfpq_params *p = &set->shards[i]->segments[g]->params;
+      printf("%-24s %12llu %7llu %6u %-6s %-7s %9u %5u %4u %10s\n", g ? "" : set->names[i],
+             (unsigned long long)m->segments[g].n_rows, (unsigned long long)m->version, m->dim, source_metric((int)m->metric),
+             m->id_text ? "text" : "integer", p->nlist, p->m, p->bits, output_size(m->segments[g].n_bytes, size));
+    }
+  }
+  printf("%llu rows in %zu shard%s\n", (unsigned long long)total_rows(set), set->n, set->n == 1 ? "" : "s");
+}
+
+int cmd_info(int argc, char **argv) {
+  info_options o = {0};
+  tool_list args = {0};
+  shard_set set = {0};
+  vs_err err = {0};
+  int status = options_read(&command, argc, argv, &o, &args);
+  if (status < 0) {
+    vs_rc rc = shard_set_open(args.items[0], &set, &err);
+    status = tool_report(&err);
+    if (!rc && o.json) print_json(&set);
+    else if (!rc) print_table(&set);
+    if (!rc) shard_set_reset(&set);
+  }
+  tool_list_reset(&args);
+  return status;
+}
