@@ -16,10 +16,10 @@ HDF5_CFLAGS := $(shell pkg-config --cflags hdf5-serial 2>/dev/null || pkg-config
 HDF5_LIBS := $(shell pkg-config --libs hdf5-serial 2>/dev/null || pkg-config --libs hdf5 2>/dev/null || echo -lhdf5)
 LIBS := -lm -lpthread
 
-LOWER := $(wildcard ext/base/*.c ext/kernels/*.c ext/ivfpq/*.c)
+LOWER := $(wildcard ext/base/*.c ext/kernels/*.c ext/ivfpq/*.c) ext/input/input_fault.c
 UPPER := $(wildcard ext/s3vfs/*.c ext/shard/*.c) $(filter-out ext/vtab/hdf5_vectors.c,$(wildcard ext/vtab/*.c)) ext/vecshard.c
-INPUT := $(wildcard ext/input/*.c)
-HDF5_EXT := ext/vecshard_hdf5.c ext/vtab/hdf5_vectors.c $(INPUT) ext/base/vs_err.c $(wildcard ext/kernels/*.c)
+INPUT := $(filter-out ext/input/input_fault.c,$(wildcard ext/input/*.c))
+HDF5_EXT := ext/vecshard_hdf5.c ext/vtab/hdf5_vectors.c $(INPUT) ext/input/input_fault.c ext/base/vs_err.c $(wildcard ext/kernels/*.c)
 TOOL := $(wildcard tool/*.c)
 
 ext_obj = $(patsubst %.c,$(OUT)/obj/ext/%.o,$(1))
@@ -28,15 +28,15 @@ core_obj = $(patsubst %.c,$(OUT)/obj/core/%.o,$(1))
 all: $(OUT)/vecshard.so $(OUT)/libvecshard.a $(OUT)/vecshard.h $(OUT)/vecshard $(OUT)/vecshard_hdf5.so
 
 $(OUT)/vecshard.so: $(call ext_obj,$(LOWER) $(UPPER))
-	$(CC) -shared $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(LIBS)
+	@echo "  LINK  $@"; $(CC) -shared $(if $(SAN),,-Wl$(comma)-z$(comma)defs) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(LIBS)
 $(OUT)/vecshard_hdf5.so: $(call ext_obj,$(HDF5_EXT))
-	$(CC) -shared $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) $(LIBS)
+	@echo "  LINK  $@"; $(CC) -shared $(if $(SAN),,-Wl$(comma)-z$(comma)defs) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) $(LIBS)
 $(OUT)/libvecshard.a: $(call core_obj,$(LOWER) $(UPPER))
-	rm -f $@ && ar rcs $@ $^
+	@echo "  AR    $@"; rm -f $@ && ar rcs $@ $^
 $(OUT)/vecshard.h: ext/vecshard.h
 	mkdir -p $(@D) && cp $< $@
 $(OUT)/vecshard: $(call core_obj,$(TOOL) $(INPUT)) $(OUT)/libvecshard.a
-	$(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) -lsqlite3 $(LIBS)
+	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) -lsqlite3 $(LIBS)
 
 KERN_FLAGS_scalar := -fno-tree-vectorize
 KERN_FLAGS_avx2 := -O3 -mavx2 -mfma -mf16c
@@ -46,10 +46,10 @@ kern_flags = $(if $(X86),$(KERN_FLAGS_$(patsubst kern_%,%,$(notdir $(basename $(
 
 $(OUT)/obj/ext/%.o: %.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(ALL_CFLAGS) $(HDF5_CFLAGS) $(call kern_flags,$<) -MMD -MP -c -o $@ $<
+	@echo "  CC    $@"; $(CC) $(ALL_CFLAGS) $(HDF5_CFLAGS) $(call kern_flags,$<) -MMD -MP -c -o $@ $<
 $(OUT)/obj/core/%.o: %.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(ALL_CFLAGS) $(HDF5_CFLAGS) -DSQLITE_CORE $(call kern_flags,$<) -MMD -MP -c -o $@ $<
+	@echo "  CC    $@"; $(CC) $(ALL_CFLAGS) $(HDF5_CFLAGS) -DSQLITE_CORE $(call kern_flags,$<) -MMD -MP -c -o $@ $<
 
 # ---- tests ----
 # test_*.c of the lower folders link without SQLite: the proof that they do not need it.
@@ -64,7 +64,7 @@ SQLITE_LIB_test_manifest := -lsqlite3
 SQLITE_LIB_test_embed := -lsqlite3
 $(OUT)/test/%: $(OUT)/obj/core/test/%.o
 	@mkdir -p $(@D)
-	$(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ -lcmocka $(if $(findstring test_input,$@),$(HDF5_LIBS)) $(SQLITE_LIB_$(notdir $@)) $(LIBS)
+	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ -lcmocka $(if $(findstring test_input,$@),$(HDF5_LIBS)) $(SQLITE_LIB_$(notdir $@)) $(LIBS)
 .SECONDARY:
 
 deps:

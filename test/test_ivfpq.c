@@ -1042,7 +1042,10 @@ static vs_rc memory_fetch(vs_io *io, vs_range *r, size_t n, vs_err *err) {
       r[i].ptr = m->bytes + r[i].off;
     } else {
       uint8_t *copy = calloc(1, r[i].len + VS_IO_PAD);
-      if (!copy) return vs_nomem(err);
+      if (!copy) {
+        while (i-- > 0) free(r[i].owner);
+        return vs_nomem(err);
+      }
       memcpy(copy, m->bytes + r[i].off, r[i].len);
       r[i].ptr = r[i].owner = copy;
     }

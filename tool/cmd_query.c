@@ -103,6 +103,15 @@ static vs_rc put_hit(query_job *j, uint64_t query, const shard_hit *hit, vs_err 
 
 /* ---- the queries ---- */
 
+/* Why a vector cannot be searched with, or NULL. */
+static const char *query_fault(const query_job *j, const float *vector, uint8_t fault) {
+  if (fault) return input_fault_text(fault);
+  if (j->set.shards[0]->manifest.metric != SHARD_COSINE) return NULL;
+  for (uint32_t i = 0; i < j->in->dim; i++)
+    if (vector[i] != 0) return NULL;
+  return "a zero vector has no direction (cosine)";
+}
+
 static vs_rc run_query(query_job *j, uint64_t number, const float *vector, uint8_t fault, vs_err *err) {
   shard_search q = {.shards = j->set.shards, .n_shards = j->set.n, .query = vector, .dim = j->in->dim, .k = (uint64_t)j->o->k,
                     .nprobe = j->o->nprobe, .refine = j->o->refine, .exact = j->o->exact, .threads = (int)j->o->threads,
@@ -111,7 +120,8 @@ static vs_rc run_query(query_job *j, uint64_t number, const float *vector, uint8
   shard_stats stats;
   vs_err why = {0};
   size_t n = 0;
-  vs_rc rc = fault ? vs_fail(&why, VS_INVALID, "%s", input_fault_text(fault)) : shard_search_run(&q, &hits, &n, &stats, &why);
+  const char *refused = query_fault(j, vector, fault);
+  vs_rc rc = refused ? vs_fail(&why, VS_INVALID, "%s", refused) : shard_search_run(&q, &hits, &n, &stats, &why);
   for (size_t i = 0; i < n && !rc; i++) rc = put_hit(j, number, &hits[i], &why);
   free(hits);
   if (rc == VS_INTERRUPT) return vs_fail(err, rc, "interrupted");
@@ -139,9 +149,10 @@ static vs_rc run(const char *source, const query_options *o, vs_err *err) {
   query_job j = {.o = o};
   vs_rc rc = shard_set_open(source, &j.set, err);
   if (rc) return rc;
-  uint32_t dim = j.set.n ? j.set.shards[0]->manifest.dim : 0;
+  if (!j.set.n) rc = vs_fail(err, VS_NOTFOUND, "%s: holds no shard", source);
+  uint32_t dim = rc ? 0 : j.set.shards[0]->manifest.dim;
   input_options opt = {.embedding_dataset = o->embedding_dataset, .id_dataset = "none", .dim = dim};
-  rc = input_open(o->queries, &opt, &j.in, err);
+  if (!rc) rc = input_open(o->queries, &opt, &j.in, err);
   if (!rc && j.in->dim != dim)
     rc = vs_fail(err, VS_INVALID, "%s: its vectors have dimension %u, the shards %u", o->queries, j.in->dim, dim);
   if (!rc) rc = output_open(o->out, &j.out, err);

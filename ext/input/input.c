@@ -18,18 +18,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-const char *input_fault_text(input_fault f) {
-  switch (f) {
-  case INPUT_FINE: return "fine";
-  case INPUT_NAN: return "NaN or Inf in the vector";
-  case INPUT_OVERFLOW: return "a float64 value does not fit float32";
-  case INPUT_DIM: return "the vector has another length than the rest";
-  case INPUT_ID_UTF8: return "the id is not valid UTF-8 or has an embedded NUL";
-  case INPUT_HOLE: return "never written: the file holds no data for this row";
-  }
-  return "unknown fault";
-}
-
 vs_rc input_rows_reserve(input_rows *r, size_t n, uint32_t dim, size_t elem_bytes, size_t n_columns, vs_err *err) {
   if (n <= r->cap) return VS_OK;
   input_rows_free(r);
@@ -145,10 +133,12 @@ vs_rc input_pread(int fd, const char *path, void *buf, size_t n, uint64_t off, v
   while (at < n) {
     ssize_t got = pread(fd, (char *)buf + at, n - at, (off_t)(off + at));
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return vs_fail(err, VS_IO, "%s: cannot read at byte %llu: %s", path, (unsigned long long)(off + at),
-                                strerror(errno));
-    if (!got) return vs_fail(err, VS_CORRUPT, "%s: ends at byte %llu, where more was expected: it was cut while being read",
-                             path, (unsigned long long)(off + at));
+    if (got < 0)
+      return vs_fail(err, VS_IO, "%s: cannot read at byte %llu: %s", path, (unsigned long long)(off + at),
+                     strerror(errno));
+    if (!got)
+      return vs_fail(err, VS_CORRUPT, "%s: ends at byte %llu, where more was expected: it was cut while being read",
+                     path, (unsigned long long)(off + at));
     at += (size_t)got;
   }
   return VS_OK;
@@ -192,13 +182,15 @@ static vs_rc refuse_content(const char *path, const char *head, size_t n_head, u
   for (size_t i = 0; i < sizeof known_contents / sizeof *known_contents; i++)
     if (n_head >= known_contents[i].n && !memcmp(head, known_contents[i].magic, known_contents[i].n))
       return vs_fail(err, VS_INVALID, "%s: is %s", path, known_contents[i].what);
-  if (h5) return vs_fail(err, VS_INVALID, "%s: is not an HDF5 file (no HDF5 signature in its %llu bytes)", path,
-                         (unsigned long long)n_bytes);
-  if (ends_with(path, ".npy")) return vs_fail(err, VS_INVALID, "%s: is not a .npy file (it does not start with \\x93NUMPY)",
-                                              path);
+  if (h5)
+    return vs_fail(err, VS_INVALID, "%s: is not an HDF5 file (no HDF5 signature in its %llu bytes)", path,
+                   (unsigned long long)n_bytes);
+  if (ends_with(path, ".npy"))
+    return vs_fail(err, VS_INVALID, "%s: is not a .npy file (it does not start with \\x93NUMPY)", path);
   if (ends_with(path, ".bvecs") || ends_with(path, ".ivecs"))
     return vs_fail(err, VS_INVALID, "%s: holds integers; convert the vectors to float32 (.fvecs or .npy)", path);
-  return vs_fail(err, VS_INVALID, "%s: unknown format; HDF5, .npy, .fvecs and .f32 (with its dimension) can be read", path);
+  return vs_fail(err, VS_INVALID, "%s: unknown format; HDF5, .npy, .fvecs and .f32 (with its dimension) can be read",
+                 path);
 }
 
 static vs_rc open_mode(const char *path, const input_options *opt, int shape_only, input **out, vs_err *err) {
@@ -212,7 +204,8 @@ static vs_rc open_mode(const char *path, const input_options *opt, int shape_onl
   if (!opt) opt = &none;
   /* O_NONBLOCK: opening a FIFO must not wait for its writer. */
   fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) return vs_fail(err, errno == ENOENT ? VS_NOTFOUND : VS_IO, "%s: cannot open: %s", path, strerror(errno));
+  if (fd < 0)
+    return vs_fail(err, errno == ENOENT ? VS_NOTFOUND : VS_IO, "%s: cannot open: %s", path, strerror(errno));
   if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
     close(fd);
     return vs_fail(err, VS_INVALID, "%s: is %s, not a file of vectors", path,

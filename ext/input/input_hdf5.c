@@ -75,8 +75,10 @@ static int stack_says(const char *text) {
 /* Why H5Fopen failed, with the remedy where there is one. */
 static vs_rc explain_open(const input_h5_file *f, vs_err *err) {
   if (stack_says("h5clear") || stack_says("already open for write"))
-    return vs_fail(err, VS_INVALID, "%s: is marked as open for writing: still being written, or its writer was killed (if "
-                   "so: `h5clear -s FILE`, and check what is missing)", f->path);
+    return vs_fail(err, VS_INVALID,
+                   "%s: is marked as open for writing: still being written, or its writer was killed (if "
+                   "so: `h5clear -s FILE`, and check what is missing)",
+                   f->path);
   if (stack_says("unable to lock file"))
     return input_h5_fail(err, VS_IO, "%s: is locked by a program that has it open for writing", f->path);
   if (stack_says("truncated file"))
@@ -223,8 +225,9 @@ static vs_rc matrix_read(input *base, size_t max_rows, input_batch *batch, vs_er
 }
 
 static vs_rc matrix_seek(input *base, uint64_t row, vs_err *err) {
-  if (row > base->n_rows) return vs_fail(err, VS_INVALID, "%s: no row %llu, the file has %llu", base->path,
-                                         (unsigned long long)row, (unsigned long long)base->n_rows);
+  if (row > base->n_rows)
+    return vs_fail(err, VS_INVALID, "%s: no row %llu, the file has %llu", base->path, (unsigned long long)row,
+                   (unsigned long long)base->n_rows);
   ((matrix_input *)base)->pos = row;
   return VS_OK;
 }
@@ -260,24 +263,30 @@ static vs_rc check_shape(const matrix_input *in, uint64_t n_ids, uint32_t dim, v
   input_h5_shape(d, shape);
   if (d->rank != 2)
     return vs_fail(err, VS_INVALID, "%s: '%s' has the shape %s; (rows, dimension) is needed%s", path, d->shown, shape,
-                   d->rank == 1 ? ": reshape it" : d->rank == 3 ? ": one vector per row (mean-pool, or squeeze an axis of 1)" : "");
-  if (!d->dims[1]) return vs_fail(err, VS_INVALID, "%s: '%s' has the shape %s: its dimension is 0", path, d->shown, shape);
+                   d->rank == 1   ? ": reshape it"
+                   : d->rank == 3 ? ": one vector per row (mean-pool, or squeeze an axis of 1)"
+                                  : "");
+  if (!d->dims[1])
+    return vs_fail(err, VS_INVALID, "%s: '%s' has the shape %s: its dimension is 0", path, d->shown, shape);
   if (in->ids && n_ids != d->dims[0]) {
     if (n_ids == d->dims[1])
-      return vs_fail(err, VS_INVALID, "%s: '%s' has the shape %s and there are %llu ids: it is transposed, write it as (rows, "
-                     "dimension)", path, d->shown, shape, (unsigned long long)n_ids);
+      return vs_fail(err, VS_INVALID,
+                     "%s: '%s' has the shape %s and there are %llu ids: it is transposed, write it as (rows, "
+                     "dimension)",
+                     path, d->shown, shape, (unsigned long long)n_ids);
     return vs_fail(err, VS_INVALID, "%s: '%s' has %llu rows but '%s' has %llu ids", path, d->shown,
                    (unsigned long long)d->dims[0], in->ids->ds.shown, (unsigned long long)n_ids);
   }
   if (!d->dims[0]) return vs_fail(err, VS_INVALID, "%s: '%s' has the shape %s: no rows", path, d->shown, shape);
   if (d->dims[1] > INPUT_DIM_MAX)
-    return vs_fail(err, VS_INVALID, "%s: '%s' has the shape %s: dimensions up to %u are possible (transposed?)", path, d->shown,
-                   shape, INPUT_DIM_MAX);
+    return vs_fail(err, VS_INVALID, "%s: '%s' has the shape %s: dimensions up to %u are possible (transposed?)", path,
+                   d->shown, shape, INPUT_DIM_MAX);
   if (dim && d->dims[1] != dim)
-    return vs_fail(err, VS_INVALID, "%s: '%s' has dimension %llu, not %u", path, d->shown, (unsigned long long)d->dims[1], dim);
+    return vs_fail(err, VS_INVALID, "%s: '%s' has dimension %llu, not %u", path, d->shown,
+                   (unsigned long long)d->dims[1], dim);
   if (d->written == H5_WRITTEN_NONE)
-    return vs_fail(err, VS_INVALID, "%s: '%s' was created with the shape %s, but no row of it was ever written", path, d->shown,
-                   shape);
+    return vs_fail(err, VS_INVALID, "%s: '%s' was created with the shape %s, but no row of it was ever written", path,
+                   d->shown, shape);
   return VS_OK;
 }
 
@@ -293,8 +302,9 @@ static vs_rc open_columns(matrix_input *in, const input_options *opt, vs_err *er
     in->base.n_columns = c + 1; /* what matrix_free closes */
     in->types[c] = input_h5_series_type(s);
     if (s->ds.dims[0] != in->base.n_rows)
-      return vs_fail(err, VS_INVALID, "%s: '%s' has %llu rows but the column '%s' has %llu", in->file.path, in->vectors.shown,
-                     (unsigned long long)in->base.n_rows, s->ds.shown, (unsigned long long)s->ds.dims[0]);
+      return vs_fail(err, VS_INVALID, "%s: '%s' has %llu rows but the column '%s' has %llu", in->file.path,
+                     in->vectors.shown, (unsigned long long)in->base.n_rows, s->ds.shown,
+                     (unsigned long long)s->ds.dims[0]);
   }
   return VS_OK;
 }
@@ -310,8 +320,8 @@ static size_t window_rows(const matrix_input *in) {
 }
 
 /* vectors and ids are names inside the file; ids NULL: row numbers. */
-static vs_rc matrix_open(const input_h5_file *f, const char *vectors, const char *ids, const input_options *opt, int shape_only,
-                         input **out, vs_err *err) {
+static vs_rc matrix_open(const input_h5_file *f, const char *vectors, const char *ids, const input_options *opt,
+                         int shape_only, input **out, vs_err *err) {
   matrix_input *in = calloc(1, sizeof *in);
   vs_rc rc;
   if (!in) return vs_nomem(err);
@@ -334,7 +344,9 @@ static vs_rc matrix_open(const input_h5_file *f, const char *vectors, const char
   rc = open_columns(in, opt, err);
   if (!rc && in->ids && !shape_only) rc = input_h5_series_exceeds(f->path, in->ids, &in->ids->as_text, err);
   if (rc) goto fail;
-  in->base.id_kind = !in->ids ? INPUT_ID_ROW : input_h5_series_type(in->ids) == INPUT_TEXT ? INPUT_ID_TEXT : INPUT_ID_INT;
+  in->base.id_kind = !in->ids                                      ? INPUT_ID_ROW
+                     : input_h5_series_type(in->ids) == INPUT_TEXT ? INPUT_ID_TEXT
+                                                                   : INPUT_ID_INT;
   in->window_max = window_rows(in);
   in->base.read = matrix_read;
   in->base.seek = matrix_seek;
@@ -353,14 +365,14 @@ static const char *const vector_names[] = {"embedding", "embeddings", "vectors",
 static const char *const id_names[] = {"id", "ids", "accession", "accessions", "name", "names", NULL};
 
 /* The one of names that the group has; *found is NULL when none, several are an error. */
-static vs_rc find_one(const input_h5_file *f, hid_t group, const char *const *names, const char *what, const char *option,
-                      const char **found, vs_err *err) {
+static vs_rc find_one(const input_h5_file *f, hid_t group, const char *const *names, const char *what,
+                      const char *option, const char **found, vs_err *err) {
   *found = NULL;
   for (; *names; names++) {
     if (H5Lexists(group, *names, H5P_DEFAULT) <= 0) continue;
     if (*found)
-      return vs_fail(err, VS_INVALID, "%s: both '%s' and '%s' could be the %s: choose with %s", f->path, *found, *names, what,
-                     option);
+      return vs_fail(err, VS_INVALID, "%s: both '%s' and '%s' could be the %s: choose with %s", f->path, *found,
+                     *names, what, option);
     *found = *names;
   }
   return VS_OK;
@@ -408,13 +420,14 @@ static int looks_named(const input_h5_file *f, hid_t root) {
 }
 
 /* Opens the matrix at `vectors`, with the ids that the options or its surroundings give. */
-static vs_rc open_with_ids(const input_h5_file *f, const char *vectors, const input_options *opt, int shape_only, input **out,
-                           vs_err *err) {
+static vs_rc open_with_ids(const input_h5_file *f, const char *vectors, const input_options *opt, int shape_only,
+                           input **out, vs_err *err) {
   const char *last = strrchr(vectors, '/'), *found = NULL;
   char *dir = NULL, *ids = NULL;
   hid_t group = -1;
   vs_rc rc = VS_OK;
-  if (opt->id_dataset && !strcmp(opt->id_dataset, "none")) return matrix_open(f, vectors, NULL, opt, shape_only, out, err);
+  if (opt->id_dataset && !strcmp(opt->id_dataset, "none"))
+    return matrix_open(f, vectors, NULL, opt, shape_only, out, err);
   if (opt->id_dataset) return matrix_open(f, vectors, opt->id_dataset, opt, shape_only, out, err);
   last = last ? last + 1 : vectors;
   dir = sibling(vectors, "");
@@ -431,9 +444,10 @@ static vs_rc open_with_ids(const input_h5_file *f, const char *vectors, const in
     if (!rc) {
       matrix_free((matrix_input *)*out);
       *out = NULL;
-      rc = vs_fail(err, VS_INVALID, "%s: no ids beside '%s' (looked for id, ids, accession, accessions, name, names): name them "
-                   "with --id-dataset, or give --id-dataset none to use row numbers", f->path,
-                   input_show(shown, vectors, strlen(vectors)));
+      rc = vs_fail(err, VS_INVALID,
+                   "%s: no ids beside '%s' (looked for id, ids, accession, accessions, name, names): name them "
+                   "with --id-dataset, or give --id-dataset none to use row numbers",
+                   f->path, input_show(shown, vectors, strlen(vectors)));
     }
   }
   if (!rc) rc = matrix_open(f, vectors, ids, opt, shape_only, out, err);
@@ -443,15 +457,19 @@ static vs_rc open_with_ids(const input_h5_file *f, const char *vectors, const in
   return rc;
 }
 
-static vs_rc open_named(const input_h5_file *f, const char *group, const input_options *opt, input **out, vs_err *err) {
+static vs_rc open_named(const input_h5_file *f, const char *group, const input_options *opt, input **out,
+                        vs_err *err) {
   int row_ids = opt->id_dataset && !strcmp(opt->id_dataset, "none");
   if ((opt->id_dataset && !row_ids) || opt->n_columns)
-    return vs_fail(err, VS_INVALID, "%s: has no dataset named embedding, embeddings, vectors, vector, emb or train; one dataset "
-                   "per id has its ids in the names and no metadata columns", f->path);
+    return vs_fail(err, VS_INVALID,
+                   "%s: has no dataset named embedding, embeddings, vectors, vector, emb or train; one dataset "
+                   "per id has its ids in the names and no metadata columns",
+                   f->path);
   return input_h5_named_open(f, group, row_ids, opt->dim, out, err);
 }
 
-static vs_rc choose_layout(const input_h5_file *f, const input_options *opt, int shape_only, input **out, vs_err *err) {
+static vs_rc choose_layout(const input_h5_file *f, const input_options *opt, int shape_only, input **out,
+                           vs_err *err) {
   const char *found;
   hid_t obj;
   int is_group;
@@ -477,7 +495,8 @@ static vs_rc choose_layout(const input_h5_file *f, const input_options *opt, int
   return found ? open_with_ids(f, found, opt, shape_only, out, err) : open_named(f, "/", opt, out, err);
 }
 
-vs_rc input_hdf5_open(const char *path, uint64_t n_bytes, const input_options *opt, int shape_only, input **out, vs_err *err) {
+vs_rc input_hdf5_open(const char *path, uint64_t n_bytes, const input_options *opt, int shape_only, input **out,
+                      vs_err *err) {
   input_h5_file f = {.path = path, .n_bytes = n_bytes, .id = -1};
   vs_rc rc;
   *out = NULL;

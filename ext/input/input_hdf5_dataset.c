@@ -36,13 +36,15 @@ static vs_rc refuse_link(const input_h5_file *f, hid_t group, const char *name, 
   if (H5Lget_val(group, name, value, sizeof value - 1, H5P_DEFAULT) >= 0)
     /* one byte of flags and version, then the file name */
     input_show(target, value + 1, strnlen(value + 1, sizeof value - 2));
-  return vs_fail(err, VS_INVALID, "%s: '%s' leads through an external link into '%s': refused, a file must hold its own data "
-                 "(copy it with h5repack or h5copy)", f->path, shown, target);
+  return vs_fail(err, VS_INVALID,
+                 "%s: '%s' leads through an external link into '%s': refused, a file must hold its own data "
+                 "(copy it with h5repack or h5copy)",
+                 f->path, shown, target);
 }
 
 /* Puts the soft link's value before what remains of the path. */
-static vs_rc splice_soft_link(const input_h5_file *f, hid_t group, const char *name, const H5L_info_t *info, char **path,
-                              char **rest, const char *asked, char link[INPUT_SHOW], vs_err *err) {
+static vs_rc splice_soft_link(const input_h5_file *f, hid_t group, const char *name, const H5L_info_t *info,
+                              char **path, char **rest, const char *asked, char link[INPUT_SHOW], vs_err *err) {
   char shown[INPUT_SHOW];
   size_t n = info->u.val_size, n_rest = strlen(*rest);
   char *joined;
@@ -66,11 +68,13 @@ static vs_rc splice_soft_link(const input_h5_file *f, hid_t group, const char *n
 static vs_rc no_such_object(const input_h5_file *f, const char *asked, const char *link, vs_err *err) {
   char shown[INPUT_SHOW];
   input_show(shown, asked, strlen(asked));
-  if (*link) return vs_fail(err, VS_INVALID, "%s: '%s' is a soft link to '%s', which does not exist", f->path, shown, link);
+  if (*link)
+    return vs_fail(err, VS_INVALID, "%s: '%s' is a soft link to '%s', which does not exist", f->path, shown, link);
   return vs_fail(err, VS_INVALID, "%s: has no object '%s'", f->path, shown);
 }
 
-vs_rc input_h5_resolve(const input_h5_file *f, const char *name, hid_t *obj, hid_t *parent, char **last, vs_err *err) {
+vs_rc input_h5_resolve(const input_h5_file *f, const char *name, hid_t *obj, hid_t *parent, char **last,
+                       vs_err *err) {
   char shown[INPUT_SHOW], link[INPUT_SHOW] = "";
   char *path = strdup(name), *rest = path, *tail = NULL;
   hid_t cur = H5Gopen2(f->id, "/", H5P_DEFAULT), up = -1;
@@ -107,7 +111,8 @@ vs_rc input_h5_resolve(const input_h5_file *f, const char *name, hid_t *obj, hid
       if (!rc && !tail) rc = vs_nomem(err);
     } else if (info.type == H5L_TYPE_SOFT) {
       if (++soft_links > SOFT_LINKS_MAX) {
-        rc = vs_corrupt(err, "%s: '%s' leads through more than %d soft links (a loop?)", f->path, shown, SOFT_LINKS_MAX);
+        rc = vs_corrupt(err, "%s: '%s' leads through more than %d soft links (a loop?)", f->path, shown,
+                        SOFT_LINKS_MAX);
         break;
       }
       rc = splice_soft_link(f, cur, part, &info, &path, &rest, name, link, err);
@@ -146,8 +151,8 @@ const char *input_h5_shape(const input_h5_dataset *d, char out[INPUT_SHOW]) {
 static const struct {
   H5Z_filter_t id;
   const char *name;
-} known_filters[] = {{H5Z_FILTER_SZIP, "szip"}, {307, "bzip2"},       {32000, "lzf"},     {32001, "blosc"}, {32004, "lz4"},
-                     {32008, "bitshuffle"},     {32013, "zfp"},       {32015, "zstd"},    {32017, "sz"},    {32026, "blosc2"}};
+} known_filters[] = {{H5Z_FILTER_SZIP, "szip"}, {307, "bzip2"}, {32000, "lzf"},  {32001, "blosc"}, {32004, "lz4"},
+                     {32008, "bitshuffle"},     {32013, "zfp"}, {32015, "zstd"}, {32017, "sz"},    {32026, "blosc2"}};
 
 static vs_rc check_filters(const input_h5_file *f, hid_t props, input_h5_dataset *d, vs_err *err) {
   int n = H5Pget_nfilters(props);
@@ -159,13 +164,16 @@ static vs_rc check_filters(const input_h5_file *f, hid_t props, input_h5_dataset
     const char *name = own;
     H5Z_filter_t id = H5Pget_filter2(props, (unsigned)i, &flags, &n_values, NULL, sizeof own - 1, own, &config);
     if (id < 0) return input_h5_fail(err, VS_CORRUPT, "%s: cannot read the filters of '%s'", f->path, d->shown);
-    if (H5Zfilter_avail(id) > 0 && H5Zget_filter_info(id, &config) >= 0 && (config & H5Z_FILTER_CONFIG_DECODE_ENABLED)) continue;
+    if (H5Zfilter_avail(id) > 0 && H5Zget_filter_info(id, &config) >= 0 &&
+        (config & H5Z_FILTER_CONFIG_DECODE_ENABLED))
+      continue;
     own[sizeof own - 1] = 0;
     for (size_t k = 0; k < sizeof known_filters / sizeof *known_filters; k++)
       if (known_filters[k].id == id) name = known_filters[k].name;
-    return vs_fail(err, VS_UNSUPPORTED, "%s: '%s' is stored with filter %d (%s), which this libhdf5 does not have: point "
-                   "HDF5_PLUGIN_PATH to it, or rewrite the file with `h5repack -f GZIP=4`", f->path, d->shown, (int)id,
-                   *name ? input_show(shown, name, strlen(name)) : "unnamed");
+    return vs_fail(err, VS_UNSUPPORTED,
+                   "%s: '%s' is stored with filter %d (%s), which this libhdf5 does not have: point "
+                   "HDF5_PLUGIN_PATH to it, or rewrite the file with `h5repack -f GZIP=4`",
+                   f->path, d->shown, (int)id, *name ? input_show(shown, name, strlen(name)) : "unnamed");
   }
   return VS_OK;
 }
@@ -179,11 +187,15 @@ static vs_rc check_storage(const input_h5_file *f, input_h5_dataset *d, int *con
   if (props < 0) return input_h5_fail(err, VS_CORRUPT, "%s: cannot read the properties of '%s'", f->path, d->shown);
   layout = H5Pget_layout(props);
   if (layout == H5D_VIRTUAL)
-    rc = vs_fail(err, VS_INVALID, "%s: '%s' is a virtual dataset, whose data lies in other files: refused; copy it into one "
-                 "file first", f->path, d->shown);
+    rc = vs_fail(err, VS_INVALID,
+                 "%s: '%s' is a virtual dataset, whose data lies in other files: refused; copy it into one "
+                 "file first",
+                 f->path, d->shown);
   else if (H5Pget_external_count(props) != 0)
-    rc = vs_fail(err, VS_INVALID, "%s: '%s' has external storage, its data lies in other files: refused; copy it into one "
-                 "file with h5repack first", f->path, d->shown);
+    rc = vs_fail(err, VS_INVALID,
+                 "%s: '%s' has external storage, its data lies in other files: refused; copy it into one "
+                 "file with h5repack first",
+                 f->path, d->shown);
   else if (layout == H5D_CHUNKED) {
     hsize_t chunk[H5S_MAX_RANK] = {0};
     int rank = H5Pget_chunk(props, H5S_MAX_RANK, chunk);
@@ -218,9 +230,10 @@ static vs_rc check_extent(const input_h5_file *f, input_h5_dataset *d, hid_t spa
     hsize_t have = 0;
     if (d->rank == 2 && bytes <= UINT32_MAX) bytes *= d->chunk[1];
     if (d->filtered && bytes > CHUNK_BYTES_MAX)
-      return vs_fail(err, VS_UNSUPPORTED, "%s: '%s' is compressed in chunks of more than %llu MiB, each of which would have to "
-                     "be held in memory: rewrite it with `h5repack -l %s:CHUNK=1024x...`", f->path, d->shown,
-                     (unsigned long long)(CHUNK_BYTES_MAX >> 20), d->shown);
+      return vs_fail(err, VS_UNSUPPORTED,
+                     "%s: '%s' is compressed in chunks of more than %llu MiB, each of which would have to "
+                     "be held in memory: rewrite it with `h5repack -l %s:CHUNK=1024x...`",
+                     f->path, d->shown, (unsigned long long)(CHUNK_BYTES_MAX >> 20), d->shown);
     if (H5Dget_num_chunks(d->id, space, &have) < 0)
       return input_h5_fail(err, VS_CORRUPT, "%s: cannot read the chunk index of '%s'", f->path, d->shown);
     /* libhdf5 1.10 trusts the size in the layout message, which need not agree with shape and type. (For filtered chunks
@@ -234,9 +247,17 @@ static vs_rc check_extent(const input_h5_file *f, input_h5_dataset *d, hid_t spa
     else if (H5Dget_storage_size(d->id) / size < n)
       return vs_corrupt(err, "%s: the storage of '%s' is smaller than its shape needs", f->path, d->shown);
     else if (at > f->n_bytes || n > (f->n_bytes - at) / size)
-      return vs_corrupt(err, "%s: '%s' needs %llu x %llu bytes from byte %llu on, but the file has %llu bytes: it was cut",
+      return vs_corrupt(err,
+                        "%s: '%s' needs %llu x %llu bytes from byte %llu on, but the file has %llu bytes: it was cut",
                         f->path, d->shown, (unsigned long long)n, (unsigned long long)size, (unsigned long long)at,
                         (unsigned long long)f->n_bytes);
+    else {
+      void *fd = NULL;
+      if (H5Fget_vfd_handle(f->id, H5P_DEFAULT, &fd) >= 0 && fd) d->fd = *(int *)fd;
+      d->data_off = at;
+    }
+  } else if (H5Dget_storage_size(d->id) / size < n) { /* compact: inside the object header */
+    return vs_corrupt(err, "%s: the storage of '%s' is smaller than its shape needs", f->path, d->shown);
   }
   return VS_OK;
 }
@@ -247,7 +268,7 @@ vs_rc input_h5_dataset_take(const input_h5_file *f, hid_t obj, const char *name,
   vs_rc rc;
   memset(d, 0, sizeof *d);
   d->id = obj;
-  d->type = -1;
+  d->type = d->fd = -1;
   input_show(d->shown, name, strlen(name));
   if (H5Iget_type(obj) != H5I_DATASET) {
     rc = vs_fail(err, VS_INVALID, "%s: '%s' is a %s, not a dataset", f->path, d->shown,
@@ -275,10 +296,13 @@ vs_rc input_h5_dataset_take(const input_h5_file *f, hid_t obj, const char *name,
   /* Shapes that nobody will read need no further look; for the rest, bound the products below. */
   if (d->rank < 1 || d->rank > 2 || (d->chunk[0] && d->rank == 2 && !d->chunk[1])) d->chunk[0] = d->chunk[1] = 0;
   else if (d->dims[0] > INPUT_ROWS_MAX || (d->rank == 2 && d->dims[1] > INPUT_ROWS_MAX) ||
-           (d->rank == 2 && d->dims[0] > INPUT_DIM_MAX && d->dims[1] > INPUT_DIM_MAX) || H5Tget_size(d->type) > 1 << 20) {
+           (d->rank == 2 && d->dims[0] > INPUT_DIM_MAX && d->dims[1] > INPUT_DIM_MAX) ||
+           H5Tget_size(d->type) > 1 << 20) {
     char shape[INPUT_SHOW];
-    rc = vs_fail(err, VS_INVALID, "%s: '%s' claims the shape %s of elements of %zu bytes: more than can be read (dimension up "
-                 "to %u)", f->path, d->shown, input_h5_shape(d, shape), H5Tget_size(d->type), INPUT_DIM_MAX);
+    rc = vs_fail(err, VS_INVALID,
+                 "%s: '%s' claims the shape %s of elements of %zu bytes: more than can be read (dimension up "
+                 "to %u)",
+                 f->path, d->shown, input_h5_shape(d, shape), H5Tget_size(d->type), INPUT_DIM_MAX);
     goto fail;
   } else {
     rc = check_extent(f, d, space, contiguous, err);
@@ -312,8 +336,7 @@ vs_rc input_h5_dataset_open(const input_h5_file *f, const char *name, input_h5_d
     hid_t access = H5Pcreate(H5P_DATASET_ACCESS), again = -1;
     size_t n_bytes = no_cache ? 0 : (size_t)band + (size_t)(band >> 2);
     H5Dclose(d->id);
-    if (access >= 0 && H5Pset_chunk_cache(access, 4099, n_bytes, 1.0) >= 0)
-      again = H5Dopen2(parent, last, access);
+    if (access >= 0 && H5Pset_chunk_cache(access, 4099, n_bytes, 1.0) >= 0) again = H5Dopen2(parent, last, access);
     if (access >= 0) H5Pclose(access);
     d->id = again;
     if (again < 0) rc = input_h5_fail(err, VS_IO, "%s: cannot open '%s' again", f->path, d->shown);
@@ -332,12 +355,13 @@ void input_h5_dataset_close(input_h5_dataset *d) {
 
 static int is_half(hid_t type) {
   size_t sign, exp_at, exp_n, frac_at, frac_n;
-  return H5Tget_size(type) == 2 && H5Tget_fields(type, &sign, &exp_at, &exp_n, &frac_at, &frac_n) >= 0 && sign == 15 &&
-         exp_at == 10 && exp_n == 5 && frac_at == 0 && frac_n == 10 && H5Tget_ebias(type) == 15 &&
+  return H5Tget_size(type) == 2 && H5Tget_fields(type, &sign, &exp_at, &exp_n, &frac_at, &frac_n) >= 0 &&
+         sign == 15 && exp_at == 10 && exp_n == 5 && frac_at == 0 && frac_n == 10 && H5Tget_ebias(type) == 15 &&
          H5Tget_norm(type) == H5T_NORM_IMPLIED;
 }
 
-vs_rc input_h5_float_type(const input_h5_file *f, const input_h5_dataset *d, input_h5_float *kind, hid_t *mem, vs_err *err) {
+vs_rc input_h5_float_type(const input_h5_file *f, const input_h5_dataset *d, input_h5_float *kind, hid_t *mem,
+                          vs_err *err) {
   size_t size = H5Tget_size(d->type);
   *mem = -1;
   switch (d->class) {
@@ -345,18 +369,24 @@ vs_rc input_h5_float_type(const input_h5_file *f, const input_h5_dataset *d, inp
   case H5T_INTEGER:
   case H5T_ENUM:
   case H5T_BITFIELD:
-    return vs_fail(err, VS_INVALID, "%s: '%s' holds %zu-byte integers, not floats%s: convert it to float32 if they are the "
-                   "vectors", f->path, d->shown, size, size == 2 ? " (bfloat16 bits stored as uint16?)" : "");
+    return vs_fail(err, VS_INVALID,
+                   "%s: '%s' holds %zu-byte integers, not floats%s: convert it to float32 if they are the "
+                   "vectors",
+                   f->path, d->shown, size, size == 2 ? " (bfloat16 bits stored as uint16?)" : "");
   case H5T_STRING:
-    return vs_fail(err, VS_INVALID, "%s: '%s' holds strings, not floats: parse them to float32 first", f->path, d->shown);
-  case H5T_COMPOUND:
-    return vs_fail(err, VS_INVALID, "%s: '%s' is a compound table: write its vectors and ids as two datasets, 'embedding' "
-                   "and 'id'", f->path, d->shown);
-  case H5T_VLEN:
-    return vs_fail(err, VS_INVALID, "%s: '%s' holds lists of varying length: write a (rows, dimension) float dataset", f->path,
+    return vs_fail(err, VS_INVALID, "%s: '%s' holds strings, not floats: parse them to float32 first", f->path,
                    d->shown);
+  case H5T_COMPOUND:
+    return vs_fail(err, VS_INVALID,
+                   "%s: '%s' is a compound table: write its vectors and ids as two datasets, 'embedding' "
+                   "and 'id'",
+                   f->path, d->shown);
+  case H5T_VLEN:
+    return vs_fail(err, VS_INVALID, "%s: '%s' holds lists of varying length: write a (rows, dimension) float dataset",
+                   f->path, d->shown);
   default:
-    return vs_fail(err, VS_INVALID, "%s: '%s' has an element type that is not a float: write float32", f->path, d->shown);
+    return vs_fail(err, VS_INVALID, "%s: '%s' has an element type that is not a float: write float32", f->path,
+                   d->shown);
   }
   if (is_half(d->type)) {
     /* Only the byte order is left to libhdf5: its own half conversion takes some 70 ns a number (1.10). */
@@ -373,22 +403,38 @@ vs_rc input_h5_float_type(const input_h5_file *f, const input_h5_dataset *d, inp
     *kind = H5_FLOAT_DOUBLE;
     *mem = H5Tcopy(H5T_NATIVE_DOUBLE);
   } else {
-    return vs_fail(err, VS_INVALID, "%s: '%s' holds %zu-byte floats; float16, float32 or float64 are needed", f->path, d->shown,
-                   size);
+    return vs_fail(err, VS_INVALID, "%s: '%s' holds %zu-byte floats; float16, float32 or float64 are needed", f->path,
+                   d->shown, size);
   }
   if (*mem < 0) return input_h5_fail(err, VS_NOMEM, "%s: cannot make a memory type for '%s'", f->path, d->shown);
   return VS_OK;
 }
 
-vs_rc input_h5_read_rows(const char *path, const input_h5_dataset *d, hid_t mem, hid_t transfer, uint64_t row, size_t n,
-                         void *out, vs_err *err) {
+/* Contiguous data needs libhdf5 for the conversion only. Its own read trusts the layout message (1.10: a changed byte there
+ * made it read outside its buffers), while offset and size were checked here. `mem` is never narrower than the file's type. */
+static vs_rc read_contiguous(const char *path, const input_h5_dataset *d, hid_t mem, uint64_t row, size_t n,
+                             void *out, vs_err *err) {
+  size_t per_row = d->rank == 2 ? (size_t)d->dims[1] : 1, size = H5Tget_size(d->type);
+  vs_rc rc = input_pread(d->fd, path, out, n * per_row * size, d->data_off + row * per_row * size, err);
+  if (!rc && H5Tequal(d->type, mem) <= 0 && H5Tconvert(d->type, mem, n * per_row, out, NULL, H5P_DEFAULT) < 0)
+    rc = input_h5_fail(err, VS_CORRUPT, "%s: cannot convert rows of '%s'", path, d->shown);
+  return rc;
+}
+
+vs_rc input_h5_read_rows(const char *path, const input_h5_dataset *d, hid_t mem, hid_t transfer, uint64_t row,
+                         size_t n, void *out, vs_err *err) {
   hsize_t start[2] = {row, 0}, count[2] = {n, d->rank == 2 ? d->dims[1] : 1};
-  hid_t space = H5Dget_space(d->id), room = H5Screate_simple(d->rank, count, NULL);
-  int failed = space < 0 || room < 0 || H5Sselect_hyperslab(space, H5S_SELECT_SET, start, NULL, count, NULL) < 0 ||
-               H5Dread(d->id, mem, room, space, transfer, out) < 0;
-  vs_rc rc = !failed ? VS_OK
-                     : input_h5_fail(err, VS_CORRUPT, "%s: cannot read rows %llu to %llu of '%s'", path,
-                                     (unsigned long long)row, (unsigned long long)(row + n - 1), d->shown);
+  hid_t space, room;
+  vs_rc rc;
+  int failed;
+  if (d->fd >= 0) return read_contiguous(path, d, mem, row, n, out, err);
+  space = H5Dget_space(d->id);
+  room = H5Screate_simple(d->rank, count, NULL);
+  failed = space < 0 || room < 0 || H5Sselect_hyperslab(space, H5S_SELECT_SET, start, NULL, count, NULL) < 0 ||
+           H5Dread(d->id, mem, room, space, transfer, out) < 0;
+  rc = !failed ? VS_OK
+               : input_h5_fail(err, VS_CORRUPT, "%s: cannot read rows %llu to %llu of '%s'", path,
+                               (unsigned long long)row, (unsigned long long)(row + n - 1), d->shown);
   if (space >= 0) H5Sclose(space);
   if (room >= 0) H5Sclose(room);
   return rc;

@@ -35,8 +35,10 @@ typedef struct input_h5_dataset {
   H5T_class_t class;
   int rank;
   hsize_t dims[H5S_MAX_RANK];
-  hsize_t chunk[2];         /* rank 1 and 2 only; 0: not chunked */
-  int filtered;             /* chunks pass through filters: reading part of one decodes all of it */
+  hsize_t chunk[2]; /* rank 1 and 2 only; 0: not chunked */
+  int filtered;     /* chunks pass through filters: reading part of one decodes all of it */
+  int fd;           /* contiguous: libhdf5's descriptor and where the data lies, checked; -1: read through libhdf5 */
+  uint64_t data_off;
   input_h5_written written; /* chunks that the file does not have */
   char shown[INPUT_SHOW];   /* name, for messages */
 } input_h5_dataset;
@@ -47,7 +49,8 @@ typedef struct input_h5_dataset {
 vs_rc input_h5_resolve(const input_h5_file *f, const char *name, hid_t *obj, hid_t *parent, char **last,
                        vs_err *err) VS_WARN_UNUSED;
 /* Opens a dataset by name; refuses groups, virtual and external storage, and filters that are missing here. */
-vs_rc input_h5_dataset_open(const input_h5_file *f, const char *name, input_h5_dataset *d, vs_err *err) VS_WARN_UNUSED;
+vs_rc input_h5_dataset_open(const input_h5_file *f, const char *name, input_h5_dataset *d,
+                            vs_err *err) VS_WARN_UNUSED;
 /* The same for an object that is open already; takes obj over, also on failure. */
 vs_rc input_h5_dataset_take(const input_h5_file *f, hid_t obj, const char *name, input_h5_dataset *d,
                             vs_err *err) VS_WARN_UNUSED;
@@ -61,8 +64,8 @@ typedef enum input_h5_float { H5_FLOAT_HALF = 2, H5_FLOAT_SINGLE = 4, H5_FLOAT_D
 vs_rc input_h5_float_type(const input_h5_file *f, const input_h5_dataset *d, input_h5_float *kind, hid_t *mem,
                           vs_err *err) VS_WARN_UNUSED;
 /* Reads rows [row, row+n) of a dataset of rank 1 or 2. */
-vs_rc input_h5_read_rows(const char *path, const input_h5_dataset *d, hid_t mem, hid_t transfer, uint64_t row, size_t n,
-                         void *out, vs_err *err) VS_WARN_UNUSED;
+vs_rc input_h5_read_rows(const char *path, const input_h5_dataset *d, hid_t mem, hid_t transfer, uint64_t row,
+                         size_t n, void *out, vs_err *err) VS_WARN_UNUSED;
 /* Sets faults[i] to INPUT_HOLE for the rows of [row, row+n) that lie in a chunk that was never written. */
 void input_h5_find_holes(const input_h5_dataset *d, uint64_t row, size_t n, uint8_t *faults);
 /* Rounds [row, row+n) outwards to whole chunks, when that stays within max_rows. */
@@ -72,12 +75,13 @@ void input_h5_align(const input_h5_dataset *d, uint64_t n_rows, size_t max_rows,
 
 /* Variable-length strings: 16-byte references first, then the text behind each. The text is good until the next call. */
 typedef struct input_h5_vlen input_h5_vlen;
-vs_rc input_h5_vlen_open(const input_h5_file *f, const input_h5_dataset *d, input_h5_vlen **out, vs_err *err) VS_WARN_UNUSED;
-void input_h5_vlen_close(input_h5_vlen *v);
-vs_rc input_h5_vlen_refs(const char *path, const input_h5_dataset *d, input_h5_vlen *v, uint64_t row, size_t n, void *out,
+vs_rc input_h5_vlen_open(const input_h5_file *f, const input_h5_dataset *d, input_h5_vlen **out,
                          vs_err *err) VS_WARN_UNUSED;
-vs_rc input_h5_vlen_text(const char *path, const input_h5_dataset *d, input_h5_vlen *v, const void *ref, const char **text,
-                         size_t *len, vs_err *err) VS_WARN_UNUSED;
+void input_h5_vlen_close(input_h5_vlen *v);
+vs_rc input_h5_vlen_refs(const char *path, const input_h5_dataset *d, input_h5_vlen *v, uint64_t row, size_t n,
+                         void *out, vs_err *err) VS_WARN_UNUSED;
+vs_rc input_h5_vlen_text(const char *path, const input_h5_dataset *d, input_h5_vlen *v, const void *ref,
+                         const char **text, size_t *len, vs_err *err) VS_WARN_UNUSED;
 
 /* ---- input_hdf5_series.c ---- */
 
@@ -95,10 +99,10 @@ typedef struct input_h5_series {
   input_h5_dataset ds;
   input_h5_kind kind;
   H5T_str_t pad; /* fixed strings */
-  hid_t mem;   /* type in buf; none for variable-length strings */
-  size_t elem; /* bytes per row in buf */
+  hid_t mem;     /* type in buf; none for variable-length strings */
+  size_t elem;   /* bytes per row in buf */
   unsigned char *buf;
-  size_t cap; /* rows there is room for in buf and in digits */
+  size_t cap;  /* rows there is room for in buf and in digits */
   int as_text; /* H5_KIND_UINT: deliver decimal text */
   char *digits;
   uint8_t *holes;

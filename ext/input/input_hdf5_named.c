@@ -74,7 +74,8 @@ static vs_rc list_names(named_input *in, vs_err *err) {
   if (H5Literate(in->group, H5_INDEX_NAME, H5_ITER_INC, &from, list_child, in) >= 0) return VS_OK;
   if (in->list_rc == LIST_NOMEM) return vs_nomem(err);
   if (in->list_rc == LIST_LINK)
-    return vs_fail(err, VS_INVALID, "%s: '%s' is a link; with one dataset per id every child must be a dataset of its own",
+    return vs_fail(err, VS_INVALID,
+                   "%s: '%s' is a link; with one dataset per id every child must be a dataset of its own",
                    in->file.path, in->refused);
   return input_h5_fail(err, VS_CORRUPT, "%s: cannot list the datasets", in->file.path);
 }
@@ -87,9 +88,11 @@ static vs_rc no_layout(const named_input *in, const char *why, vs_err *err) {
     strcat(list, input_show(shown, name_of(in, i), strlen(name_of(in, i))));
     strcat(list, "'");
   }
-  return vs_fail(err, VS_INVALID, "%s: no dataset named embedding, embeddings, vectors, vector, emb or train, and not one float "
+  return vs_fail(err, VS_INVALID,
+                 "%s: no dataset named embedding, embeddings, vectors, vector, emb or train, and not one float "
                  "dataset per id either: %s. The file has %zu object(s) at this level: %s%s. Name the vectors with "
-                 "--embedding-dataset", in->file.path, why, in->n, list, in->n > 6 ? ", ..." : "");
+                 "--embedding-dataset",
+                 in->file.path, why, in->n, list, in->n > 6 ? ", ..." : "");
 }
 
 /* Looks at one dataset. *len is the vector's length. */
@@ -101,17 +104,21 @@ static vs_rc open_row(const named_input *in, uint64_t row, input_h5_dataset *d, 
   d->id = d->type = -1;
   *len = 0;
   if (obj < 0)
-    return input_h5_fail(err, VS_CORRUPT, "%s: cannot open '%s'", in->file.path, input_show(shown, name, strlen(name)));
+    return input_h5_fail(err, VS_CORRUPT, "%s: cannot open '%s'", in->file.path,
+                         input_show(shown, name, strlen(name)));
   rc = input_h5_dataset_take(&in->file, obj, name, d, err);
   if (rc) return rc;
   if (d->rank == 1 || (d->rank == 2 && d->dims[0] == 1)) {
     *len = d->dims[d->rank - 1];
     return VS_OK;
   }
-  rc = vs_fail(err, VS_INVALID, d->rank == 2 ? "%s: '%s' has the shape %s. One dataset per id with a row per residue or token? "
-               "Mean-pool each to one vector first. All vectors in one dataset? Name it with --embedding-dataset"
-                                             : "%s: '%s' has the shape %s; a vector (D,) or (1, D) is needed",
-               in->file.path, d->shown, input_h5_shape(d, shape));
+  rc =
+      vs_fail(err, VS_INVALID,
+              d->rank == 2
+                  ? "%s: '%s' has the shape %s. One dataset per id with a row per residue or token? "
+                    "Mean-pool each to one vector first. All vectors in one dataset? Name it with --embedding-dataset"
+                  : "%s: '%s' has the shape %s; a vector (D,) or (1, D) is needed",
+              in->file.path, d->shown, input_h5_shape(d, shape));
   input_h5_dataset_close(d);
   return rc;
 }
@@ -180,7 +187,8 @@ static vs_rc read_attribute(const named_input *in, const input_h5_dataset *d, ch
   if (ok && *text) return VS_OK;
   free(*text);
   *text = NULL;
-  return input_h5_fail(err, VS_INVALID, "%s: the attribute " ID_ATTRIBUTE " of '%s' is not one string", in->file.path, d->shown);
+  return input_h5_fail(err, VS_INVALID, "%s: the attribute " ID_ATTRIBUTE " of '%s' is not one string", in->file.path,
+                       d->shown);
 }
 
 /* Reads the vector of one open dataset of the right length. */
@@ -193,17 +201,16 @@ static vs_rc read_vector(named_input *in, const input_h5_dataset *d, float *out,
   if (kind == H5_FLOAT_DOUBLE) {
     double wide[256], *tmp = dim <= 256 ? wide : malloc((size_t)dim * 8);
     if (!tmp) rc = vs_nomem(err);
-    else if (H5Dread(d->id, mem, H5S_ALL, H5S_ALL, H5P_DEFAULT, tmp) < 0) rc = VS_CORRUPT;
-    else *fault = (uint8_t)input_narrow_row(tmp, out, dim);
+    else rc = input_h5_read_rows(in->file.path, d, mem, H5P_DEFAULT, 0, (size_t)d->dims[0], tmp, err);
+    if (!rc) *fault = (uint8_t)input_narrow_row(tmp, out, dim);
     if (tmp != wide) free(tmp);
   } else {
     /* A half goes into the upper half of its row's room and is widened from there. */
     char *at = kind == H5_FLOAT_HALF ? (char *)out + (size_t)dim * 2 : (char *)out;
-    if (H5Dread(d->id, mem, H5S_ALL, H5S_ALL, H5P_DEFAULT, at) < 0) rc = VS_CORRUPT;
+    rc = input_h5_read_rows(in->file.path, d, mem, H5P_DEFAULT, 0, (size_t)d->dims[0], at, err);
     if (!rc && kind == H5_FLOAT_HALF) input_widen_half(at, out, dim);
     if (!rc) *fault = (uint8_t)input_check_row(out, dim);
   }
-  if (rc == VS_CORRUPT) rc = input_h5_fail(err, rc, "%s: cannot read '%s'", in->file.path, d->shown);
   H5Tclose(mem);
   return rc;
 }
@@ -275,8 +282,9 @@ static vs_rc named_read(input *base, size_t max_rows, input_batch *batch, vs_err
 }
 
 static vs_rc named_seek(input *base, uint64_t row, vs_err *err) {
-  if (row > base->n_rows) return vs_fail(err, VS_INVALID, "%s: no row %llu, the file has %llu", base->path,
-                                         (unsigned long long)row, (unsigned long long)base->n_rows);
+  if (row > base->n_rows)
+    return vs_fail(err, VS_INVALID, "%s: no row %llu, the file has %llu", base->path, (unsigned long long)row,
+                   (unsigned long long)base->n_rows);
   ((named_input *)base)->pos = row;
   return VS_OK;
 }
@@ -300,7 +308,8 @@ static void named_close(input *base) {
   named_free(in);
 }
 
-vs_rc input_h5_named_open(const input_h5_file *f, const char *group, int row_ids, uint32_t dim, input **out, vs_err *err) {
+vs_rc input_h5_named_open(const input_h5_file *f, const char *group, int row_ids, uint32_t dim, input **out,
+                          vs_err *err) {
   named_input *in = calloc(1, sizeof *in);
   vs_rc rc;
   if (!in) return vs_nomem(err);

@@ -20,7 +20,7 @@
 #define ARENA_BLOCK ((size_t)1 << 20)
 #define ARENA_MAX ((size_t)64 << 20)
 #define FIXED_MAX ((size_t)1 << 20) /* bytes of a fixed-length string */
-#define DIGITS 21 /* 2^64-1 has 20, and a NUL */
+#define DIGITS 21                   /* 2^64-1 has 20, and a NUL */
 
 /* A row of H5_KIND_VLEN in buf: first as libhdf5's 16-byte reference, then as this. */
 typedef struct text_ref {
@@ -84,8 +84,8 @@ static vs_rc choose_kind(const input_h5_file *f, int is_id, input_h5_series *s, 
     if (s->kind == H5_KIND_VLEN) return input_h5_vlen_open(f, &s->ds, &s->vlen, err);
     s->mem = H5Tcopy(s->ds.type);
     if (s->kind == H5_KIND_FIXED && size > FIXED_MAX)
-      return vs_fail(err, VS_INVALID, "%s: '%s' holds strings of %zu bytes; %zu are the limit", f->path, s->ds.shown, size,
-                     FIXED_MAX);
+      return vs_fail(err, VS_INVALID, "%s: '%s' holds strings of %zu bytes; %zu are the limit", f->path, s->ds.shown,
+                     size, FIXED_MAX);
   } else if (s->ds.class == H5T_INTEGER && size <= 8) {
     s->kind = H5Tget_sign(s->ds.type) == H5T_SGN_NONE ? H5_KIND_UINT : H5_KIND_INT;
     s->mem = H5Tcopy(s->kind == H5_KIND_UINT ? H5T_NATIVE_UINT64 : H5T_NATIVE_INT64);
@@ -161,8 +161,8 @@ static vs_rc fetch_texts(const char *path, input_h5_series *s, uint64_t row, siz
     if (!copy) {
       *too_big = n > 1;
       if (*too_big) return VS_OK;
-      return vs_fail(err, VS_INVALID, "%s: row %llu of '%s' is a string of more than %zu MiB", path, (unsigned long long)row,
-                     s->ds.shown, ARENA_MAX >> 20);
+      return vs_fail(err, VS_INVALID, "%s: row %llu of '%s' is a string of more than %zu MiB", path,
+                     (unsigned long long)row, s->ds.shown, ARENA_MAX >> 20);
     }
     memcpy(copy, ref.text, ref.len);
     ref.text = copy;
@@ -217,9 +217,7 @@ input_fault input_h5_series_value(const input_h5_series *s, size_t i, input_valu
     memcpy(&v->r, at, 8);
     if (!isnan(v->r)) v->type = INPUT_REAL;
     return INPUT_FINE;
-  case H5_KIND_FIXED:
-    text = (const char *)at;
-    return text_value(text, input_h5_text_len(text, s->elem, s->pad), v);
+  case H5_KIND_FIXED: text = (const char *)at; return text_value(text, input_h5_text_len(text, s->elem, s->pad), v);
   case H5_KIND_VLEN: {
     text_ref ref;
     memcpy(&ref, at, sizeof ref);

@@ -87,12 +87,14 @@ vs_rc input_h5_vlen_open(const input_h5_file *f, const input_h5_dataset *d, inpu
   *out = NULL;
   if (v) v->scratch = v->scratch_file = -1;
   if (!v || props < 0) rc = vs_nomem(err);
-  else if (H5Pget_sizes(props, &n_addr, &n_size) < 0 || n_addr != 8 || n_size != 8 || H5Pget_userblock(props, &user_block) < 0)
+  else if (H5Pget_sizes(props, &n_addr, &n_size) < 0 || n_addr != 8 || n_size != 8 ||
+           H5Pget_userblock(props, &user_block) < 0)
     rc = vs_fail(err, VS_UNSUPPORTED, "%s: uses %zu-byte addresses; rewrite it with h5repack", f->path, n_addr);
   else if (H5Fget_vfd_handle(f->id, H5P_DEFAULT, &fd) < 0 || !fd)
     rc = input_h5_fail(err, VS_IO, "%s: no file descriptor", f->path);
   else if (d->dims[0] && at == HADDR_UNDEF && d->written != H5_WRITTEN_NONE)
-    rc = vs_fail(err, VS_UNSUPPORTED, "%s: '%s' has compact storage; rewrite it with `h5repack -l CONTI`", f->path, d->shown);
+    rc = vs_fail(err, VS_UNSUPPORTED, "%s: '%s' has compact storage; rewrite it with `h5repack -l CONTI`", f->path,
+                 d->shown);
   if (!rc) {
     v->fd = *(int *)fd;
     v->base = user_block;
@@ -134,16 +136,17 @@ static vs_rc load_chunk(const char *path, const input_h5_dataset *d, input_h5_vl
     ok = ok && H5Dwrite_chunk(v->scratch, H5P_DEFAULT, mask, &zero, (size_t)n, raw) >= 0 &&
          H5Dread(v->scratch, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, v->refs) >= 0;
   }
-  if (!ok) input_h5_fail(err, VS_CORRUPT, "%s: cannot read rows %llu to %llu of '%s'", path, (unsigned long long)at,
-                         (unsigned long long)(at + v->chunk_rows - 1), d->shown);
+  if (!ok)
+    input_h5_fail(err, VS_CORRUPT, "%s: cannot read rows %llu to %llu of '%s'", path, (unsigned long long)at,
+                  (unsigned long long)(at + v->chunk_rows - 1), d->shown);
   if (raw != v->refs) free(raw);
   if (!ok) return VS_CORRUPT;
   v->chunk_held = chunk;
   return VS_OK;
 }
 
-vs_rc input_h5_vlen_refs(const char *path, const input_h5_dataset *d, input_h5_vlen *v, uint64_t row, size_t n, void *out,
-                         vs_err *err) {
+vs_rc input_h5_vlen_refs(const char *path, const input_h5_dataset *d, input_h5_vlen *v, uint64_t row, size_t n,
+                         void *out, vs_err *err) {
   unsigned char *to = out;
   if (d->written == H5_WRITTEN_NONE) {
     memset(out, 0, n * REF);
@@ -165,7 +168,8 @@ vs_rc input_h5_vlen_refs(const char *path, const input_h5_dataset *d, input_h5_v
   return VS_OK;
 }
 
-static vs_rc load_collection(const char *path, const input_h5_dataset *d, input_h5_vlen *v, uint64_t addr, vs_err *err) {
+static vs_rc load_collection(const char *path, const input_h5_dataset *d, input_h5_vlen *v, uint64_t addr,
+                             vs_err *err) {
   unsigned char head[COLLECTION_HEAD];
   uint64_t off = addr + v->base, size;
   vs_rc rc;
@@ -177,7 +181,8 @@ static vs_rc load_collection(const char *path, const input_h5_dataset *d, input_
   if (rc) return rc;
   size = get_le(head + 8, 8);
   if (memcmp(head, "GCOL\1", 5) || size < COLLECTION_HEAD || size > v->n_bytes - off || size > COLLECTION_MAX)
-    return vs_corrupt(err, "%s: the strings of '%s' are damaged at byte %llu", path, d->shown, (unsigned long long)off);
+    return vs_corrupt(err, "%s: the strings of '%s' are damaged at byte %llu", path, d->shown,
+                      (unsigned long long)off);
   if (size > v->heap_size) {
     free(v->heap);
     v->heap_size = 0;
@@ -190,8 +195,8 @@ static vs_rc load_collection(const char *path, const input_h5_dataset *d, input_
   return rc;
 }
 
-vs_rc input_h5_vlen_text(const char *path, const input_h5_dataset *d, input_h5_vlen *v, const void *ref, const char **text,
-                         size_t *len, vs_err *err) {
+vs_rc input_h5_vlen_text(const char *path, const input_h5_dataset *d, input_h5_vlen *v, const void *ref,
+                         const char **text, size_t *len, vs_err *err) {
   const unsigned char *r = ref;
   uint64_t n = get_le(r, 4), addr = get_le(r + 4, 8), index = get_le(r + 12, 4);
   vs_rc rc;

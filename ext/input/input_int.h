@@ -65,6 +65,7 @@ typedef struct input_raw_layout {
   uint32_t lead_bytes; /* before each row's numbers: 4 in .fvecs, holding dim; else 0 */
   int big_endian;
 } input_raw_layout;
-vs_rc input_raw_open(const char *path, int fd, const input_raw_layout *layout, input **out, vs_err *err) VS_WARN_UNUSED;
+vs_rc input_raw_open(const char *path, int fd, const input_raw_layout *layout, input **out,
+                     vs_err *err) VS_WARN_UNUSED;
 
 #endif

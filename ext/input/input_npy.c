@@ -125,7 +125,8 @@ static vs_rc read_header(const char *path, int fd, uint64_t n_bytes, npy_header 
   rc = input_pread(fd, path, head, sizeof head, 0, err);
   if (rc) return rc;
   if (head[6] < 1 || head[6] > 3 || head[7])
-    return vs_fail(err, VS_UNSUPPORTED, "%s: .npy version %u.%u; 1.0, 2.0 and 3.0 can be read", path, head[6], head[7]);
+    return vs_fail(err, VS_UNSUPPORTED, "%s: .npy version %u.%u; 1.0, 2.0 and 3.0 can be read", path, head[6],
+                   head[7]);
   lead = head[6] == 1 ? 10 : 12;
   n = (uint32_t)head[8] | (uint32_t)head[9] << 8;
   if (lead == 12) n |= (uint32_t)head[10] << 16 | (uint32_t)head[11] << 24;
@@ -136,8 +137,11 @@ static vs_rc read_header(const char *path, int fd, uint64_t n_bytes, npy_header 
   text[n] = 0;
   h->at = text;
   *data_off = (uint64_t)lead + n;
-  if (strlen(text) != n || !parse_dict(h)) return vs_corrupt(err, "%s: the .npy header is not a dict of descr, fortran_order "
-                                                             "and shape", path);
+  if (strlen(text) != n || !parse_dict(h))
+    return vs_corrupt(err,
+                      "%s: the .npy header is not a dict of descr, fortran_order "
+                      "and shape",
+                      path);
   return VS_OK;
 }
 
@@ -146,23 +150,30 @@ static vs_rc check_header(const char *path, const npy_header *h, const input_opt
                           input_raw_layout *at, vs_err *err) {
   char shown[INPUT_SHOW];
   const char *d = h->descr;
-  if (h->structured) return vs_fail(err, VS_INVALID, "%s: a structured array; save the vectors alone as a 2-D float array",
-                                    path);
+  if (h->structured)
+    return vs_fail(err, VS_INVALID, "%s: a structured array; save the vectors alone as a 2-D float array", path);
   if ((d[0] != '<' && d[0] != '>') || d[1] != 'f' || (strcmp(d + 2, "2") && strcmp(d + 2, "4") && strcmp(d + 2, "8")))
-    return vs_fail(err, VS_INVALID, "%s: dtype '%s'; float16, float32 or float64 are needed: save a.astype('float32')", path,
+    return vs_fail(err, VS_INVALID,
+                   "%s: dtype '%s'; float16, float32 or float64 are needed: save a.astype('float32')", path,
                    input_show(shown, d, strlen(d)));
   at->big_endian = d[0] == '>';
   at->elem_bytes = (uint32_t)(d[2] - '0');
-  if (h->rank != 2) return vs_fail(err, VS_INVALID, "%s: has %d dimension(s); a 2-D array (rows, dimension) is needed", path,
-                                   h->rank);
-  if (h->fortran) return vs_fail(err, VS_INVALID, "%s: is in Fortran order (column after column): save "
-                                 "np.ascontiguousarray(a)", path);
+  if (h->rank != 2)
+    return vs_fail(err, VS_INVALID, "%s: has %d dimension(s); a 2-D array (rows, dimension) is needed", path,
+                   h->rank);
+  if (h->fortran)
+    return vs_fail(err, VS_INVALID,
+                   "%s: is in Fortran order (column after column): save "
+                   "np.ascontiguousarray(a)",
+                   path);
   if (!h->shape[1] || h->shape[1] > INPUT_DIM_MAX)
     return vs_fail(err, VS_INVALID, "%s: shape (%llu, %llu): the dimension must be 1 to %u", path,
                    (unsigned long long)h->shape[0], (unsigned long long)h->shape[1], INPUT_DIM_MAX);
   if (opt->dim && opt->dim != h->shape[1])
-    return vs_fail(err, VS_INVALID, "%s: has dimension %llu, not %u", path, (unsigned long long)h->shape[1], opt->dim);
-  if (h->shape[0] > INPUT_ROWS_MAX) return vs_corrupt(err, "%s: claims %llu rows", path, (unsigned long long)h->shape[0]);
+    return vs_fail(err, VS_INVALID, "%s: has dimension %llu, not %u", path, (unsigned long long)h->shape[1],
+                   opt->dim);
+  if (h->shape[0] > INPUT_ROWS_MAX)
+    return vs_corrupt(err, "%s: claims %llu rows", path, (unsigned long long)h->shape[0]);
   at->n_rows = h->shape[0];
   at->dim = (uint32_t)h->shape[1];
   if (at->n_rows * at->dim * at->elem_bytes != n_data)

@@ -83,8 +83,9 @@ static vs_rc raw_read(input *base, size_t max_rows, input_batch *batch, vs_err *
 }
 
 static vs_rc raw_seek(input *base, uint64_t row, vs_err *err) {
-  if (row > base->n_rows) return vs_fail(err, VS_INVALID, "%s: no row %llu, the file has %llu", base->path,
-                                         (unsigned long long)row, (unsigned long long)base->n_rows);
+  if (row > base->n_rows)
+    return vs_fail(err, VS_INVALID, "%s: no row %llu, the file has %llu", base->path, (unsigned long long)row,
+                   (unsigned long long)base->n_rows);
   ((raw_input *)base)->pos = row;
   return VS_OK;
 }
@@ -130,8 +131,10 @@ vs_rc input_f32_open(const char *path, int fd, uint64_t n_bytes, const input_opt
   else if (opt->dim > INPUT_DIM_MAX)
     rc = vs_fail(err, VS_INVALID, "%s: dimension %u is above the limit of %u", path, opt->dim, INPUT_DIM_MAX);
   else if (n_bytes % row)
-    rc = vs_fail(err, VS_INVALID, "%s: its %llu bytes are not a whole number of rows of %u float32 (%llu bytes): wrong "
-                 "--dim, or a cut file", path, (unsigned long long)n_bytes, opt->dim, (unsigned long long)row);
+    rc = vs_fail(err, VS_INVALID,
+                 "%s: its %llu bytes are not a whole number of rows of %u float32 (%llu bytes): wrong "
+                 "--dim, or a cut file",
+                 path, (unsigned long long)n_bytes, opt->dim, (unsigned long long)row);
   else if (n_bytes / row > INPUT_ROWS_MAX) rc = vs_fail(err, VS_INVALID, "%s: too many rows", path);
   if (rc) {
     close(fd);
@@ -141,7 +144,8 @@ vs_rc input_f32_open(const char *path, int fd, uint64_t n_bytes, const input_opt
   return input_raw_open(path, fd, &at, out, err);
 }
 
-vs_rc input_fvecs_open(const char *path, int fd, uint64_t n_bytes, const input_options *opt, input **out, vs_err *err) {
+vs_rc input_fvecs_open(const char *path, int fd, uint64_t n_bytes, const input_options *opt, input **out,
+                       vs_err *err) {
   input_raw_layout at = {.elem_bytes = 4, .lead_bytes = 4};
   int32_t dim = (int32_t)opt->dim;
   uint64_t row;
@@ -153,13 +157,15 @@ vs_rc input_fvecs_open(const char *path, int fd, uint64_t n_bytes, const input_o
   row = ((uint64_t)(dim > 0 ? dim : 0) + 1) * 4;
   if (rc) goto fail;
   if (dim < 1 || (uint32_t)dim > INPUT_DIM_MAX)
-    rc = vs_fail(err, VS_CORRUPT, "%s: row 0 says %ld dimensions (1 to %u are possible): not a .fvecs file?", path, (long)dim,
-                 INPUT_DIM_MAX);
+    rc = vs_fail(err, VS_CORRUPT, "%s: row 0 says %ld dimensions (1 to %u are possible): not a .fvecs file?", path,
+                 (long)dim, INPUT_DIM_MAX);
   else if (opt->dim && opt->dim != (uint32_t)dim)
     rc = vs_fail(err, VS_INVALID, "%s: has dimension %ld, not %u", path, (long)dim, opt->dim);
   else if (n_bytes % row)
-    rc = vs_fail(err, VS_CORRUPT, "%s: its %llu bytes are not a whole number of rows of 4 + 4 x %ld bytes: cut, or rows of "
-                 "different lengths", path, (unsigned long long)n_bytes, (long)dim);
+    rc = vs_fail(err, VS_CORRUPT,
+                 "%s: its %llu bytes are not a whole number of rows of 4 + 4 x %ld bytes: cut, or rows of "
+                 "different lengths",
+                 path, (unsigned long long)n_bytes, (long)dim);
   else if (n_bytes / row > INPUT_ROWS_MAX) rc = vs_fail(err, VS_INVALID, "%s: too many rows", path);
   if (rc) goto fail;
   at.dim = (uint32_t)dim;

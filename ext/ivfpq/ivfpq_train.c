@@ -85,9 +85,8 @@ static void mean_slice(void *ctx, size_t i) {
   for (size_t c = i * 16; c < i * 16 + 16 && c < m->p->k; c++) mean_of_cluster(ctx, c);
 }
 
-static void split_empty(const ivfpq_kmeans *p, uint32_t *start, float *c) {
-  uint32_t *n = malloc(p->k * sizeof *n);
-  if (!n) return; /* an empty cluster wastes a centroid, no more */
+/* n: scratch, k counts. */
+static void split_empty(const ivfpq_kmeans *p, const uint32_t *start, uint32_t *n, float *c) {
   for (size_t i = 0; i < p->k; i++) n[i] = start[i + 1] - start[i];
   for (size_t i = 0; i < p->k; i++) {
     size_t big = 0;
@@ -102,7 +101,6 @@ static void split_empty(const ivfpq_kmeans *p, uint32_t *start, float *c) {
     }
     n[i] = n[big] / 2, n[big] -= n[i];
   }
-  free(n);
 }
 
 static void sort_by_cluster(const uint32_t *id, size_t n, size_t k, uint32_t *start, uint32_t *order) {
@@ -117,8 +115,9 @@ static void sort_by_cluster(const uint32_t *id, size_t n, size_t k, uint32_t *st
 vs_rc ivfpq_kmeans_run(const ivfpq_kmeans *p, float *c, vs_err *err) {
   size_t n = p->n, lanes = ivfpq_round(p->k, 16);
   uint32_t *id = malloc(n * sizeof *id + 1), *order = malloc(n * sizeof *order + 1), *start = malloc((p->k + 1) * sizeof *start);
+  uint32_t *counts = malloc(p->k * sizeof *counts + 1);
   float *packed = malloc(kern_packed_len(p->k, p->dim) * sizeof *packed), *bias = malloc(lanes * sizeof *bias);
-  vs_rc rc = id && order && start && packed && bias ? VS_OK : vs_nomem(err);
+  vs_rc rc = id && order && start && counts && packed && bias ? VS_OK : vs_nomem(err);
   if (!rc && !n) rc = vs_fail(err, VS_INVALID, "k-means needs at least one row");
   if (!rc) rc = pick_rows(p, c, err);
   for (int t = 0; t < p->iterations && !rc; t++) {
@@ -134,8 +133,8 @@ vs_rc ivfpq_kmeans_run(const ivfpq_kmeans *p, float *c, vs_err *err) {
     sort_by_cluster(id, n, p->k, start, order);
     mean_job m = {p, order, start, c};
     vs_pool_run((p->k + 15) / 16, p->threads, mean_slice, &m);
-    split_empty(p, start, c);
+    split_empty(p, start, counts, c);
   }
-  free(id), free(order), free(start), free(packed), free(bias);
+  free(id), free(order), free(start), free(counts), free(packed), free(bias);
   return rc;
 }

@@ -48,9 +48,11 @@ typedef struct hdf5_cursor {
   char *args[N_ARGS]; /* as given, NULL when not */
 } hdf5_cursor;
 
-static int hdf5_connect(sqlite3 *db, void *aux, int argc, const char *const *argv, sqlite3_vtab **out, char **errmsg) {
-  int rc = sqlite3_declare_vtab(db, "CREATE TABLE x(id, embedding, file HIDDEN, embedding_dataset HIDDEN, id_dataset HIDDEN, "
-                                    "bad_rows HIDDEN)");
+static int hdf5_connect(sqlite3 *db, void *aux, int argc, const char *const *argv, sqlite3_vtab **out,
+                        char **errmsg) {
+  int rc = sqlite3_declare_vtab(
+      db, "CREATE TABLE x(id, embedding, file HIDDEN, embedding_dataset HIDDEN, id_dataset HIDDEN, "
+          "bad_rows HIDDEN)");
   (void)aux, (void)argc, (void)argv, (void)errmsg;
   if (rc) return rc;
   rc = sqlite3_vtab_config(db, SQLITE_VTAB_DIRECTONLY);
@@ -137,9 +139,10 @@ static int settle(hdf5_cursor *c) {
       input_fault fault = (input_fault)c->batch.faults[c->at];
       if (fault == INPUT_FINE) return SQLITE_OK;
       if (!c->skip)
-        return set_error(c->base.pVtab,
-                         sqlite3_mprintf("%s: row %lld: %s (bad_rows 'skip' as the fourth argument leaves such rows out)",
-                                         c->in->path, (sqlite3_int64)(c->batch.first_row + c->at), input_fault_text(fault)));
+        return set_error(
+            c->base.pVtab,
+            sqlite3_mprintf("%s: row %lld: %s (bad_rows 'skip' as the fourth argument leaves such rows out)",
+                            c->in->path, (sqlite3_int64)(c->batch.first_row + c->at), input_fault_text(fault)));
     }
     rc = c->in->read(c->in, BATCH_ROWS, &c->batch, &err);
     c->at = 0;
@@ -173,7 +176,8 @@ static int hdf5_filter(sqlite3_vtab_cursor *cursor, int idx, const char *idx_tex
   if (c->args[3]) {
     c->skip = !strcmp(c->args[3], "skip");
     if (!c->skip && strcmp(c->args[3], "fail"))
-      return set_error(cursor->pVtab, sqlite3_mprintf("hdf5_vectors: bad_rows is 'fail' or 'skip', not '%s'", c->args[3]));
+      return set_error(cursor->pVtab,
+                       sqlite3_mprintf("hdf5_vectors: bad_rows is 'fail' or 'skip', not '%s'", c->args[3]));
   }
   opt.embedding_dataset = c->args[1];
   opt.id_dataset = c->args[2];
