@@ -1,9 +1,9 @@
 /* test_ivfpq.c - ext/ivfpq without SQLite: sorter, runs, k-means, build, search, verify, and damaged files.
  *
- * Proves: a built segment holds exactly the rows that went in and verifies clean; exact search equals brute force in double
- * precision; a scan that may look at everything equals exact search; the bytes do not depend on threads or memory; filters
- * lose and add nothing; every flipped byte is reported and no damage, also with forged checksums, crashes a reader.
- * Everything is seeded; the seed is printed first. IVFPQ_TEST_SEED sets another one.
+ * Proves: a built segment holds exactly the rows that went in and verifies clean; exact search equals brute force in
+ * double precision; a scan that may look at everything equals exact search; the bytes do not depend on threads or
+ * memory; filters lose and add nothing; every flipped byte is reported and no damage, also with forged checksums,
+ * crashes a reader. Everything is seeded; the seed is printed first. IVFPQ_TEST_SEED sets another one.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -37,7 +37,9 @@ static float rng_float(ivfpq_rng *r) { return (float)(ivfpq_rng_next(r) >> 40) /
     if ((rc) != VS_OK) fail_msg("%s", (err).text); \
   } while (0)
 
-const char *input_fault_text(input_fault f) { return f == INPUT_NAN ? "NaN or Inf" : "bad row"; } /* lives in ext/input */
+const char *input_fault_text(input_fault f) {
+  return f == INPUT_NAN ? "NaN or Inf" : "bad row";
+} /* lives in ext/input */
 
 /* ---- data: rows in arrays, and an input over them ---- */
 
@@ -106,10 +108,14 @@ static void fill_ids(set *s, id_shape how) {
     input_value *v = &s->ids[i];
     if (how == ROW_IDS || how == INT_IDS) {
       *v = (input_value){.type = INPUT_INT, .i = (int64_t)i};
-      if (how == INT_IDS) v->i = i == 1 ? INT64_MIN : i == 2 ? INT64_MAX : ((int64_t)i - (int64_t)s->in.n_rows / 2) * 7919;
+      if (how == INT_IDS)
+        v->i = i == 1 ? INT64_MIN : i == 2 ? INT64_MAX : ((int64_t)i - (int64_t)s->in.n_rows / 2) * 7919;
       continue;
     }
-    size_t len = i == 1 ? 0 : how == LONG_TEXT_IDS && i % 50 == 2 ? LONG_ID : how == LONG_TEXT_IDS && i % 50 < 5 ? 60 + i % 50 : 0;
+    size_t len = i == 1                                ? 0
+                 : how == LONG_TEXT_IDS && i % 50 == 2 ? LONG_ID
+                 : how == LONG_TEXT_IDS && i % 50 < 5  ? 60 + i % 50
+                                                       : 0;
     char *t = calloc(1, LONG_ID + 32);
     if (i != 1) {
       int at = snprintf(t, 32, "d\xc3\xb6" "c-%llu", (unsigned long long)i);
@@ -204,7 +210,8 @@ static void assert_clean(ivfpq_segment *s) {
 /* ---- what a segment must hold ---- */
 
 static ivfpq_id id_of(const input_value *v) {
-  return v->type == INPUT_TEXT ? (ivfpq_id){.is_text = 1, .text = v->text, .len = (uint32_t)v->len} : (ivfpq_id){.i = v->i};
+  return v->type == INPUT_TEXT ? (ivfpq_id){.is_text = 1, .text = v->text, .len = (uint32_t)v->len}
+                               : (ivfpq_id){.i = v->i};
 }
 
 static void assert_values(const input_value *want, const ivfpq_value *have) {
@@ -213,9 +220,12 @@ static void assert_values(const input_value *want, const ivfpq_value *have) {
       assert_int_equal(have[c].tag, 0);
       continue;
     }
-    assert_int_equal(have[c].tag, column_types[c] == INPUT_INT ? IVFPQ_INTEGER : column_types[c] == INPUT_REAL ? IVFPQ_REAL : IVFPQ_TEXT);
+    assert_int_equal(have[c].tag, column_types[c] == INPUT_INT    ? IVFPQ_INTEGER
+                                  : column_types[c] == INPUT_REAL ? IVFPQ_REAL
+                                                                  : IVFPQ_TEXT);
     if (have[c].tag == IVFPQ_INTEGER) assert_true(have[c].i == want[c].i);
-    if (have[c].tag == IVFPQ_REAL) assert_true(have[c].r == (want[c].type == INPUT_INT ? (double)want[c].i : want[c].r));
+    if (have[c].tag == IVFPQ_REAL)
+      assert_true(have[c].r == (want[c].type == INPUT_INT ? (double)want[c].i : want[c].r));
     if (have[c].tag != IVFPQ_TEXT) continue;
     assert_int_equal(have[c].len, want[c].len);
     assert_memory_equal(have[c].text, want[c].text, want[c].len);
@@ -315,7 +325,8 @@ static double true_distance(ivfpq_metric metric, const float *q, const float *x,
       kern_variant("scalar")->f32_to_f16(&v, &h, 1);
       kern_variant("scalar")->f16_to_f32(&h, &v, 1);
     }
-    dot += (double)q[j] * v, qq += (double)q[j] * q[j], xx += (double)v * v, dd += ((double)q[j] - v) * ((double)q[j] - v);
+    dot += (double)q[j] * v, qq += (double)q[j] * q[j], xx += (double)v * v,
+        dd += ((double)q[j] - v) * ((double)q[j] - v);
   }
   if (metric == IVFPQ_L2) return sqrt(dd);
   if (metric == IVFPQ_DOT) return -dot;
@@ -417,7 +428,8 @@ static void test_sorter(void **state) {
     int more;
     assert_ok(ivfpq_sorter_open(folder, memory, &s, &err), err);
     for (size_t i = 0; i < n; i++) {
-      x = (ivfpq_record){ivfpq_rng_below(&r, 50), ivfpq_rng_below(&r, 50), ivfpq_rng_below(&r, 8)}; /* many equal ones */
+      x = (ivfpq_record){ivfpq_rng_below(&r, 50), ivfpq_rng_below(&r, 50),
+                         ivfpq_rng_below(&r, 8)}; /* many equal ones */
       sum += x.hi * 10007 + x.lo * 101 + x.value + 1;
       assert_ok(ivfpq_sorter_add(s, x, &err), err);
     }
@@ -425,7 +437,8 @@ static void test_sorter(void **state) {
     for (;; at++) {
       assert_ok(ivfpq_sorter_next(s, &x, &more, &err), err);
       if (!more) break;
-      assert_true(x.hi > last.hi || (x.hi == last.hi && (x.lo > last.lo || (x.lo == last.lo && x.value >= last.value))));
+      assert_true(x.hi > last.hi ||
+                  (x.hi == last.hi && (x.lo > last.lo || (x.lo == last.lo && x.value >= last.value))));
       back += x.hi * 10007 + x.lo * 101 + x.value + 1;
       last = x;
     }
@@ -645,7 +658,8 @@ static void assert_best_estimates(ivfpq_segment *s, const ivfpq_query *q, const 
   query.n_candidates = s->params.n_rows;
   assert_ok(ivfpq_scan(s, &query, &all, &stats, &err), err);
   qsort(all.key, all.n, 8, by_key), qsort(have->key, have->n, 8, by_key);
-  for (size_t i = 0; i < have->n; i++) assert_true(kern_key_value(all.key[i]) == kern_key_value(have->key[i])); /* rows may tie */
+  for (size_t i = 0; i < have->n; i++)
+    assert_true(kern_key_value(all.key[i]) == kern_key_value(have->key[i])); /* rows may tie */
   ivfpq_keys_reset(&all);
   query.n_candidates = 0;
   assert_ok(ivfpq_scan(s, &query, &all, &stats, &err), err);
@@ -685,7 +699,8 @@ static void test_recall(void **state) {
         ivfpq_keys_reset(&truth), ivfpq_keys_reset(&have);
       }
       ivfpq_segment_close(s);
-      if (hits < QUERIES * K * 85 / 100) fail_msg("metric %d, %u bits: recall@10 of 100 candidates is %.3f", metric, bits, hits / 200.0);
+      if (hits < QUERIES * K * 85 / 100)
+        fail_msg("metric %d, %u bits: recall@10 of 100 candidates is %.3f", metric, bits, hits / 200.0);
     }
   input_close(&t->in);
 }
@@ -727,7 +742,8 @@ static void test_estimates(void **state) {
       spread += fabs(estimate[0][i] - sum[0] / N);
       error += fabs(estimate[1][i] - estimate[0][i]);
     }
-    if (error > 0.2 * spread) fail_msg("metric %d: mean error of an estimate is %.3f of their mean deviation", metric, error / spread);
+    if (error > 0.2 * spread)
+      fail_msg("metric %d: mean error of an estimate is %.3f of their mean deviation", metric, error / spread);
     free(estimate[0]), free(estimate[1]);
   }
   input_close(&t->in);
@@ -741,7 +757,10 @@ static void test_same_bytes(void **state) {
   ivfpq_build_options o = options(IVFPQ_COSINE);
   char first[33];
   /* the sample takes all 6,000 rows with every one of these, the staging area fills up with the smaller ones */
-  static const struct { int threads; uint64_t memory; } runs[] = {{1, 64 << 20}, {2, 64 << 20}, {4, 4 << 20}, {1, 2 << 20}};
+  static const struct {
+    int threads;
+    uint64_t memory;
+  } runs[] = {{1, 64 << 20}, {2, 64 << 20}, {4, 4 << 20}, {1, 2 << 20}};
   uint64_t temp = 0;
   for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
     o.threads = runs[i].threads, o.memory = runs[i].memory;
@@ -787,7 +806,8 @@ static void test_duplicates(void **state) {
       ivfpq_segment *s = open_path(path, 1);
       assert_clean(s);
       for (uint64_t i = 0; i < 5000; i++)
-        if (o.duplicates == IVFPQ_DUP_FIRST ? i < 4000 : i < 100 || (i >= 600 && i < 4000) || i >= 4500) assert_row(s, t, i);
+        if (o.duplicates == IVFPQ_DUP_FIRST ? i < 4000 : i < 100 || (i >= 600 && i < 4000) || i >= 4500)
+          assert_row(s, t, i);
       ivfpq_segment_close(s);
     }
     input_close(&t->in);
@@ -899,7 +919,8 @@ static void test_column_limits(void **state) {
   char *huge = calloc(1, IVFPQ_MAX_TEXT + 2);
   for (int i = 0; i < 3; i++) {
     vs_err err = {0};
-    t->columns[3 * N_COLUMNS + 3] = (input_value){.type = INPUT_TEXT, .text = huge, .len = i == 0 ? IVFPQ_MAX_TEXT + 1 : IVFPQ_MAX_TEXT};
+    t->columns[3 * N_COLUMNS + 3] =
+        (input_value){.type = INPUT_TEXT, .text = huge, .len = i == 0 ? IVFPQ_MAX_TEXT + 1 : IVFPQ_MAX_TEXT};
     if (i == 2) o.column_names = names;
     unlink(path);
     assert_int_equal(ivfpq_build(&t->in, &o, path, &r, &err), i == 1 ? VS_OK : VS_INVALID);
@@ -938,11 +959,12 @@ static void assert_filtered(ivfpq_segment *s, int64_t modulus, uint64_t want, ui
     ivfpq_query query = {.vector = q, .nprobe = nprobe, .n_candidates = want, .filter = &f};
     ivfpq_keys keys = {0};
     ivfpq_stats stats = {0};
-    vs_rc rc = exact ? ivfpq_exact(s, &query, NULL, 2, &keys, &stats, &err) : ivfpq_scan(s, &query, &keys, &stats, &err);
+    vs_rc rc =
+        exact ? ivfpq_exact(s, &query, NULL, 2, &keys, &stats, &err) : ivfpq_scan(s, &query, &keys, &stats, &err);
     assert_ok(rc, err);
     if (keys.n != (want < passing ? want : passing))
-      fail_msg("modulus %d, %s, %llu wanted: %zu of %llu rows", (int)modulus, exact ? "exact" : "scan", (unsigned long long)want, keys.n,
-               (unsigned long long)passing);
+      fail_msg("modulus %d, %s, %llu wanted: %zu of %llu rows", (int)modulus, exact ? "exact" : "scan",
+               (unsigned long long)want, keys.n, (unsigned long long)passing);
     for (size_t i = 0; i < keys.n; i++) {
       uint32_t row = kern_key_number(keys.key[i]);
       ivfpq_row rec;
@@ -1002,7 +1024,9 @@ static void search_in_crowd(void *ctx, size_t i) {
   uint32_t row = 0;
   int found = 0, hit = 0;
   vs_rc rc = ivfpq_find_id(c->s, &id, &row, &found, &err);
-  if (!rc) rc = i % 2 ? ivfpq_scan(c->s, &query, &keys, &stats, &err) : ivfpq_exact(c->s, &query, NULL, 2, &keys, &stats, &err);
+  if (!rc)
+    rc =
+        i % 2 ? ivfpq_scan(c->s, &query, &keys, &stats, &err) : ivfpq_exact(c->s, &query, NULL, 2, &keys, &stats, &err);
   for (size_t k = 0; k < keys.n; k++) hit |= kern_key_number(keys.key[k]) == row;
   if (rc || !found || !hit) __atomic_fetch_add(&c->wrong, 1, __ATOMIC_RELAXED);
   ivfpq_keys_reset(&keys);
@@ -1061,8 +1085,14 @@ static void memory_close(vs_io *io) { free(io); }
 
 static vs_io *memory_open(const uint8_t *bytes, uint64_t n, int stable, int *open_ranges) {
   memory_io *m = malloc(sizeof *m);
-  *m = (memory_io){{.size = n, .stable = stable, .name = "damaged.ivf", .fetch = memory_fetch, .release = memory_release,
-                    .close = memory_close}, bytes, open_ranges};
+  *m = (memory_io){{.size = n,
+                    .stable = stable,
+                    .name = "damaged.ivf",
+                    .fetch = memory_fetch,
+                    .release = memory_release,
+                    .close = memory_close},
+                   bytes,
+                   open_ranges};
   return &m->io;
 }
 
@@ -1104,7 +1134,8 @@ static void read_rows(ivfpq_segment *s, const victim *v, int forged) {
     if (s->params.n_columns == v->t->in.n_columns && s->params.n_columns) {
       ivfpq_value values[N_COLUMNS];
       uint8_t *buf;
-      if (!ivfpq_row_columns(s, r.record, values, &buf, &err) && !forged) assert_values(v->t->columns + i * N_COLUMNS, values);
+      if (!ivfpq_row_columns(s, r.record, values, &buf, &err) && !forged)
+        assert_values(v->t->columns + i * N_COLUMNS, values);
       free(buf);
     }
     ivfpq_rows_release(s, &r, 1);
@@ -1131,7 +1162,8 @@ static void search_damaged(ivfpq_segment *s, const float *q) {
     ivfpq_query query = {.vector = wide, .nprobe = 2, .n_candidates = 5, .filter = i % 2 ? &f : NULL};
     ivfpq_keys keys = {0};
     ivfpq_stats stats = {0};
-    vs_rc rc = i < 2 ? ivfpq_scan(s, &query, &keys, &stats, &err) : ivfpq_exact(s, &query, NULL, 1, &keys, &stats, &err);
+    vs_rc rc =
+        i < 2 ? ivfpq_scan(s, &query, &keys, &stats, &err) : ivfpq_exact(s, &query, NULL, 1, &keys, &stats, &err);
     if (!rc) {
       uint32_t rows[5];
       assert_true(keys.n <= 5);
@@ -1206,7 +1238,8 @@ static void forge(const victim *v) {
     memcpy(p + (i + 1) * h.row_bytes - 4, &check, 4);
   }
   p = section_of(v, b, IVFPQ_IDDIR, &size);
-  for (uint64_t at = 0; at + IVFPQ_PAGE <= size; at += IVFPQ_PAGE) put_check(p + at + IVFPQ_PAGE - 8, p + at, IVFPQ_PAGE - 8);
+  for (uint64_t at = 0; at + IVFPQ_PAGE <= size; at += IVFPQ_PAGE)
+    put_check(p + at + IVFPQ_PAGE - 8, p + at, IVFPQ_PAGE - 8);
   uint64_t scan_size;
   uint8_t *scan = section_of(v, b, IVFPQ_SCAN, &scan_size);
   p = section_of(v, b, IVFPQ_GROUPS, &size);
@@ -1226,7 +1259,8 @@ static void forge(const victim *v) {
     if (size >= 8) put_check(p + size - 8, p, size - 8);
   }
   for (uint8_t *f = b + good_off; f < t; f += 32)
-    if (at_u64(f + 8) <= v->n && at_u64(f + 16) <= v->n - at_u64(f + 8)) put_check(f + 24, b + at_u64(f + 8), at_u64(f + 16));
+    if (at_u64(f + 8) <= v->n && at_u64(f + 16) <= v->n - at_u64(f + 8))
+      put_check(f + 24, b + at_u64(f + 8), at_u64(f + 16));
   put_check(t + 16, b + good_off, v->n - IVFPQ_TRAILER - good_off);
   put_check(t + 48, t, 48);
 }
@@ -1241,7 +1275,8 @@ static void flip_bytes(victim *v, int n_random) {
     uint8_t by = i < fixed ? 0xff : (uint8_t)(1u << ivfpq_rng_below(&r, 8));
     v->bytes[at] ^= by;
     if (!try_damaged(v, v->n, (int)(i & 1), 0, i % 8 == 0))
-      fail_msg("byte %llu of %llu flipped by %02x: nobody noticed", (unsigned long long)at, (unsigned long long)v->n, by);
+      fail_msg("byte %llu of %llu flipped by %02x: nobody noticed", (unsigned long long)at, (unsigned long long)v->n,
+               by);
     v->bytes[at] ^= by;
   }
 }
@@ -1260,9 +1295,10 @@ static void cut_short(victim *v) {
 
 /* Changed fields with right checksums: a hostile file. Nothing may crash; whatever is refused has a text. */
 static void forge_fields(victim *v, int n_tries) {
-  static const uint64_t values[] = {0, 1, 2, 0x7fffffff, 0x80000000, 0xffffffff, 1ull << 40, INT64_MAX, UINT64_MAX, UINT64_MAX - 63};
-  static const uint32_t ids[] = {IVFPQ_PARAMS, IVFPQ_PARAMS, IVFPQ_PARAMS, IVFPQ_GROUPS, IVFPQ_GROUPS, IVFPQ_ROWS, IVFPQ_IDDIR, IVFPQ_SCAN, IVFPQ_COLUMNS,
-                                 IVFPQ_IDHEAP, IVFPQ_CODEBOOK, IVFPQ_MEAN};
+  static const uint64_t values[] = {0,          1,          2,         0x7fffffff, 0x80000000,
+                                    0xffffffff, 1ull << 40, INT64_MAX, UINT64_MAX, UINT64_MAX - 63};
+  static const uint32_t ids[] = {IVFPQ_PARAMS, IVFPQ_PARAMS, IVFPQ_PARAMS,  IVFPQ_GROUPS, IVFPQ_GROUPS,   IVFPQ_ROWS,
+                                 IVFPQ_IDDIR,  IVFPQ_SCAN,   IVFPQ_COLUMNS, IVFPQ_IDHEAP, IVFPQ_CODEBOOK, IVFPQ_MEAN};
   ivfpq_rng r = rng_of(5);
   uint64_t trailer = v->n - IVFPQ_TRAILER, footer = at_u64(v->good + trailer), size;
   for (int i = 0; i < n_tries; i++) {
@@ -1277,8 +1313,9 @@ static void forge_fields(victim *v, int n_tries) {
       }
       size_t width = 1u << ivfpq_rng_below(&r, 4);
       if (width > 1) at -= at % width;
-      uint64_t value = ivfpq_rng_below(&r, 3) ? values[ivfpq_rng_below(&r, sizeof values / sizeof *values)]
-                                              : at_u64(v->good + (at < v->n - 8 ? at : v->n - 8)) + ivfpq_rng_below(&r, 5) - 2;
+      uint64_t value = ivfpq_rng_below(&r, 3)
+                           ? values[ivfpq_rng_below(&r, sizeof values / sizeof *values)]
+                           : at_u64(v->good + (at < v->n - 8 ? at : v->n - 8)) + ivfpq_rng_below(&r, 5) - 2;
       memcpy(v->bytes + at, &value, at + width <= v->n ? width : 1);
     }
     forge(v);
@@ -1393,21 +1430,29 @@ static void test_forged_faults(void **state) {
   o.nlist = 3;
   build(t, &o, path_of("victim.ivf"));
   victim v = victim_open(t, path_of("victim.ivf"));
-  static const struct { uint32_t id; uint64_t off; int add; } cases[] = {
-      {IVFPQ_GROUPS, offsetof(ivfpq_partition, n_rows), -1}, {IVFPQ_GROUPS, offsetof(ivfpq_partition, row0), 1},
-      {IVFPQ_GROUPS, offsetof(ivfpq_partition, column_bytes), -1}, {IVFPQ_GROUPS, sizeof(ivfpq_partition), -64},
-      {IVFPQ_PARAMS, offsetof(ivfpq_params, n_padded), 1}, {IVFPQ_PARAMS, offsetof(ivfpq_params, beta) + 3, 0x40},
-      {IVFPQ_ROWS, 16, 1},   /* the first row's id */
-      {IVFPQ_ROWS, 3, 0x40}, /* its first value: NaN or infinite below */
-      {IVFPQ_ROWS, 32, 1},   /* its size of columns */
-      {IVFPQ_IDDIR, 0, -1}, {IVFPQ_IDDIR, 4, 1}, {IVFPQ_IDDIR, 8, 1}, {IVFPQ_IDDIR, 16, 1}, {IVFPQ_IDDIR, IVFPQ_PAGE - 9, 1}};
+  static const struct { uint32_t id; uint64_t off; int add;
+  } cases[] = {{IVFPQ_GROUPS, offsetof(ivfpq_partition, n_rows), -1},
+               {IVFPQ_GROUPS, offsetof(ivfpq_partition, row0), 1},
+               {IVFPQ_GROUPS, offsetof(ivfpq_partition, column_bytes), -1},
+               {IVFPQ_GROUPS, sizeof(ivfpq_partition), -64},
+               {IVFPQ_PARAMS, offsetof(ivfpq_params, n_padded), 1},
+               {IVFPQ_PARAMS, offsetof(ivfpq_params, beta) + 3, 0x40},
+               {IVFPQ_ROWS, 16, 1},   /* the first row's id */
+               {IVFPQ_ROWS, 3, 0x40}, /* its first value: NaN or infinite below */
+               {IVFPQ_ROWS, 32, 1},   /* its size of columns */
+               {IVFPQ_IDDIR, 0, -1},
+               {IVFPQ_IDDIR, 4, 1},
+               {IVFPQ_IDDIR, 8, 1},
+               {IVFPQ_IDDIR, 16, 1},
+               {IVFPQ_IDDIR, IVFPQ_PAGE - 9, 1}};
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     uint64_t size;
     uint8_t *p = section_of(&v, v.bytes, cases[i].id, &size) + cases[i].off;
     if (cases[i].add == 0x40) memset(p - 3, 0xff, 4); /* a NaN */
     else *p = (uint8_t)(*p + cases[i].add);
     forge(&v);
-    if (!try_damaged(&v, v.n, 0, 1, 1)) fail_msg("section %u, offset %llu: not noticed", cases[i].id, (unsigned long long)cases[i].off);
+    if (!try_damaged(&v, v.n, 0, 1, 1))
+      fail_msg("section %u, offset %llu: not noticed", cases[i].id, (unsigned long long)cases[i].off);
     memcpy(v.bytes, v.good, v.n);
   }
   free(v.good), free(v.bytes);
@@ -1429,15 +1474,30 @@ static void test_nothing_left(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_sorter), cmocka_unit_test(test_runs), cmocka_unit_test(test_kmeans), cmocka_unit_test(test_defaults),
-      cmocka_unit_test(test_shapes), cmocka_unit_test(test_wide), cmocka_unit_test(test_distributions),
-      cmocka_unit_test(test_many_partitions), cmocka_unit_test(test_oversized_partition), cmocka_unit_test(test_sub_quantizers), cmocka_unit_test(test_recall),
-      cmocka_unit_test(test_estimates), cmocka_unit_test(test_same_bytes), cmocka_unit_test(test_duplicates),
-      cmocka_unit_test(test_bad_rows), cmocka_unit_test(test_refusals), cmocka_unit_test(test_column_limits),
-      cmocka_unit_test(test_filters), cmocka_unit_test(test_crowd), cmocka_unit_test(test_damage), cmocka_unit_test(test_failing_reads),
-      cmocka_unit_test(test_fault_limits), cmocka_unit_test(test_forged_faults),
-      cmocka_unit_test(test_nothing_left)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_sorter),
+                                     cmocka_unit_test(test_runs),
+                                     cmocka_unit_test(test_kmeans),
+                                     cmocka_unit_test(test_defaults),
+                                     cmocka_unit_test(test_shapes),
+                                     cmocka_unit_test(test_wide),
+                                     cmocka_unit_test(test_distributions),
+                                     cmocka_unit_test(test_many_partitions),
+                                     cmocka_unit_test(test_oversized_partition),
+                                     cmocka_unit_test(test_sub_quantizers),
+                                     cmocka_unit_test(test_recall),
+                                     cmocka_unit_test(test_estimates),
+                                     cmocka_unit_test(test_same_bytes),
+                                     cmocka_unit_test(test_duplicates),
+                                     cmocka_unit_test(test_bad_rows),
+                                     cmocka_unit_test(test_refusals),
+                                     cmocka_unit_test(test_column_limits),
+                                     cmocka_unit_test(test_filters),
+                                     cmocka_unit_test(test_crowd),
+                                     cmocka_unit_test(test_damage),
+                                     cmocka_unit_test(test_failing_reads),
+                                     cmocka_unit_test(test_fault_limits),
+                                     cmocka_unit_test(test_forged_faults),
+                                     cmocka_unit_test(test_nothing_left)};
   const char *set_seed = getenv("IVFPQ_TEST_SEED"), *tmp = getenv("TMPDIR");
   if (set_seed) seed = strtoull(set_seed, NULL, 10);
   printf("seed %llu\n", (unsigned long long)seed);

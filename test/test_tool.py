@@ -2,7 +2,7 @@
 
 Proves that plans are stable, that builds give the same bytes at any thread count, that bad rows and duplicate ids are named
 and counted, that verify finds every flipped byte, that `query --exact` equals brute force, and that a build that fails or is
-interrupted leaves neither shard nor files. Data is made here with a fixed seed (printed in the names of the failing tests).
+interrupted leaves neither shard nor files. Data is made here, seed SEED.
 """
 import csv
 import glob

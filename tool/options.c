@@ -42,7 +42,8 @@ tool_status options_wrong(const option_command *c, const char *fmt, ...) {
 static void print_row(const option_row *r) {
   char left[80];
   snprintf(left, sizeof left, "%s%s%s", r->name, r->value ? " " : "", r->value ? r->value : "");
-  printf("  %-28s %s", left, r->help);
+  if (strlen(left) > 28) printf("  %s\n%31s%s", left, "", r->help);
+  else printf("  %-28s %s", left, r->help);
   if (r->fallback) printf(" (default %s)", r->fallback);
   if (r->required) printf(" (required)");
   putchar('\n');

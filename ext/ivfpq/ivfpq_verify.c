@@ -1,12 +1,13 @@
 /* ivfpq_verify.c - the validator of a segment: walks everything that ivfpq_format.h describes; see ivfpq_verify.
  *
- * The walk, in this order: header, trailer and footer | every section's checksum | no overlaps, zeros between sections |
- * floats that must be finite | groups and partitions | row records | id directory. Bytes that hash right can still tell
- * nonsense (a faulty writer, a forged file), so every stage reads the meaning too, and reads it without the "was checked"
- * flags that queries leave behind.
+ * The walk, in this order: header, trailer and footer | every section's checksum | no overlaps, zeros between sections
+ * | floats that must be finite | groups and partitions | row records | id directory. Bytes that hash right can still
+ * tell nonsense (a faulty writer, a forged file), so every stage reads the meaning too, and reads it without the "was
+ * checked" flags that queries leave behind.
  *
- * Damaged data is a fault: reported with section and place, and the walk goes on behind it. What the store or the allocator
- * refuses ends the walk with their code. Memory: one bit per row, one partition, and about a MiB of whatever is read.
+ * Damaged data is a fault: reported with section and place, and the walk goes on behind it. What the store or the
+ * allocator refuses ends the walk with their code. Memory: one bit per row, one partition, and about a MiB of whatever
+ * is read.
  */
 #include <math.h>
 #include <stdio.h>
@@ -26,8 +27,9 @@ enum {
 };
 
 static const char *const section_names[IVFPQ_N_SECTIONS] = {
-    [IVFPQ_SCAN] = "SCAN",   [IVFPQ_ROWS] = "ROWS", [IVFPQ_IDHEAP] = "IDHEAP",     [IVFPQ_COLUMNS] = "COLUMNS", [IVFPQ_IDDIR] = "IDDIR",
-    [IVFPQ_GROUPS] = "GROUPS", [IVFPQ_MEAN] = "MEAN", [IVFPQ_CODEBOOK] = "CODEBOOK", [IVFPQ_PARAMS] = "PARAMS"};
+    [IVFPQ_SCAN] = "SCAN",       [IVFPQ_ROWS] = "ROWS",         [IVFPQ_IDHEAP] = "IDHEAP",
+    [IVFPQ_COLUMNS] = "COLUMNS", [IVFPQ_IDDIR] = "IDDIR",       [IVFPQ_GROUPS] = "GROUPS",
+    [IVFPQ_MEAN] = "MEAN",       [IVFPQ_CODEBOOK] = "CODEBOOK", [IVFPQ_PARAMS] = "PARAMS"};
 
 typedef struct walk {
   ivfpq_segment *s;
@@ -76,7 +78,8 @@ static size_t first_nonzero(const uint8_t *p, size_t n) {
 
 /* ---- header, footer, sections as bytes ---- */
 
-/* Open has checked the trailer and the footer; left are the fields that say nothing to it, and sections it does not know. */
+/* Open has checked the trailer and the footer; left are the fields that say nothing to it, and sections it does not
+ * know. */
 static vs_rc read_footer(walk *w, ivfpq_section *sections, uint32_t *n, uint64_t *footer_off) {
   vs_io *io = w->s->io;
   vs_range r[2] = {{.off = 0, .len = IVFPQ_HEADER}, {.off = io->size - IVFPQ_TRAILER, .len = IVFPQ_TRAILER}};
@@ -84,7 +87,8 @@ static vs_rc read_footer(walk *w, ivfpq_section *sections, uint32_t *n, uint64_t
   if (rc) return rc;
   if (memcmp(r[0].ptr, IVFPQ_MAGIC, 8)) fault(w, "header: magic");
   if (load_u32(r[0].ptr + 8) != IVFPQ_FORMAT) fault(w, "header: format %u", load_u32(r[0].ptr + 8));
-  if (first_nonzero(r[0].ptr + 12, IVFPQ_HEADER - 12) != IVFPQ_HEADER - 12) fault(w, "header: a reserved byte is not zero");
+  if (first_nonzero(r[0].ptr + 12, IVFPQ_HEADER - 12) != IVFPQ_HEADER - 12)
+    fault(w, "header: a reserved byte is not zero");
   if (first_nonzero(r[1].ptr + 32, 16) != 16) fault(w, "trailer: a reserved byte is not zero");
   *footer_off = load_u64(r[1].ptr), *n = load_u32(r[1].ptr + 8);
   vs_io_release(io, r, 2);
@@ -96,7 +100,9 @@ static vs_rc read_footer(walk *w, ivfpq_section *sections, uint32_t *n, uint64_t
   return VS_OK;
 }
 
-static const char *section_name(uint32_t id) { return id && id < IVFPQ_N_SECTIONS ? section_names[id] : "an unknown section"; }
+static const char *section_name(uint32_t id) {
+  return id && id < IVFPQ_N_SECTIONS ? section_names[id] : "an unknown section";
+}
 
 static vs_rc check_section(walk *w, const ivfpq_section *x, XXH3_state_t *state) {
   XXH3_64bits_reset(state);
@@ -221,8 +227,9 @@ static vs_rc verify_group(walk *w, const ivfpq_group_view *v, totals *t, ivfpq_c
   for (uint32_t i = 0; i < v->n && !rc && !w->stop; i++) {
     const ivfpq_partition *e = &v->entries[i];
     uint32_t number = v->first + i;
-    if (e->row0 != t->rows) fault(w, "GROUPS, partition %u: starts at row %llu, not %llu", number, (unsigned long long)e->row0,
-                                  (unsigned long long)t->rows);
+    if (e->row0 != t->rows)
+      fault(w, "GROUPS, partition %u: starts at row %llu, not %llu", number, (unsigned long long)e->row0,
+            (unsigned long long)t->rows);
     if (e->off < t->scan_end) fault(w, "GROUPS, partition %u: overlaps the one before it", number);
     t->rows = e->row0 + e->n_rows, t->padded += ivfpq_round(e->n_rows, KERN_GROUP);
     t->scan_end = e->off + ivfpq_round(ivfpq_code_bytes(e->n_rows, w->s->params.m), 8) + e->column_bytes;
@@ -254,8 +261,9 @@ static vs_rc verify_partitions(walk *w) {
   }
   free(views);
   if (rc || t.broken) return rc;
-  if (t.rows != p->n_rows) fault(w, "GROUPS: the partitions hold %llu rows, PARAMS says %llu", (unsigned long long)t.rows,
-                                 (unsigned long long)p->n_rows);
+  if (t.rows != p->n_rows)
+    fault(w, "GROUPS: the partitions hold %llu rows, PARAMS says %llu", (unsigned long long)t.rows,
+          (unsigned long long)p->n_rows);
   if (t.padded != p->n_padded) fault(w, "PARAMS: padded row count");
   return VS_OK;
 }
@@ -332,7 +340,8 @@ static vs_rc verify_records(walk *w, rows_walk *t) {
 
 static vs_rc verify_rows(walk *w) {
   const ivfpq_params *p = &w->s->params;
-  rows_walk t = {.vector = malloc((size_t)p->dim * sizeof(float)), .values = calloc(p->n_columns + 1, sizeof(ivfpq_value))};
+  rows_walk t = {.vector = malloc((size_t)p->dim * sizeof(float)),
+                 .values = calloc(p->n_columns + 1, sizeof(ivfpq_value))};
   vs_rc rc = t.vector && t.values ? verify_records(w, &t) : vs_nomem(w->err);
   free(t.vector), free(t.values);
   if (rc || t.broken) return rc;
@@ -358,9 +367,10 @@ static vs_rc fetch_page(walk *w, uint64_t page, uint64_t expected, uint32_t entr
   size_t used = 8 + (size_t)expected * entry_bytes;
   const char *what = load_u64(r->ptr + IVFPQ_PAGE - 8) != ivfpq_check(r->ptr, IVFPQ_PAGE - 8) ? "checksum"
                      : load_u32(r->ptr) != expected                                           ? "entry count"
-                     : load_u32(r->ptr + 4)                                                   ? "a reserved byte is not zero"
-                     : first_nonzero(r->ptr + used, IVFPQ_PAGE - 8 - used) != IVFPQ_PAGE - 8 - used ? "bytes behind the entries"
-                                                                                                    : NULL;
+                     : load_u32(r->ptr + 4) ? "a reserved byte is not zero"
+                     : first_nonzero(r->ptr + used, IVFPQ_PAGE - 8 - used) != IVFPQ_PAGE - 8 - used
+                         ? "bytes behind the entries"
+                         : NULL;
   *ok = !what;
   if (!what) return VS_OK;
   fault(w, "IDDIR, page %llu: %s", (unsigned long long)page, what);
@@ -392,15 +402,18 @@ static vs_rc verify_keys(walk *w, dir_walk *d, const uint8_t *entries, size_t n)
   if (rc) return rc;
   for (size_t i = 0, at = 0; i < n && !rc && !w->stop; i++) {
     uint32_t row = load_u32(entries + i * IVFPQ_LEAF_ENTRY + 8);
-    if (row < w->s->params.n_rows) rc = verify_key(w, d->ranges[at++].ptr, row, load_u64(entries + i * IVFPQ_LEAF_ENTRY));
+    if (row < w->s->params.n_rows)
+      rc = verify_key(w, d->ranges[at++].ptr, row, load_u64(entries + i * IVFPQ_LEAF_ENTRY));
   }
   vs_io_release(w->s->io, d->ranges, m);
   return rc;
 }
 
 static void verify_entry(walk *w, dir_walk *d, uint64_t key, uint32_t row) {
-  if (d->have && (key < d->key || (key == d->key && row <= d->row))) fault(w, "IDDIR, row %u: its entry is out of order", row);
-  else if (d->have && key == d->key && !w->s->params.id_text) fault(w, "IDDIR, rows %u and %u have one id", d->row, row);
+  if (d->have && (key < d->key || (key == d->key && row <= d->row)))
+    fault(w, "IDDIR, row %u: its entry is out of order", row);
+  else if (d->have && key == d->key && !w->s->params.id_text)
+    fault(w, "IDDIR, rows %u and %u have one id", d->row, row);
   d->have = 1, d->key = key, d->row = row;
   if (row >= w->s->params.n_rows) fault(w, "IDDIR: row %u does not exist", row);
   else if (d->seen[row / 8] >> row % 8 & 1) fault(w, "IDDIR, row %u: has two entries", row);
@@ -436,7 +449,8 @@ static vs_rc verify_fences(walk *w, dir_walk *d, uint64_t page, uint64_t below, 
   if (!(rc = vs_io_fetch(w->s->io, d->ranges, n, w->err))) {
     for (uint64_t i = 0; i < n && !w->stop; i++)
       if (memcmp(d->ranges[i].ptr, r.ptr + 8 + 8 * i, 8))
-        fault(w, "IDDIR, page %llu: entry %llu is not the first key of its page", (unsigned long long)page, (unsigned long long)i);
+        fault(w, "IDDIR, page %llu: entry %llu is not the first key of its page", (unsigned long long)page,
+              (unsigned long long)i);
     vs_io_release(w->s->io, d->ranges, n);
   }
   vs_io_release(w->s->io, &r, 1);
