@@ -4,8 +4,8 @@
  *   2 folder    make it, lock it, check the space
  *   3 segment   ivfpq_build into .seg-<pid>.tmp, then its name by content
  *   4 commit    the manifest of version 1: from here on it is a shard
- * Whatever fails before 4 removes what this run made. A killed run leaves at most a .seg-*.tmp, which no reader looks at and
- * which the next build into the folder removes; the lock on the folder tells it from that of a build at work.
+ * Whatever fails before 4 removes what this run made. A killed run leaves at most a .seg-*.tmp, which no reader looks
+ * at and which the next build into the folder removes; the lock on the folder tells it from that of a build at work.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -36,33 +36,34 @@ typedef struct build_options {
 } build_options;
 
 static const option_row rows[] = {
-  {"--out", OPTION_TEXT, "DIR", 0, 0, NULL, 1, offsetof(build_options, out), "the shard's folder; with --plan the database's"},
-  {"--plan", OPTION_TEXT, "FILE", 0, 0, NULL, 0, offsetof(build_options, plan), "a plan of vecshard pack"},
-  {"--bucket", OPTION_COUNT, "I", 1, INT64_MAX, NULL, 0, offsetof(build_options, bucket),
-   "the bucket of the plan to build, from 1; gives DIR/bucketI"},
-  {"--metric", OPTION_CHOICE, "l2|cosine|dot", 0, 0, "cosine", 0, offsetof(build_options, metric), "the distance"},
-  {"--partitions", OPTION_TEXT, "N|sqrt", 0, 0, NULL, 0, offsetof(build_options, partitions),
-   "inverted lists; sqrt: the root of the rows (default: by the rows)"},
-  {"--subvectors", OPTION_COUNT, "N", 1, 2 * IVFPQ_MAX_M, NULL, 0, offsetof(build_options, subvectors),
-   "sub-vectors of the product quantizer (default: by the dimension)"},
-  {"--bits", OPTION_CHOICE, "8|4", 0, 0, "8", 0, offsetof(build_options, bits), "bits of a sub-vector's code"},
-  {"--store", OPTION_CHOICE, "f32|f16", 0, 0, "f32", 0, offsetof(build_options, store), "how vectors are kept"},
-  {"--memory", OPTION_SIZE, "SIZE", (int64_t)16 << 20, INT64_MAX, "a quarter of the machine's, 256M to 8G", 0,
-   offsetof(build_options, memory), "working memory"},
-  {"--threads", OPTION_COUNT, "N", 1, 4096, "all CPUs allowed", 0, offsetof(build_options, threads), "threads"},
-  {"--tmpdir", OPTION_TEXT, "DIR", 0, 0, "$TMPDIR, else --out itself", 0, offsetof(build_options, tmpdir),
-   "folder of temporary files"},
-  {"--seed", OPTION_COUNT, "N", 0, INT64_MAX, "0", 0, offsetof(build_options, seed), "same seed, same bytes"},
-  {"--dim", OPTION_COUNT, "N", 1, IVFPQ_MAX_DIM, NULL, 0, offsetof(build_options, dim), "dimension of .f32 files"},
-  OPTION_EMBEDDING(build_options),
-  OPTION_ID(build_options),
-  {"--column", OPTION_LIST, "NAME[:filter|:index|:stored]", 0, 0, NULL, 0, offsetof(build_options, columns),
-   "HDF5: a dataset with metadata, repeatable; a filter column (the default) narrows searches"},
-  {"--bad-rows", OPTION_CHOICE, "fail|skip", 0, 0, "fail", 0, offsetof(build_options, bad_rows),
-   "what to do with NaN, Inf, zero vectors under cosine, broken ids"},
-  {"--duplicates", OPTION_CHOICE, "fail|first|last", 0, 0, "fail", 0, offsetof(build_options, duplicates),
-   "which row of one id stays"},
-  OPTION_JSON(build_options),
+    {"--out", OPTION_TEXT, "DIR", 0, 0, NULL, 1, offsetof(build_options, out),
+     "the shard's folder; with --plan the database's"},
+    {"--plan", OPTION_TEXT, "FILE", 0, 0, NULL, 0, offsetof(build_options, plan), "a plan of vecshard pack"},
+    {"--bucket", OPTION_COUNT, "I", 1, INT64_MAX, NULL, 0, offsetof(build_options, bucket),
+     "the bucket of the plan to build, from 1; gives DIR/bucketI"},
+    {"--metric", OPTION_CHOICE, "l2|cosine|dot", 0, 0, "cosine", 0, offsetof(build_options, metric), "the distance"},
+    {"--partitions", OPTION_TEXT, "N|sqrt", 0, 0, NULL, 0, offsetof(build_options, partitions),
+     "inverted lists; sqrt: the root of the rows (default: by the rows)"},
+    {"--subvectors", OPTION_COUNT, "N", 1, 2 * IVFPQ_MAX_M, NULL, 0, offsetof(build_options, subvectors),
+     "sub-vectors of the product quantizer (default: by the dimension)"},
+    {"--bits", OPTION_CHOICE, "8|4", 0, 0, "8", 0, offsetof(build_options, bits), "bits of a sub-vector's code"},
+    {"--store", OPTION_CHOICE, "f32|f16", 0, 0, "f32", 0, offsetof(build_options, store), "how vectors are kept"},
+    {"--memory", OPTION_SIZE, "SIZE", (int64_t)16 << 20, INT64_MAX, "a quarter of the machine's, 256M to 8G", 0,
+     offsetof(build_options, memory), "working memory"},
+    {"--threads", OPTION_COUNT, "N", 1, 4096, "all CPUs allowed", 0, offsetof(build_options, threads), "threads"},
+    {"--tmpdir", OPTION_TEXT, "DIR", 0, 0, "$TMPDIR, else --out itself", 0, offsetof(build_options, tmpdir),
+     "folder of temporary files"},
+    {"--seed", OPTION_COUNT, "N", 0, INT64_MAX, "0", 0, offsetof(build_options, seed), "same seed, same bytes"},
+    {"--dim", OPTION_COUNT, "N", 1, IVFPQ_MAX_DIM, NULL, 0, offsetof(build_options, dim), "dimension of .f32 files"},
+    OPTION_EMBEDDING(build_options),
+    OPTION_ID(build_options),
+    {"--column", OPTION_LIST, "NAME[:filter|:index|:stored]", 0, 0, NULL, 0, offsetof(build_options, columns),
+     "HDF5: a dataset with metadata, repeatable; a filter column (the default) narrows searches"},
+    {"--bad-rows", OPTION_CHOICE, "fail|skip", 0, 0, "fail", 0, offsetof(build_options, bad_rows),
+     "what to do with NaN, Inf, zero vectors under cosine, broken ids"},
+    {"--duplicates", OPTION_CHOICE, "fail|first|last", 0, 0, "fail", 0, offsetof(build_options, duplicates),
+     "which row of one id stays"},
+    OPTION_JSON(build_options),
 };
 static const option_command command = {
   "build", "FILE... --out DIR | --plan FILE --bucket I --out DIR",
@@ -91,7 +92,8 @@ typedef struct build_job {
 
 /* Names that a table of the shard needs for itself (DESIGN 2.2). */
 static int is_reserved(const char *name) {
-  static const char *const taken[] = {"id", "embedding", "k", "nprobe", "refine", "recall", "exact", "distance", "rowid"};
+  static const char *const taken[] = {"id",     "embedding", "k",        "nprobe", "refine",
+                                      "recall", "exact",     "distance", "rowid"};
   for (size_t i = 0; i < sizeof taken / sizeof *taken; i++)
     if (!strcasecmp(name, taken[i])) return 1;
   return 0;
@@ -113,7 +115,8 @@ static tool_status parse_column(build_job *j, size_t i) {
   const char *slash = strrchr(dataset, '/');
   j->datasets[i] = dataset, j->names[i] = slash ? slash + 1 : dataset;
   if (!*j->names[i]) return options_wrong(&command, "--column needs a name, not '%s'", j->o.columns.items[i]);
-  if (is_reserved(j->names[i])) return options_wrong(&command, "a column cannot be named %s: the table needs that name", j->names[i]);
+  if (is_reserved(j->names[i]))
+    return options_wrong(&command, "a column cannot be named %s: the table needs that name", j->names[i]);
   for (size_t k = 0; k < i; k++)
     if (!strcasecmp(j->names[k], j->names[i])) return options_wrong(&command, "column %s is given twice", j->names[i]);
   return TOOL_DONE;
@@ -140,7 +143,8 @@ static tool_status check_arguments(build_job *j) {
   if (o->plan && j->files.n) return options_wrong(&command, "give files or --plan, not both");
   if (!o->plan && !j->files.n) return options_wrong(&command, "no input files");
   if (o->partitions && strcmp(o->partitions, "sqrt") && !options_number(o->partitions, 0, 1, IVFPQ_MAX_NLIST, &n))
-    return options_wrong(&command, "--partitions is sqrt or a whole number from 1 to %d, not '%s'", IVFPQ_MAX_NLIST, o->partitions);
+    return options_wrong(&command, "--partitions is sqrt or a whole number from 1 to %d, not '%s'", IVFPQ_MAX_NLIST,
+                         o->partitions);
   return parse_columns(j);
 }
 
@@ -151,7 +155,8 @@ static vs_rc read_plan(build_job *j, vs_err *err) {
   vs_rc rc = output_read_text(j->o.plan, MAX_PLAN_BYTES, &text, err);
   if (!rc) rc = json_length(text, "$.buckets", j->o.plan, &n, err);
   if (!rc && (uint64_t)j->o.bucket > n)
-    rc = vs_fail(err, VS_INVALID, "%s: has %llu buckets, none with number %lld", j->o.plan, (unsigned long long)n, (long long)j->o.bucket);
+    rc = vs_fail(err, VS_INVALID, "%s: has %llu buckets, none with number %lld", j->o.plan, (unsigned long long)n,
+                 (long long)j->o.bucket);
   if (!rc) rc = json_texts(text, path, j->o.plan, &j->files, err);
   free(text), free(path);
   return rc;
@@ -166,7 +171,8 @@ static void remove_leftovers(int folder) {
   if (!d && fd >= 0) close(fd);
   for (struct dirent *e; d && (e = readdir(d));) {
     size_t len = strlen(e->d_name);
-    if (len > 9 && !strncmp(e->d_name, ".seg-", 5) && !strcmp(e->d_name + len - 4, ".tmp")) unlinkat(folder, e->d_name, 0);
+    if (len > 9 && !strncmp(e->d_name, ".seg-", 5) && !strcmp(e->d_name + len - 4, ".tmp"))
+      unlinkat(folder, e->d_name, 0);
   }
   if (d) closedir(d);
 }
@@ -175,7 +181,8 @@ static vs_rc lock_folder(build_job *j, vs_err *err) {
   j->lock = open(j->folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (j->lock < 0) return vs_fail(err, VS_IO, "%s: cannot open the folder: %s", j->folder, strerror(errno));
   if (!flock(j->lock, LOCK_EX | LOCK_NB)) remove_leftovers(j->lock);
-  else if (errno == EWOULDBLOCK) return vs_fail(err, VS_EXISTS, "%s: another build is at work in this folder", j->folder);
+  else if (errno == EWOULDBLOCK)
+    return vs_fail(err, VS_EXISTS, "%s: another build is at work in this folder", j->folder);
   return VS_OK; /* a file system without locks: go on without */
 }
 
@@ -184,10 +191,12 @@ static vs_rc refuse_shards(const build_job *j, vs_err *err) {
   size_t n;
   vs_err ignored = {0};
   if (shard_dir_is_shard(j->folder))
-    return vs_fail(err, VS_EXISTS, "%s: already holds a shard; choose another --out, or remove that folder first", j->folder);
+    return vs_fail(err, VS_EXISTS, "%s: already holds a shard; choose another --out, or remove that folder first",
+                   j->folder);
   if (shard_dir_list(j->folder, &names, &n, &ignored)) return VS_OK;
   shard_names_free(names, n);
-  return n ? vs_fail(err, VS_EXISTS, "%s: is a database of %zu shards; name the new one with --out %s/NAME", j->folder, n, j->folder)
+  return n ? vs_fail(err, VS_EXISTS, "%s: is a database of %zu shards; name the new one with --out %s/NAME", j->folder,
+                     n, j->folder)
            : VS_OK;
 }
 
@@ -195,8 +204,8 @@ static uint64_t segment_bytes(const build_job *j) {
   const input *in = j->in;
   uint32_t m = j->build.subs ? j->build.subs : ivfpq_default_subs(in->dim), nlist = j->build.nlist;
   if (!nlist) nlist = ivfpq_default_nlist(in->n_rows);
-  uint64_t row = (uint64_t)in->dim * (j->build.store_f16 ? 2 : 4) + m + 2 + (in->id_kind == INPUT_ID_TEXT ? 32 : 8) + 4 +
-                 IVFPQ_LEAF_ENTRY + in->n_columns * 16;
+  uint64_t row = (uint64_t)in->dim * (j->build.store_f16 ? 2 : 4) + m + 2 + (in->id_kind == INPUT_ID_TEXT ? 32 : 8) +
+                 4 + IVFPQ_LEAF_ENTRY + in->n_columns * 16;
   uint64_t n = in->n_rows * row + (uint64_t)nlist * (in->dim * 4 + m * 32) + (1 << 20);
   return n + n / 10;
 }
@@ -237,12 +246,23 @@ static uint32_t partitions_wanted(const build_job *j) {
 
 static void fill_build(build_job *j) {
   const build_options *o = &j->o;
-  j->build = (ivfpq_build_options){
-    .metric = (ivfpq_metric)o->metric, .store_f16 = o->store, .nlist = partitions_wanted(j), .subs = (uint32_t)o->subvectors,
-    .bits = o->bits ? 4 : 8, .memory = o->memory ? (uint64_t)o->memory : resources_default_memory(), .threads = (int)o->threads,
-    .seed = (uint64_t)o->seed, .skip_bad = o->bad_rows, .duplicates = (ivfpq_duplicates)o->duplicates,
-    .column_names = j->names, .column_flags = j->flags, .ctx = j, .stop = tool_stop, .progress = progress_show,
-    .bad_row = on_bad_row, .describe = on_describe};
+  j->build = (ivfpq_build_options){.metric = (ivfpq_metric)o->metric,
+                                   .store_f16 = o->store,
+                                   .nlist = partitions_wanted(j),
+                                   .subs = (uint32_t)o->subvectors,
+                                   .bits = o->bits ? 4 : 8,
+                                   .memory = o->memory ? (uint64_t)o->memory : resources_default_memory(),
+                                   .threads = (int)o->threads,
+                                   .seed = (uint64_t)o->seed,
+                                   .skip_bad = o->bad_rows,
+                                   .duplicates = (ivfpq_duplicates)o->duplicates,
+                                   .column_names = j->names,
+                                   .column_flags = j->flags,
+                                   .ctx = j,
+                                   .stop = tool_stop,
+                                   .progress = progress_show,
+                                   .bad_row = on_bad_row,
+                                   .describe = on_describe};
 }
 
 /* Under its final name, and durable, before a manifest may speak of it. */
@@ -267,16 +287,25 @@ static void content_uuid(const char checksum[33], char uuid[37]) {
 }
 
 static vs_rc commit(build_job *j, vs_err *err) {
-  static const shard_type types[] = {[INPUT_NULL] = SHARD_TEXT, [INPUT_INT] = SHARD_INTEGER, [INPUT_REAL] = SHARD_REAL, [INPUT_TEXT] = SHARD_TEXT};
+  static const shard_type types[] = {
+      [INPUT_NULL] = SHARD_TEXT, [INPUT_INT] = SHARD_INTEGER, [INPUT_REAL] = SHARD_REAL, [INPUT_TEXT] = SHARD_TEXT};
   shard_segment_ref ref = {.n_bytes = j->result.n_bytes, .n_rows = j->result.n_rows};
   char vector[] = "embedding", id[] = "id";
-  shard_manifest m = {.version = 1, .dim = j->in->dim, .metric = (shard_metric)j->o.metric, .store = (shard_store)j->o.store,
-                      .vector_name = vector, .id_name = id, .id_text = j->in->id_kind == INPUT_ID_TEXT,
-                      .n_columns = j->in->n_columns, .n_segments = 1, .segments = &ref, .n_rows = j->result.n_rows};
+  shard_manifest m = {.version = 1,
+                      .dim = j->in->dim,
+                      .metric = (shard_metric)j->o.metric,
+                      .store = (shard_store)j->o.store,
+                      .vector_name = vector,
+                      .id_name = id,
+                      .id_text = j->in->id_kind == INPUT_ID_TEXT,
+                      .n_columns = j->in->n_columns,
+                      .n_segments = 1,
+                      .segments = &ref,
+                      .n_rows = j->result.n_rows};
   m.columns = j->columns = tool_alloc(m.n_columns, sizeof *m.columns);
   for (size_t c = 0; c < m.n_columns; c++)
-    m.columns[c] = (shard_column){(char *)(uintptr_t)j->names[c], types[j->in->column_types[c]], !!(j->flags[c] & IVFPQ_FILTER),
-                                  !!(j->flags[c] & IVFPQ_INDEX)};
+    m.columns[c] = (shard_column){(char *)(uintptr_t)j->names[c], types[j->in->column_types[c]],
+                                  !!(j->flags[c] & IVFPQ_FILTER), !!(j->flags[c] & IVFPQ_INDEX)};
   content_uuid(j->result.checksum, m.uuid);
   memcpy(ref.file, j->segment, sizeof ref.file);
   memcpy(ref.checksum, j->result.checksum, sizeof ref.checksum);
@@ -289,8 +318,11 @@ static vs_rc commit(build_job *j, vs_err *err) {
 /* ---- the whole ---- */
 
 static vs_rc build_shard(build_job *j, vs_err *err) {
-  input_options opt = {.embedding_dataset = j->o.embedding_dataset, .id_dataset = j->o.id_dataset, .columns = j->datasets,
-                       .n_columns = j->o.columns.n, .dim = (uint32_t)j->o.dim};
+  input_options opt = {.embedding_dataset = j->o.embedding_dataset,
+                       .id_dataset = j->o.id_dataset,
+                       .columns = j->datasets,
+                       .n_columns = j->o.columns.n,
+                       .dim = (uint32_t)j->o.dim};
   vs_rc rc = j->o.plan ? read_plan(j, err) : VS_OK;
   if (rc) return rc;
   j->folder = j->o.plan ? tool_format("%s/bucket%lld", j->o.out, (long long)j->o.bucket) : tool_format("%s", j->o.out);
@@ -316,11 +348,12 @@ static void print_result(const build_job *j, double seconds) {
   if (j->o.json) {
     printf("{\"path\":");
     json_put_text(stdout, j->folder);
-    printf(",\"rows\":%llu,\"bad_rows\":%llu,\"duplicates\":%llu,\"partitions\":%u,\"m\":%u,\"bits\":%u,\"bytes\":%llu,"
-           "\"temp_bytes\":%llu,\"seconds\":%.3f,\"rows_per_second\":%.0f,\"peak_bytes\":%llu,\"segment\":\"%s\"}\n",
-           (unsigned long long)r->n_rows, (unsigned long long)r->n_bad, (unsigned long long)r->n_duplicates, r->nlist, r->m,
-           r->bits, (unsigned long long)r->n_bytes, (unsigned long long)r->temp_bytes, seconds, rate,
-           (unsigned long long)resources_peak_bytes(), j->segment);
+    printf(
+        ",\"rows\":%llu,\"bad_rows\":%llu,\"duplicates\":%llu,\"partitions\":%u,\"m\":%u,\"bits\":%u,\"bytes\":%llu,"
+        "\"temp_bytes\":%llu,\"seconds\":%.3f,\"rows_per_second\":%.0f,\"peak_bytes\":%llu,\"segment\":\"%s\"}\n",
+        (unsigned long long)r->n_rows, (unsigned long long)r->n_bad, (unsigned long long)r->n_duplicates, r->nlist,
+        r->m, r->bits, (unsigned long long)r->n_bytes, (unsigned long long)r->temp_bytes, seconds, rate,
+        (unsigned long long)resources_peak_bytes(), j->segment);
     return;
   }
   printf("%s: %llu rows", j->folder, (unsigned long long)r->n_rows);

@@ -16,7 +16,8 @@ enum { VECTOR_SHOWN = 4 };
 typedef struct dump_options { int64_t rows; } dump_options;
 
 static const option_row rows[] = {
-  {"--rows", OPTION_COUNT, "N", 0, UINT32_MAX, "0", 0, offsetof(dump_options, rows), "row records to print per segment"},
+    {"--rows", OPTION_COUNT, "N", 0, UINT32_MAX, "0", 0, offsetof(dump_options, rows),
+     "row records to print per segment"},
 };
 static const option_command command = {
   "dump", "SOURCE", "Prints the structure of the segments of a shard or a database, or of one .ivf file.",
@@ -46,19 +47,23 @@ static void print_sections(const ivfpq_segment *s) {
   for (uint32_t i = 1; i < IVFPQ_N_SECTIONS; i++) {
     const ivfpq_section *x = &s->section[i];
     if (x->id)
-      printf("section  %-8s id %u, flags %u, off %llu, size %llu, check %016llx\n", section_name(x->id), x->id, x->flags,
-             (unsigned long long)x->off, (unsigned long long)x->size, (unsigned long long)x->check);
+      printf("section  %-8s id %u, flags %u, off %llu, size %llu, check %016llx\n", section_name(x->id), x->id,
+             x->flags, (unsigned long long)x->off, (unsigned long long)x->size, (unsigned long long)x->check);
   }
 }
 
 static void print_params(const ivfpq_segment *s) {
   const ivfpq_params *p = &s->params;
-  printf("params   n_rows %llu, dim %u, dim_padded %u, metric %s, store %s, nlist %u, n_groups %u, bits %u, m %u, sub_dim %u\n",
-         (unsigned long long)p->n_rows, p->dim, p->dim_padded, source_metric((int)p->metric), p->store ? "f16" : "f32", p->nlist,
-         p->n_groups, p->bits, p->m, p->sub_dim);
-  printf("params   id %s, id_width %u, row_bytes %u, n_columns %u, beta %.9g, term0 %.9g, term_step %.9g, iddir_levels %u, "
-         "seed %llu, n_padded %llu\n", p->id_text ? "text" : "integer", p->id_width, p->row_bytes, p->n_columns, (double)p->beta,
-         (double)p->term0, (double)p->term_step, p->iddir_levels, (unsigned long long)p->seed, (unsigned long long)p->n_padded);
+  printf(
+      "params   n_rows %llu, dim %u, dim_padded %u, metric %s, store %s, nlist %u, n_groups %u, bits %u, m %u, "
+      "sub_dim %u\n",
+      (unsigned long long)p->n_rows, p->dim, p->dim_padded, source_metric((int)p->metric), p->store ? "f16" : "f32",
+      p->nlist, p->n_groups, p->bits, p->m, p->sub_dim);
+  printf(
+      "params   id %s, id_width %u, row_bytes %u, n_columns %u, beta %.9g, term0 %.9g, term_step %.9g, "
+      "iddir_levels %u, seed %llu, n_padded %llu\n",
+      p->id_text ? "text" : "integer", p->id_width, p->row_bytes, p->n_columns, (double)p->beta, (double)p->term0,
+      (double)p->term_step, p->iddir_levels, (unsigned long long)p->seed, (unsigned long long)p->n_padded);
 }
 
 static void print_columns(const ivfpq_segment *s) {
@@ -71,9 +76,9 @@ static void print_columns(const ivfpq_segment *s) {
 static void print_partitions(const ivfpq_group_view *v) {
   for (uint32_t i = 0; i < v->n; i++) {
     const ivfpq_partition *e = &v->entries[i];
-    printf("partition %u: off %llu, row0 %llu, n_rows %u, column_bytes %u, check %016llx, column_check %016llx\n", v->first + i,
-           (unsigned long long)e->off, (unsigned long long)e->row0, e->n_rows, e->column_bytes, (unsigned long long)e->check,
-           (unsigned long long)e->column_check);
+    printf("partition %u: off %llu, row0 %llu, n_rows %u, column_bytes %u, check %016llx, column_check %016llx\n",
+           v->first + i, (unsigned long long)e->off, (unsigned long long)e->row0, e->n_rows, e->column_bytes,
+           (unsigned long long)e->check, (unsigned long long)e->column_check);
   }
 }
 
@@ -82,8 +87,8 @@ static vs_rc print_groups(ivfpq_segment *s, vs_err *err) {
   for (uint32_t g = 0; g < s->params.n_groups && !rc && !tool_stop(NULL); g++) {
     ivfpq_group_view view;
     const ivfpq_group *at = &s->groups[g];
-    printf("group    %u: off %llu, size %llu, first %u, n %u\n", g, (unsigned long long)at->off, (unsigned long long)at->size,
-           at->first, at->n);
+    printf("group    %u: off %llu, size %llu, first %u, n %u\n", g, (unsigned long long)at->off,
+           (unsigned long long)at->size, at->first, at->n);
     if ((rc = ivfpq_groups_fetch(s, &g, 1, &view, err))) break;
     print_partitions(&view);
     ivfpq_groups_release(s, &view, 1);

@@ -32,8 +32,8 @@ static void json_columns(const shard_manifest *m) {
   for (size_t c = 0; c < m->n_columns; c++) {
     printf("%s{\"name\":", c ? "," : "");
     json_put_text(stdout, m->columns[c].name);
-    printf(",\"type\":\"%s\",\"filter\":%s,\"index\":%s}", types[m->columns[c].type], m->columns[c].filter ? "true" : "false",
-           m->columns[c].index ? "true" : "false");
+    printf(",\"type\":\"%s\",\"filter\":%s,\"index\":%s}", types[m->columns[c].type],
+           m->columns[c].filter ? "true" : "false", m->columns[c].index ? "true" : "false");
   }
 }
 
@@ -45,9 +45,11 @@ static void print_json(const shard_set *set) {
     json_put_text(stdout, set->names[i]);
     printf(",\"path\":");
     json_put_text(stdout, set->shards[i]->path);
-    printf(",\"rows\":%llu,\"version\":%llu,\"uuid\":\"%s\",\"dim\":%u,\"metric\":\"%s\",\"store\":\"%s\",\"id\":\"%s\",\"columns\":[",
-           (unsigned long long)m->n_rows, (unsigned long long)m->version, m->uuid, m->dim, source_metric((int)m->metric),
-           m->store == SHARD_F16 ? "f16" : "f32", m->id_text ? "text" : "integer");
+    printf(
+        ",\"rows\":%llu,\"version\":%llu,\"uuid\":\"%s\",\"dim\":%u,\"metric\":\"%s\",\"store\":\"%s\",\"id\":\"%s\","
+        "\"columns\":[",
+        (unsigned long long)m->n_rows, (unsigned long long)m->version, m->uuid, m->dim, source_metric((int)m->metric),
+        m->store == SHARD_F16 ? "f16" : "f32", m->id_text ? "text" : "integer");
     json_columns(m);
     printf("],\"segments\":[");
     json_segments(set->shards[i]);
@@ -58,15 +60,16 @@ static void print_json(const shard_set *set) {
 
 static void print_table(const shard_set *set) {
   char size[32];
-  printf("%-24s %12s %7s %6s %-6s %-7s %9s %5s %4s %10s\n", "shard", "rows", "version", "dim", "metric", "id", "nlist", "m",
-         "bits", "size");
+  printf("%-24s %12s %7s %6s %-6s %-7s %9s %5s %4s %10s\n", "shard", "rows", "version", "dim", "metric", "id", "nlist",
+         "m", "bits", "size");
   for (size_t i = 0; i < set->n; i++) {
     const shard_manifest *m = &set->shards[i]->manifest;
     for (size_t g = 0; g < m->n_segments; g++) {
       const ivfpq_params *p = &set->shards[i]->segments[g]->params;
       printf("%-24s %12llu %7llu %6u %-6s %-7s %9u %5u %4u %10s\n", g ? "" : set->names[i],
-             (unsigned long long)m->segments[g].n_rows, (unsigned long long)m->version, m->dim, source_metric((int)m->metric),
-             m->id_text ? "text" : "integer", p->nlist, p->m, p->bits, output_size(m->segments[g].n_bytes, size));
+             (unsigned long long)m->segments[g].n_rows, (unsigned long long)m->version, m->dim,
+             source_metric((int)m->metric), m->id_text ? "text" : "integer", p->nlist, p->m, p->bits,
+             output_size(m->segments[g].n_bytes, size));
     }
   }
   printf("%llu rows in %zu shard%s\n", (unsigned long long)total_rows(set), set->n, set->n == 1 ? "" : "s");

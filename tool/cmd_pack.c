@@ -1,8 +1,8 @@
 /* cmd_pack.c - assigns files to buckets of at most N rows, so that every bucket becomes one shard.
  *
- * Best fit decreasing: files from large to small, each into the fullest bucket that still has room for it, else into a new
- * one. Equal files keep the order in which they were given, so that the plan follows from the arguments alone. A file larger
- * than N has a bucket of its own: files are not cut.
+ * Best fit decreasing: files from large to small, each into the fullest bucket that still has room for it, else into a
+ * new one. Equal files keep the order in which they were given, so that the plan follows from the arguments alone. A
+ * file larger than N has a bucket of its own: files are not cut.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -22,19 +22,25 @@ typedef struct pack_options {
 } pack_options;
 
 static const option_row rows[] = {
-  {"--bucket-rows", OPTION_COUNT, "N", 1, INT64_MAX, NULL, 1, offsetof(pack_options, bucket_rows), "rows of a full bucket"},
-  {"--out", OPTION_TEXT, "FILE", 0, 0, NULL, 1, offsetof(pack_options, out), "where the plan goes"},
-  {"--dim", OPTION_COUNT, "N", 1, IVFPQ_MAX_DIM, NULL, 0, offsetof(pack_options, dim), "dimension of .f32 files"},
-  OPTION_EMBEDDING(pack_options),
-  OPTION_ID(pack_options),
-  OPTION_JSON(pack_options),
+    {"--bucket-rows", OPTION_COUNT, "N", 1, INT64_MAX, NULL, 1, offsetof(pack_options, bucket_rows),
+     "rows of a full bucket"},
+    {"--out", OPTION_TEXT, "FILE", 0, 0, NULL, 1, offsetof(pack_options, out), "where the plan goes"},
+    {"--dim", OPTION_COUNT, "N", 1, IVFPQ_MAX_DIM, NULL, 0, offsetof(pack_options, dim), "dimension of .f32 files"},
+    OPTION_EMBEDDING(pack_options),
+    OPTION_ID(pack_options),
+    OPTION_JSON(pack_options),
 };
 static const option_command command = {
-  "pack", "FILE... --bucket-rows N --out plan.json",
-  "Assigns files to buckets of about N rows. Each bucket is then built into a shard, on any machine that sees the files.",
-  "  vecshard pack part*.h5 --bucket-rows 10000000 --out plan.json\n"
-  "  seq $(jq '.buckets | length' plan.json) | parallel vecshard build --plan plan.json --bucket {} --out db",
-  1, SIZE_MAX, rows, sizeof rows / sizeof *rows};
+    "pack",
+    "FILE... --bucket-rows N --out plan.json",
+    "Assigns files to buckets of about N rows. Each bucket is then built into a shard, on any machine that sees the "
+    "files.",
+    "  vecshard pack part*.h5 --bucket-rows 10000000 --out plan.json\n"
+    "  seq $(jq '.buckets | length' plan.json) | parallel vecshard build --plan plan.json --bucket {} --out db",
+    1,
+    SIZE_MAX,
+    rows,
+    sizeof rows / sizeof *rows};
 
 typedef struct pack_file {
   char *path; /* absolute: jobs run anywhere */
@@ -52,7 +58,9 @@ typedef struct pack_plan {
 
 /* ---- the files ---- */
 
-static int by_path(const void *a, const void *b) { return strcmp(((const pack_file *)a)->path, ((const pack_file *)b)->path); }
+static int by_path(const void *a, const void *b) {
+  return strcmp(((const pack_file *)a)->path, ((const pack_file *)b)->path);
+}
 static int by_number(const void *a, const void *b) {
   size_t x = ((const pack_file *)a)->number, y = ((const pack_file *)b)->number;
   return (x > y) - (x < y);
@@ -72,7 +80,8 @@ static vs_rc resolve(pack_plan *p, const tool_list *names, vs_err *err) {
   }
   qsort(p->files, p->n_files, sizeof *p->files, by_path);
   for (size_t i = 1; i < p->n_files; i++)
-    if (!strcmp(p->files[i].path, p->files[i - 1].path)) return vs_fail(err, VS_INVALID, "%s: given twice", p->files[i].path);
+    if (!strcmp(p->files[i].path, p->files[i - 1].path))
+      return vs_fail(err, VS_INVALID, "%s: given twice", p->files[i].path);
   qsort(p->files, p->n_files, sizeof *p->files, by_number);
   return VS_OK;
 }
@@ -88,7 +97,8 @@ static vs_rc measure(pack_plan *p, const pack_options *o, vs_err *err) {
     if (rc) return rc;
     if (i == 0) p->dim = dim;
     if (dim != p->dim)
-      return vs_fail(err, VS_INVALID, "%s has dimension %u and %s has %u: a database holds one", p->files[0].path, p->dim, f->path, dim);
+      return vs_fail(err, VS_INVALID, "%s has dimension %u and %s has %u: a database holds one", p->files[0].path,
+                     p->dim, f->path, dim);
     p->n_rows += f->n_rows;
   }
   return VS_OK;
@@ -148,7 +158,8 @@ static void report(const pack_plan *p, const pack_options *o) {
   if (o->json) {
     printf("{\"plan\":");
     json_put_text(stdout, o->out);
-    printf(",\"buckets\":%zu,\"files\":%zu,\"rows\":%llu,\"dim\":%u}\n", p->n_buckets, p->n_files, (unsigned long long)p->n_rows, p->dim);
+    printf(",\"buckets\":%zu,\"files\":%zu,\"rows\":%llu,\"dim\":%u}\n", p->n_buckets, p->n_files,
+           (unsigned long long)p->n_rows, p->dim);
     return;
   }
   size_t *n_files = tool_alloc(p->n_buckets, sizeof *n_files);

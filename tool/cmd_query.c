@@ -1,7 +1,7 @@
 /* cmd_query.c - searches with every vector of a file; rows of the answer go out as they are found.
  *
- * Output: query_no (from 0), shard, id, distance; nearest first per query. csv follows RFC 4180 with one header line, jsonl is
- * one object per line.
+ * Output: query_no (from 0), shard, id, distance; nearest first per query. csv follows RFC 4180 with one header line,
+ * jsonl is one object per line.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -23,22 +23,31 @@ typedef struct query_options {
 } query_options;
 
 static const option_row rows[] = {
-  {"--queries", OPTION_TEXT, "FILE", 0, 0, NULL, 1, offsetof(query_options, queries), "HDF5, .npy, .fvecs or .f32 with the query vectors"},
-  {"-k", OPTION_COUNT, "K", 0, INT64_MAX, NULL, 1, offsetof(query_options, k), "rows per query"},
-  {"--nprobe", OPTION_COUNT, "N", 1, INT64_MAX, NULL, 0, offsetof(query_options, nprobe), "partitions to search (default: by their number)"},
-  {"--refine", OPTION_COUNT, "N", 0, INT64_MAX, NULL, 0, offsetof(query_options, refine),
-   "k * N candidates are compared by stored vectors (default: 10)"},
-  {"--exact", OPTION_FLAG, NULL, 0, 0, NULL, 0, offsetof(query_options, exact), "brute force over all rows: the truth"},
-  {"--format", OPTION_CHOICE, "csv|jsonl", 0, 0, "csv", 0, offsetof(query_options, format), "of the answer"},
-  {"--out", OPTION_TEXT, "FILE", 0, 0, NULL, 0, offsetof(query_options, out), "where the answer goes (default: standard output)"},
-  {"--threads", OPTION_COUNT, "N", 1, 4096, "all CPUs allowed", 0, offsetof(query_options, threads), "threads"},
-  OPTION_EMBEDDING(query_options),
-  {"--json", OPTION_FLAG, NULL, 0, 0, NULL, 0, offsetof(query_options, json), "the same as --format jsonl"},
+    {"--queries", OPTION_TEXT, "FILE", 0, 0, NULL, 1, offsetof(query_options, queries),
+     "HDF5, .npy, .fvecs or .f32 with the query vectors"},
+    {"-k", OPTION_COUNT, "K", 0, INT64_MAX, NULL, 1, offsetof(query_options, k), "rows per query"},
+    {"--nprobe", OPTION_COUNT, "N", 1, INT64_MAX, NULL, 0, offsetof(query_options, nprobe),
+     "partitions to search (default: by their number)"},
+    {"--refine", OPTION_COUNT, "N", 0, INT64_MAX, NULL, 0, offsetof(query_options, refine),
+     "k * N candidates are compared by stored vectors (default: 10)"},
+    {"--exact", OPTION_FLAG, NULL, 0, 0, NULL, 0, offsetof(query_options, exact),
+     "brute force over all rows: the truth"},
+    {"--format", OPTION_CHOICE, "csv|jsonl", 0, 0, "csv", 0, offsetof(query_options, format), "of the answer"},
+    {"--out", OPTION_TEXT, "FILE", 0, 0, NULL, 0, offsetof(query_options, out),
+     "where the answer goes (default: standard output)"},
+    {"--threads", OPTION_COUNT, "N", 1, 4096, "all CPUs allowed", 0, offsetof(query_options, threads), "threads"},
+    OPTION_EMBEDDING(query_options),
+    {"--json", OPTION_FLAG, NULL, 0, 0, NULL, 0, offsetof(query_options, json), "the same as --format jsonl"},
 };
-static const option_command command = {
-  "query", "SOURCE --queries FILE -k K",
-  "Searches a shard or a database with every vector of a file and writes query_no,shard,id,distance, nearest first per query.",
-  "  vecshard query db --queries q.fvecs -k 10 --nprobe 32 --out hits.csv", 1, 1, rows, sizeof rows / sizeof *rows};
+static const option_command command = {"query",
+                                       "SOURCE --queries FILE -k K",
+                                       "Searches a shard or a database with every vector of a file and writes "
+                                       "query_no,shard,id,distance, nearest first per query.",
+                                       "  vecshard query db --queries q.fvecs -k 10 --nprobe 32 --out hits.csv",
+                                       1,
+                                       1,
+                                       rows,
+                                       sizeof rows / sizeof *rows};
 
 typedef struct query_job {
   const query_options *o;
@@ -103,25 +112,22 @@ static vs_rc put_hit(query_job *j, uint64_t query, const shard_hit *hit, vs_err 
 
 /* ---- the queries ---- */
 
-/* Why a vector cannot be searched with, or NULL. */
-static const char *query_fault(const query_job *j, const float *vector, uint8_t fault) {
-  if (fault) return input_fault_text(fault);
-  if (j->set.shards[0]->manifest.metric != SHARD_COSINE) return NULL;
-  for (uint32_t i = 0; i < j->in->dim; i++)
-    if (vector[i] != 0) return NULL;
-  return "a zero vector has no direction (cosine)";
-}
-
 static vs_rc run_query(query_job *j, uint64_t number, const float *vector, uint8_t fault, vs_err *err) {
-  shard_search q = {.shards = j->set.shards, .n_shards = j->set.n, .query = vector, .dim = j->in->dim, .k = (uint64_t)j->o->k,
-                    .nprobe = j->o->nprobe, .refine = j->o->refine, .exact = j->o->exact, .threads = (int)j->o->threads,
+  shard_search q = {.shards = j->set.shards,
+                    .n_shards = j->set.n,
+                    .query = vector,
+                    .dim = j->in->dim,
+                    .k = (uint64_t)j->o->k,
+                    .nprobe = j->o->nprobe,
+                    .refine = j->o->refine,
+                    .exact = j->o->exact,
+                    .threads = (int)j->o->threads,
                     .stop = tool_stop};
   shard_hit *hits = NULL;
   shard_stats stats;
   vs_err why = {0};
   size_t n = 0;
-  const char *refused = query_fault(j, vector, fault);
-  vs_rc rc = refused ? vs_fail(&why, VS_INVALID, "%s", refused) : shard_search_run(&q, &hits, &n, &stats, &why);
+  vs_rc rc = fault ? vs_fail(&why, VS_INVALID, "%s", input_fault_text(fault)) : shard_search_run(&q, &hits, &n, &stats, &why);
   for (size_t i = 0; i < n && !rc; i++) rc = put_hit(j, number, &hits[i], &why);
   free(hits);
   if (rc == VS_INTERRUPT) return vs_fail(err, rc, "interrupted");

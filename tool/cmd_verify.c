@@ -1,4 +1,5 @@
-/* cmd_verify.c - reads every byte of every shard and reports every fault (shard_verify.h); one line each, "path: fault".
+/* cmd_verify.c - reads every byte of every shard and reports every fault (shard_verify.h); one line each, "path:
+ * fault".
  *
  * A shard that cannot be opened is a fault, and the others are still checked.
  */
@@ -15,8 +16,14 @@ typedef struct verify_options { int json; } verify_options;
 
 static const option_row rows[] = {OPTION_JSON(verify_options)};
 static const option_command command = {
-  "verify", "SOURCE", "Reads every byte of a shard or a database and prints one line per fault. Exit status 0: sound, 1: not.",
-  "  vecshard verify db", 1, 1, rows, sizeof rows / sizeof *rows};
+    "verify",
+    "SOURCE",
+    "Reads every byte of a shard or a database and prints one line per fault. Exit status 0: sound, 1: not.",
+    "  vecshard verify db",
+    1,
+    1,
+    rows,
+    sizeof rows / sizeof *rows};
 
 typedef struct verify_job { int json; uint64_t n_faults; } verify_job;
 

@@ -1,7 +1,7 @@
 /* input_concat.c - see input_concat.h.
  *
- * Opening looks at each file once and notes its shape; reading opens them again one after the other. A file whose shape has
- * changed in between is an error: its rows would land under wrong numbers.
+ * Opening looks at each file once and notes its shape; reading opens them again one after the other. A file whose shape
+ * has changed in between is an error: its rows would land under wrong numbers.
  */
 #include "input_concat.h"
 
@@ -113,7 +113,8 @@ static void move_ids(concat *c, input_batch *batch) {
     free(c->ids);
     c->ids = tool_alloc(batch->n, sizeof *c->ids), c->ids_room = batch->n;
   }
-  for (size_t i = 0; i < batch->n; i++) c->ids[i] = (input_value){.type = INPUT_INT, .i = (int64_t)(batch->first_row + i)};
+  for (size_t i = 0; i < batch->n; i++)
+    c->ids[i] = (input_value){.type = INPUT_INT, .i = (int64_t)(batch->first_row + i)};
   batch->ids = c->ids;
 }
 

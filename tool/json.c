@@ -18,7 +18,8 @@ void json_put(FILE *to, const char *text, size_t len) {
 void json_put_text(FILE *to, const char *text) { json_put(to, text, strlen(text)); }
 
 /* Prepares sql with ?1 = json and ?2 = path on a private connection. */
-static vs_rc prepare(const char *sql, const char *json, const char *path, sqlite3 **db, sqlite3_stmt **stmt, vs_err *err) {
+static vs_rc prepare(const char *sql, const char *json, const char *path, sqlite3 **db, sqlite3_stmt **stmt,
+                     vs_err *err) {
   *stmt = NULL;
   int rc = sqlite3_open_v2(":memory:", db, SQLITE_OPEN_READWRITE | SQLITE_OPEN_NOMUTEX, NULL);
   if (!rc) rc = sqlite3_prepare_v2(*db, sql, -1, stmt, NULL);

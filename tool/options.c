@@ -121,8 +121,11 @@ static option_result store(const option_command *c, const option_row *r, const c
   if (r->type == OPTION_CHOICE) options_wrong(c, "%s is one of %s, not '%s'", r->name, r->value, text);
   else if (r->type == OPTION_SIZE) options_wrong(c, "%s is a size like 256M or 2G, at least %lldM, not '%s'", r->name,
                                                  (long long)(r->min >> 20), text);
-  else if (r->max == INT64_MAX) options_wrong(c, "%s is a whole number from %lld, not '%s'", r->name, (long long)r->min, text);
-  else options_wrong(c, "%s is a whole number from %lld to %lld, not '%s'", r->name, (long long)r->min, (long long)r->max, text);
+  else if (r->max == INT64_MAX)
+    options_wrong(c, "%s is a whole number from %lld, not '%s'", r->name, (long long)r->min, text);
+  else
+    options_wrong(c, "%s is a whole number from %lld to %lld, not '%s'", r->name, (long long)r->min, (long long)r->max,
+                  text);
   return OPTIONS_WRONG;
 }
 
@@ -135,14 +138,16 @@ static const option_row *find_row(const option_command *c, const char *arg, size
 }
 
 /* argv[*at] is an option; moves *at to the last word that belongs to it. */
-static option_result parse_option(const option_command *c, int argc, char **argv, int *at, void *values, unsigned char *given) {
+static option_result parse_option(const option_command *c, int argc, char **argv, int *at, void *values,
+                                  unsigned char *given) {
   const char *arg = argv[*at];
   size_t len = strcspn(arg, "=");
   const option_row *r = find_row(c, arg, len);
   const char *text = arg[len] ? arg + len + 1 : NULL;
   if (!r) return unknown(c, arg);
   if (r->type == OPTION_FLAG && text) return options_wrong(c, "%s takes no value", r->name), OPTIONS_WRONG;
-  if (given[r - c->rows] && r->type != OPTION_LIST) return options_wrong(c, "%s is given twice", r->name), OPTIONS_WRONG;
+  if (given[r - c->rows] && r->type != OPTION_LIST)
+    return options_wrong(c, "%s is given twice", r->name), OPTIONS_WRONG;
   given[r - c->rows] = 1;
   if (r->type != OPTION_FLAG && !text) {
     if (*at + 1 >= argc) return options_wrong(c, "%s needs a value: %s", r->name, r->value), OPTIONS_WRONG;
@@ -157,7 +162,8 @@ static option_result check_all(const option_command *c, const unsigned char *giv
     if (given[i]) continue;
     if (r->required) return options_wrong(c, "%s %s is missing", r->name, r->value), OPTIONS_WRONG;
     /* A fallback in words ("a quarter of the memory") is for the reader; only the others can be stored. */
-    if (r->fallback && r->fallback[strcspn(r->fallback, " ")] == 0 && store(c, r, r->fallback, values)) return OPTIONS_WRONG;
+    if (r->fallback && r->fallback[strcspn(r->fallback, " ")] == 0 && store(c, r, r->fallback, values))
+      return OPTIONS_WRONG;
   }
   if (n_args < c->min_args) return options_wrong(c, "%s is missing", c->arguments), OPTIONS_WRONG;
   if (n_args > c->max_args) return options_wrong(c, "too many arguments"), OPTIONS_WRONG;

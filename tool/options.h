@@ -32,9 +32,13 @@ typedef struct option_command {
 } option_command;
 
 /* Everything that a shape of files has in common goes into each table that needs it by these rows. */
-#define OPTION_JSON(type) {"--json", OPTION_FLAG, NULL, 0, 0, NULL, 0, offsetof(type, json), "the result as one JSON object"}
-#define OPTION_EMBEDDING(type) {"--embedding-dataset", OPTION_TEXT, "PATH", 0, 0, NULL, 0, offsetof(type, embedding_dataset), \
-  "HDF5: the dataset with the vectors (found by the usual names)"}
+#define OPTION_JSON(type) \
+  { "--json", OPTION_FLAG, NULL, 0, 0, NULL, 0, offsetof(type, json), "the result as one JSON object" }
+#define OPTION_EMBEDDING(type)                                                                    \
+  {                                                                                               \
+    "--embedding-dataset", OPTION_TEXT, "PATH", 0, 0, NULL, 0, offsetof(type, embedding_dataset), \
+        "HDF5: the dataset with the vectors (found by the usual names)"                           \
+  }
 #define OPTION_ID(type) {"--id-dataset", OPTION_TEXT, "PATH", 0, 0, NULL, 0, offsetof(type, id_dataset), \
   "HDF5: the dataset with the ids; none: row numbers"}
 

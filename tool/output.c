@@ -141,7 +141,8 @@ static vs_rc free_bytes(const char *folder, uint64_t *n, dev_t *device, vs_err *
   return VS_OK;
 }
 
-static vs_rc no_space(const char *folder, uint64_t need, const char *what, uint64_t have, const char *advice, vs_err *err) {
+static vs_rc no_space(const char *folder, uint64_t need, const char *what, uint64_t have, const char *advice,
+                      vs_err *err) {
   char a[32], b[32];
   return vs_fail(err, VS_IO, "%s: needs about %s %s and has %s free; %s", folder, output_size(need, a), what,
                  output_size(have, b), advice);
@@ -154,8 +155,11 @@ vs_rc output_check_space(const char *out, uint64_t n_out, const char *temp, uint
   if (!rc) rc = free_bytes(temp, &temp_free, &temp_device, err);
   if (rc) return rc;
   if (out_device == temp_device && n_out + n_temp > out_free)
-    return no_space(out, n_out + n_temp, "for the shard and temporary files", out_free, "--tmpdir names another disk for those", err);
-  if (n_out > out_free) return no_space(out, n_out, "for the shard", out_free, "make room or choose another --out", err);
-  if (n_temp > temp_free) return no_space(temp, n_temp, "for temporary files", temp_free, "--tmpdir names another disk", err);
+    return no_space(out, n_out + n_temp, "for the shard and temporary files", out_free,
+                    "--tmpdir names another disk for those", err);
+  if (n_out > out_free)
+    return no_space(out, n_out, "for the shard", out_free, "make room or choose another --out", err);
+  if (n_temp > temp_free)
+    return no_space(temp, n_temp, "for temporary files", temp_free, "--tmpdir names another disk", err);
   return VS_OK;
 }

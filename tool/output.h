@@ -9,7 +9,8 @@ typedef struct output {
   char *path, *temporary; /* NULL: stdout */
 } output;
 vs_rc output_open(const char *path, output *out, vs_err *err) VS_WARN_UNUSED;
-/* Syncs and gives the file its name, or removes it when rc (or writing) failed; frees all. Returns the first failure. */
+/* Syncs and gives the file its name, or removes it when rc (or writing) failed; frees all. Returns the first failure.
+ */
 vs_rc output_close(output *out, vs_rc rc, vs_err *err) VS_WARN_UNUSED;
 
 /* The whole of a text file of at most `limit` bytes, malloc'ed and NUL terminated. */
@@ -22,7 +23,8 @@ void output_drop_folder(const char *path, int n_made);
 vs_rc output_sync_folder(const char *path, vs_err *err) VS_WARN_UNUSED;
 
 /* Is there room for n_out bytes in `out` and n_temp bytes in `temp`, together when both are on one file system? */
-vs_rc output_check_space(const char *out, uint64_t n_out, const char *temp, uint64_t n_temp, vs_err *err) VS_WARN_UNUSED;
+vs_rc output_check_space(const char *out, uint64_t n_out, const char *temp, uint64_t n_temp,
+                         vs_err *err) VS_WARN_UNUSED;
 
 /* "23.4 MB", decimal. */
 const char *output_size(uint64_t n_bytes, char buf[32]);

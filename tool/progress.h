@@ -1,4 +1,5 @@
-/* progress.h - one line on a terminal: stage, share done, rows per second, time left. Silent when stderr is no terminal. */
+/* progress.h - one line on a terminal: stage, share done, rows per second, time left. Silent when stderr is no
+ * terminal. */
 #ifndef PROGRESS_H
 #define PROGRESS_H
 #include <stdint.h>

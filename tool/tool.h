@@ -1,8 +1,8 @@
 /* tool.h - what the commands of `vecshard` share.
  *
- * A command is a function of its own file; it parses its arguments (options.h), does its work and returns the exit status.
- * Results go to stdout, everything else to stderr. Allocation failures end the process with a message: commands hold nothing
- * then that a reader could mistake for a shard.
+ * A command is a function of its own file; it parses its arguments (options.h), does its work and returns the exit
+ * status. Results go to stdout, everything else to stderr. Allocation failures end the process with a message: commands
+ * hold nothing then that a reader could mistake for a shard.
  */
 #ifndef TOOL_H
 #define TOOL_H
@@ -25,11 +25,12 @@ int cmd_verify(int argc, char **argv);
 
 /* One line on stderr, "vecshard: ..."; the progress bar makes way. */
 void tool_note(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
-/* The same for the end of a command: prints the text of err and returns TOOL_FAILED, or TOOL_DONE when there is none. */
+/* The same for the end of a command: prints the text of err and returns TOOL_FAILED, or TOOL_DONE when there is none.
+ */
 tool_status tool_report(const vs_err *err);
 
-/* Set by SIGINT, SIGTERM and SIGHUP: commands poll it, undo what they began and fail with "interrupted". A second signal
- * ends the process at once. Fits the `stop` callbacks; ctx is not used. */
+/* Set by SIGINT, SIGTERM and SIGHUP: commands poll it, undo what they began and fail with "interrupted". A second
+ * signal ends the process at once. Fits the `stop` callbacks; ctx is not used. */
 int tool_stop(void *ctx);
 
 void *tool_alloc(size_t n, size_t size); /* zeroed; never NULL */

@@ -153,6 +153,7 @@ static void shape_model(builder *b) {
   m->subs = b->opt->subs ? b->opt->subs : ivfpq_default_subs(m->dim) * (m->bits == 4 ? 2 : 1);
   if (m->bits == 4) m->subs = m->subs < 2 ? 2 : (m->subs + 1) / 2 * 2;
   m->sub_dim = (m->dim + m->subs - 1) / m->subs;
+  if (!b->opt->subs && m->bits == 8) m->subs = (m->dim + m->sub_dim - 1) / m->sub_dim; /* none of padding alone */
   m->m = m->bits == 4 ? m->subs / 2 : m->subs;
   m->dim_padded = m->subs * m->sub_dim;
 }

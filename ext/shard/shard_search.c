@@ -67,9 +67,17 @@ static uint32_t nprobe_for(const shard_search *q, const ivfpq_segment *s) {
   return n > s->params.nlist ? s->params.nlist : (uint32_t)n;
 }
 
+static int is_zero(const float *v, uint32_t dim) {
+  for (uint32_t j = 0; j < dim; j++)
+    if (v[j] != 0) return 0;
+  return 1;
+}
+
 static vs_rc prepare(run *r, vs_err *err) {
   const shard_search *q = r->q;
   size_t n = 0;
+  if (q->n_shards && q->shards[0]->manifest.metric == SHARD_COSINE && is_zero(q->query, q->dim))
+    return vs_fail(err, VS_INVALID, "the query is a zero vector, which has no direction (the metric is cosine)");
   for (size_t i = 0; i < q->n_shards; i++) {
     const shard *s = q->shards[i];
     if (s->manifest.dim != q->dim)

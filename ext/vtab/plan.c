@@ -127,10 +127,3 @@ void plan_search_reset(plan_search *s) {
 void plan_result_number(sqlite3_context *ctx, int64_t v) {
   if (v >= 0) sqlite3_result_int64(ctx, v);
 }
-
-vs_rc plan_check_query(const float *v, uint32_t dim, shard_metric metric, vs_err *err) {
-  if (metric != SHARD_COSINE) return VS_OK;
-  for (uint32_t j = 0; j < dim; j++)
-    if (v[j] != 0) return VS_OK;
-  return vs_fail(err, VS_INVALID, "the query is a zero vector, which has no direction (the metric is cosine)");
-}

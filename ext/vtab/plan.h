@@ -5,14 +5,15 @@
  *   d< d{  upper bound of distance (< or <=): lets a lazy stream end
  *   i id = | w rowid = (plans without a query)
  *   f<op><column>  filter term: op is a filter_op letter, column a number, -1 the id
- * idxNum: PLAN_SCAN, PLAN_ID, PLAN_ROWID or PLAN_SEARCH, plus PLAN_SORTED when ORDER BY distance was consumed.
+ * idxNum: PLAN_SCAN, PLAN_ID, PLAN_ROWID or PLAN_SEARCH, plus PLAN_SORTED when ORDER BY distance was consumed (by all queries
+ * together), PLAN_ORDERED when any order was.
  */
 #ifndef VTAB_PLAN_H
 #define VTAB_PLAN_H
 #include "filter.h"
 #include "stream.h"
 
-enum { PLAN_SCAN = 0, PLAN_ID = 1, PLAN_ROWID = 2, PLAN_SEARCH = 3, PLAN_KIND = 3, PLAN_SORTED = 4 };
+enum { PLAN_SCAN = 0, PLAN_ID = 1, PLAN_ROWID = 2, PLAN_SEARCH = 3, PLAN_KIND = 3, PLAN_SORTED = 4, PLAN_ORDERED = 8 };
 
 /* Costs: one constant for every plan with a query, below any plan without one, or the OR optimisation breaks searches up. */
 #define PLAN_SEARCH_COST 10.0
@@ -51,8 +52,5 @@ void plan_search_reset(plan_search *s);
 
 /* The given k, nprobe, ... as column results; NULL when not given. */
 void plan_result_number(sqlite3_context *ctx, int64_t v);
-
-/* A cosine search by a zero vector has no answer. */
-vs_rc plan_check_query(const float *v, uint32_t dim, shard_metric metric, vs_err *err) VS_WARN_UNUSED;
 
 #endif

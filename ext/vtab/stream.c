@@ -31,36 +31,73 @@ static vs_rc run(stream *s, const shard_search *q, vs_err *err) {
   return shard_search_run(q, &s->hits, &s->n, &stats, err);
 }
 
-/* The next batch of a lazy stream. Approximate batches start from the nearest row again, with more of everything. */
+/* ---- rows given out, for streams that promised no order ---- */
+
+static int storage_order(const void *pa, const void *pb) {
+  const shard_hit *a = pa, *b = pb;
+  if (a->shard != b->shard) return a->shard < b->shard ? -1 : 1;
+  if (a->segment != b->segment) return a->segment < b->segment ? -1 : 1;
+  return a->row < b->row ? -1 : a->row > b->row;
+}
+
+static int was_seen(const stream *s, const shard_hit *h) {
+  return s->n_seen && bsearch(h, s->seen, s->n_seen, sizeof *h, storage_order) != NULL;
+}
+
+static vs_rc note_seen(stream *s, vs_err *err) {
+  shard_hit *grown = realloc(s->seen, (s->n_seen + s->n + 1) * sizeof *grown);
+  if (!grown) return vs_nomem(err);
+  s->seen = grown;
+  memcpy(s->seen + s->n_seen, s->hits, s->n * sizeof *s->hits);
+  s->n_seen += s->n;
+  qsort(s->seen, s->n_seen, sizeof *s->seen, storage_order);
+  return VS_OK;
+}
+
+static void drop_seen(stream *s) {
+  size_t n = 0;
+  for (size_t i = 0; i < s->n; i++)
+    if (!was_seen(s, &s->hits[i])) s->hits[n++] = s->hits[i];
+  s->n = n;
+}
+
+/* ---- batches ---- */
+
+/* Runs one batch. In an approximate one the search starts from the nearest row again, with more of everything; what was given
+ * out before is left out by position where order was promised, else row by row, so that late finds are not lost. */
+static vs_rc run_batch(stream *s, uint64_t want, int brute, vs_err *err) {
+  shard_search q = search_of(s, brute ? want : s->given + want);
+  if (brute) q.exact = 1;
+  if (brute ? s->has_last : s->has_last && s->opt.ordered) q.after = &s->last;
+  vs_rc rc = run(s, &q, err);
+  if (rc) return rc;
+  s->exhausted = brute && s->n < want;
+  if (brute || s->opt.ordered)
+    for (size_t i = 0; i < s->n; i++)
+      if (!s->has_last || search_order(&s->hits[i], &s->last) > 0) s->last = s->hits[i], s->has_last = 1;
+  if (s->opt.ordered) return VS_OK;
+  drop_seen(s);
+  return brute ? VS_OK : note_seen(s, err);
+}
+
 static vs_rc next_batch(stream *s, vs_err *err) {
-  vs_rc rc = VS_OK;
   uint64_t limit = s->opt.has_k ? s->opt.k - s->given : UINT64_MAX;
-  for (;;) {
-    int first = s->given == 0 && s->batch == FIRST_BATCH;
-    uint64_t want = s->batch < limit ? s->batch : limit, reach = s->given + want;
-    shard_search q = search_of(s, reach);
-    int brute = s->opt.exact || reach > s->n_rows / 8;
-    if (s->given) q.after = &s->last;
-    if (brute) q.exact = 1, q.k = want;
-    rc = run(s, &q, err);
+  do {
+    uint64_t want = s->batch < limit ? s->batch : limit;
+    int brute = s->opt.exact || s->opt.has_k || s->given + want > s->n_rows / 8;
+    vs_rc rc = run_batch(s, want, brute, err);
     if (rc) return rc;
     s->batch = s->batch * WIDEN < MOST ? s->batch * WIDEN : MOST;
-    if (s->n > limit) s->n = (size_t)limit;
-    if (s->n) break;
-    if (brute || (first && !s->n_rows)) {
-      s->done = 1;
-      return VS_OK;
-    }
-  }
+  } while (!s->n && !s->exhausted);
+  if (s->n > limit) s->n = (size_t)limit;
   s->given += s->n;
-  for (size_t i = 0; i < s->n; i++)
-    if (i == 0 || search_order(&s->hits[i], &s->last) > 0) s->last = s->hits[i];
+  s->done = s->exhausted;
   return VS_OK;
 }
 
 vs_rc stream_open(stream *s, sqlite3 *db, shard *const *shards, size_t n_shards, const stream_options *opt, vs_err *err) {
   memset(s, 0, sizeof *s);
-  s->shards = shards, s->n_shards = n_shards, s->opt = *opt, s->batch = FIRST_BATCH;
+  s->shards = shards, s->n_shards = n_shards, s->opt = *opt;
   conn_stop_init(&s->stop, db);
   for (size_t i = 0; i < n_shards; i++) s->n_rows += shards[i]->manifest.n_rows;
   s->query = malloc(opt->dim * sizeof *s->query + 1);
@@ -71,11 +108,13 @@ vs_rc stream_open(stream *s, sqlite3 *db, shard *const *shards, size_t n_shards,
     if (!(s->filters = malloc((n_shards + 1) * sizeof *s->filters))) return vs_nomem(err);
     for (size_t i = 0; i < n_shards; i++) s->filters[i] = &opt->filter->base;
   }
-  if (opt->has_k && opt->k <= MOST) {
+  if (opt->has_k && opt->k > s->n_rows) s->opt.k = s->n_rows;
+  if (opt->has_k && s->opt.k <= MOST) {
     s->done = 1;
-    shard_search q = search_of(s, opt->k);
+    shard_search q = search_of(s, s->opt.k);
     return run(s, &q, err);
   }
+  s->batch = opt->has_k ? MOST : FIRST_BATCH;
   return next_batch(s, err);
 }
 
@@ -110,6 +149,6 @@ vs_rc stream_row(stream *s, ivfpq_segment **segment, const uint8_t **record, vs_
 void stream_reset(stream *s) {
   drop_row(s);
   conn_stop_reset(&s->stop);
-  free(s->hits), free(s->query), free(s->filters);
+  free(s->hits), free(s->query), free(s->filters), free(s->seen);
   memset(s, 0, sizeof *s);
 }

@@ -1,9 +1,10 @@
 /* stream.h - the rows of one search, handed out one by one: what the cursors of vecshard and shard_union share.
  *
- * With k the search runs once. Without k the stream is lazy: ascending (distance, id), in batches that widen as more is asked
- * for; the first batches are approximate searches, and once a batch would take a good part of the rows, brute force that
- * starts behind the last row given out. A row that an early batch missed and that lies before what was given out already is
- * not given out late, because ascending order was promised: that is the recall of the early batches.
+ * With k (up to a million) the search runs once. A larger k is answered exactly, in batches. Without k the stream is lazy, in
+ * batches that widen as more is asked for: the first ones are approximate searches, and once a batch would take a good part of
+ * the rows, brute force. Where ascending distance was promised (`ordered`), a row that an early batch missed and that lies
+ * before what was given out already is not given out late: that is the recall of the early batches. Where nothing was
+ * promised, every row comes exactly once.
  */
 #ifndef VTAB_STREAM_H
 #define VTAB_STREAM_H
@@ -17,6 +18,7 @@ typedef struct stream_options {
   uint64_t k;
   int64_t nprobe, refine; /* -1: not given */
   int exact;
+  int ordered;            /* 1: SQLite relies on ascending distance */
   const filter *filter;   /* on every shard; NULL or n == 0: none */
   int threads;
 } stream_options;
@@ -33,8 +35,12 @@ typedef struct stream {
   size_t n, at;
   uint64_t given;         /* rows of earlier batches */
   uint64_t batch;
-  shard_hit last;         /* greatest of the rows given out, in search order */
-  int done;
+  shard_hit last;         /* greatest of the rows given out, in search order; of brute-force batches where not ordered */
+  int has_last;
+  int exhausted;          /* the last batch reached the end */
+  int done;               /* no batch will follow */
+  shard_hit *seen;        /* not ordered: rows of approximate batches, by storage order */
+  size_t n_seen;
   /* the current row, read on demand */
   ivfpq_segment *segment;
   ivfpq_row row;

@@ -260,7 +260,7 @@ static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
   for (int i = 0; i < info->nConstraint; i++)
     if (info->aConstraint[i].usable) use_constraint(&p, t, i);
   info->orderByConsumed = consumes_order(info, &sorted);
-  return plan_end(&p, PLAN_SEARCH | (sorted ? PLAN_SORTED : 0), PLAN_SEARCH_COST, 10);
+  return plan_end(&p, PLAN_SEARCH | (sorted ? PLAN_SORTED : 0) | (info->orderByConsumed ? PLAN_ORDERED : 0), PLAN_SEARCH_COST, 10);
 }
 
 /* ---- cursors ---- */
@@ -297,10 +297,10 @@ static int x_close(sqlite3_vtab_cursor *v) {
   return SQLITE_OK;
 }
 
-static stream_options options_of(union_cursor *c, const union_table *t, uint32_t query_no) {
+static stream_options options_of(union_cursor *c, const union_table *t, uint32_t query_no, int sorted) {
   return (stream_options){.query = c->batch.vectors + (size_t)query_no * c->batch.dim, .dim = c->batch.dim, .has_k = c->plan.has_k,
                           .k = c->plan.k, .nprobe = c->plan.nprobe, .refine = c->plan.refine, .exact = c->plan.exact,
-                          .filter = &c->plan.filter, .threads = t->c->threads};
+                          .ordered = sorted, .filter = &c->plan.filter, .threads = t->c->threads};
 }
 
 static vs_rc add_results(union_cursor *c, stream *s, uint32_t query_no, vs_err *err) {
@@ -329,10 +329,9 @@ static vs_rc search_many(union_cursor *c, union_table *t, int sorted, vs_err *er
   c->many = 1;
   if (!c->plan.has_k) return vs_fail(err, VS_INVALID, "several queries at once need k");
   for (uint32_t i = 0; i < c->batch.n && !rc; i++) {
-    stream_options o = options_of(c, t, i);
+    stream_options o = options_of(c, t, i, 1);
     stream s = {0};
-    rc = plan_check_query(o.query, o.dim, c->set.shards[0]->manifest.metric, err);
-    if (!rc) rc = stream_open(&s, t->c->db, c->set.shards, c->set.n, &o, err);
+    rc = stream_open(&s, t->c->db, c->set.shards, c->set.n, &o, err);
     if (!rc) rc = add_results(c, &s, i, err);
     stream_reset(&s);
   }
@@ -341,13 +340,12 @@ static vs_rc search_many(union_cursor *c, union_table *t, int sorted, vs_err *er
   return rc;
 }
 
-static vs_rc search(union_cursor *c, union_table *t, int sorted, vs_err *err) {
+static vs_rc search(union_cursor *c, union_table *t, int idx_num, vs_err *err) {
   uint32_t dim = c->set.shards[0]->manifest.dim;
   if (c->batch.dim != dim) return vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", c->batch.dim, c->set.shards[0]->path, dim);
-  if (c->batch.n > 1) return search_many(c, t, sorted, err);
-  stream_options o = options_of(c, t, 0);
-  vs_rc rc = plan_check_query(o.query, o.dim, c->set.shards[0]->manifest.metric, err);
-  if (!rc) rc = stream_open(&c->hits, t->c->db, c->set.shards, c->set.n, &o, err);
+  if (c->batch.n > 1) return search_many(c, t, (idx_num & PLAN_SORTED) != 0, err);
+  stream_options o = options_of(c, t, 0, (idx_num & PLAN_ORDERED) != 0);
+  vs_rc rc = stream_open(&c->hits, t->c->db, c->set.shards, c->set.n, &o, err);
   c->eof = stream_eof(&c->hits);
   return rc;
 }
@@ -363,7 +361,7 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   if (!rc && source && sqlite3_value_type(c->plan.query) != SQLITE_NULL) {
     rc = vec_batch_from_value(c->plan.query, &c->batch, &err);
     if (!rc) rc = conn_any_open(t->c, source, &c->set, &err);
-    if (!rc && c->batch.n) rc = search(c, t, (idx_num & PLAN_SORTED) != 0, &err);
+    if (!rc && c->batch.n) rc = search(c, t, idx_num, &err);
   }
   c->plan.query = c->plan.source = NULL;
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;

@@ -290,7 +290,7 @@ static int plan_search_query(table *t, sqlite3_index_info *info) {
     if (info->aConstraint[i].usable) use_search_argument(&p, t, i);
   if (info->nOrderBy == 1 && hidden_of(t, info->aOrderBy[0].iColumn) == HIDDEN_DISTANCE && !info->aOrderBy[0].desc)
     sorted = info->orderByConsumed = 1;
-  return plan_end(&p, PLAN_SEARCH | (sorted ? PLAN_SORTED : 0), PLAN_SEARCH_COST, 10);
+  return plan_end(&p, PLAN_SEARCH | (sorted ? PLAN_SORTED | PLAN_ORDERED : 0), PLAN_SEARCH_COST, 10);
 }
 
 static int plan_without_query(table *t, sqlite3_index_info *info) {
@@ -356,15 +356,15 @@ static int beyond_limit(const cursor *c) {
   return c->plan.has_limit && (c->plan.limit_open ? d >= c->plan.limit : d > c->plan.limit);
 }
 
-static vs_rc start_search(cursor *c, table *t, vs_err *err) {
+static vs_rc start_search(cursor *c, table *t, int sorted, vs_err *err) {
   float *query = NULL;
   uint32_t dim;
   vs_rc rc = vec_from_value(c->plan.query, &query, &dim, err);
   if (!rc && query) {
     stream_options o = {.query = query, .dim = dim, .has_k = c->plan.has_k, .k = c->plan.k, .nprobe = c->plan.nprobe,
-                        .refine = c->plan.refine, .exact = c->plan.exact, .filter = &c->plan.filter, .threads = t->c->threads};
+                        .refine = c->plan.refine, .exact = c->plan.exact, .ordered = sorted, .filter = &c->plan.filter,
+                        .threads = t->c->threads};
     if (dim != t->m.dim) rc = vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", dim, t->entry.name, t->m.dim);
-    if (!rc) rc = plan_check_query(query, dim, t->m.metric, err);
     if (!rc) rc = stream_open(&c->hits, t->c->db, &c->s, 1, &o, err);
   }
   sqlite3_free(query);
@@ -419,7 +419,7 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   c->segment = c->row = 0;
   vs_rc rc = plan_decode(idx_str, argc, argv, column_type, &t->m, &c->plan, &err);
   if (!rc) rc = table_open(&t->entry, &c->s, &err);
-  if (!rc && c->kind == PLAN_SEARCH) rc = start_search(c, t, &err);
+  if (!rc && c->kind == PLAN_SEARCH) rc = start_search(c, t, (idx_num & PLAN_ORDERED) != 0, &err);
   else if (!rc && c->kind == PLAN_SCAN) settle_scan(c);
   else if (!rc) rc = start_lookup(c, t, &err);
   c->plan.query = c->plan.id = c->plan.rowid = NULL; /* SQLite owns them until xFilter returns */

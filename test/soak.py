@@ -1,0 +1,257 @@
+#!/usr/bin/python3
+"""Long seeded campaigns, each proving one thing; run by `make soak` before an issue is resolved.
+
+    /usr/bin/python3 test/soak.py [--seed N] [--minutes M] [CAMPAIGN ...]
+
+shapes    random rows, dimension, metric, partitions, bits, store, ids: exact answers equal NumPy, every row is found by id,
+          approximate answers are sorted, unique and right in their distances
+damage    one good shard, one byte flipped or the file cut: an error or right rows, never a crash, and verify finds it
+kill      builds killed with SIGKILL at random moments: no shard that a reader accepts, and the next build works
+readers   processes querying a database while shards are added and removed: right rows or an error, never a crash
+Prints what it did and 'N passed, N failed'; exit status 1 when anything failed.
+"""
+import argparse, json, os, random, shutil, signal, sqlite3, subprocess, sys, tempfile, time
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BUILD = os.path.join(ROOT, os.environ.get("VECSHARD_BUILD", "build"))
+TOOL = os.path.join(BUILD, "vecshard")
+
+
+def connect():
+    c = sqlite3.connect(":memory:", isolation_level=None)
+    c.enable_load_extension(True)
+    c.load_extension(os.path.join(BUILD, "vecshard"))
+    return c
+
+
+def tool(*args, timeout=600):
+    return subprocess.run([TOOL, *map(str, args)], capture_output=True, text=True, errors="replace", timeout=timeout)
+
+
+def distances(metric, q, x):
+    q, x = q.astype(np.float64), x.astype(np.float64)
+    if metric == "l2":
+        return np.sqrt(((x - q) ** 2).sum(1))
+    if metric == "dot":
+        return -(x @ q)
+    return 1 - (x @ q) / (np.linalg.norm(x, axis=1) * np.linalg.norm(q))
+
+
+def same(got, want, scale):
+    return np.allclose(np.sort(got), np.sort(want), rtol=2e-5, atol=2e-5 * max(1.0, scale))
+
+
+def one_shape(rng, d):
+    n = int(rng.choice([0, 1, 2, 63, 64, 65, 255, 256, 257, 1000, 4095, 4096, 6000, 9000]))
+    dim = int(rng.choice([1, 2, 3, 7, 8, 16, 31, 64, 100, 257]))
+    metric = str(rng.choice(["l2", "cosine", "dot"]))
+    x = rng.standard_normal((n, dim)).astype("<f4")
+    kind = rng.integers(4)
+    if n and kind == 1:
+        x[rng.integers(n, size=n // 2)] = x[0]
+    elif n and kind == 2:
+        x = np.round(x * 2).astype("<f4") + (np.float32(0.5) if metric == "cosine" else np.float32(0))
+    elif n and kind == 3:
+        x *= np.exp(rng.standard_normal((n, 1)) * 2).astype("<f4")
+    f = os.path.join(d, "x.npy")
+    np.save(f, x)
+    args = ["--metric", metric, "--seed", int(rng.integers(1 << 30)), "--threads", int(rng.integers(1, 4))]
+    if rng.integers(3) == 0 and n > 10:
+        args += ["--partitions", int(rng.integers(1, min(n, 200)))]
+    if rng.integers(4) == 0 and dim > 1:
+        args += ["--bits", 4]
+    if rng.integers(4) == 0:
+        args += ["--subvectors", int(rng.integers(1, min(dim, 60) + 1))]
+    out = os.path.join(d, "s")
+    shutil.rmtree(out, ignore_errors=True)
+    r = tool("build", f, "--out", out, *args)
+    what = "n %d dim %d %s kind %d %s" % (n, dim, metric, kind, args)
+    if r.returncode:
+        return "%s: build: %s" % (what, r.stderr[-200:])
+    if tool("verify", out).returncode:
+        return what + ": verify"
+    c = connect()
+    c.execute("CREATE VIRTUAL TABLE t USING vecshard(path='%s')" % out)
+    if c.execute("SELECT count(*) FROM t").fetchone()[0] != n:
+        return what + ": count"
+    for i in (rng.integers(n, size=5) if n else []):
+        row = c.execute("SELECT id, embedding FROM t WHERE id = ?", (int(i),)).fetchall()
+        if len(row) != 1 or row[0][1] != x[i].tobytes():
+            return "%s: row %d" % (what, i)
+    for _ in range(3):
+        q = rng.standard_normal(dim).astype("<f4")
+        k = int(rng.choice([0, 1, 5, 10, max(n, 1), n + 1, 2**63 - 1]))
+        want = np.sort(distances(metric, q, x))[: min(k, n)] if n else np.zeros(0)
+        got = c.execute("SELECT id, distance FROM t WHERE embedding MATCH ? AND k = ? AND exact = 1", (q.tobytes(), k)).fetchall()
+        scale = float(np.abs(want).max()) if len(want) else 1.0
+        if len(got) != min(k, n) or not same(np.array([g[1] for g in got]), want, scale):
+            return "%s: exact k %d" % (what, k)
+        got = c.execute("SELECT id, distance FROM t WHERE embedding MATCH ? AND k = ? AND nprobe = ?", (q.tobytes(), k, int(rng.integers(1, 300)))).fetchall()
+        dist = np.array([g[1] for g in got])
+        true = distances(metric, q, x[[g[0] for g in got]]) if got else np.zeros(0)
+        if len(got) != min(k, n) or len({g[0] for g in got}) != len(got) or (np.diff(dist) < 0).any():
+            return "%s: approximate k %d: %d rows" % (what, k, len(got))
+        if not np.allclose(dist, true, rtol=2e-5, atol=2e-5 * max(1.0, scale, float(np.abs(true).max()) if len(true) else 1.0)):
+            return "%s: approximate distances" % what
+        lazy = c.execute("SELECT id FROM t WHERE embedding MATCH ? ORDER BY distance LIMIT 25", (q.tobytes(),)).fetchall()
+        if len(lazy) != min(25, n) or len(set(lazy)) != len(lazy):
+            return "%s: lazy" % what
+    c.close()
+    return None
+
+
+def shapes(rng, until, d):
+    bad, n = [], 0
+    while time.time() < until:
+        fault = one_shape(rng, d)
+        n += 1
+        if fault:
+            bad.append(fault)
+    return n, bad
+
+
+PROBE = r"""
+import sqlite3, sys, numpy as np
+c = sqlite3.connect(":memory:", isolation_level=None)
+c.enable_load_extension(True)
+c.load_extension(sys.argv[1])
+x = np.load(sys.argv[3])
+try:
+    c.execute("CREATE VIRTUAL TABLE t USING vecshard(path='%s')" % sys.argv[2])
+    for i in (0, 17, len(x) - 1):
+        for w in ("", " AND exact = 1", " AND nprobe = 100000"):
+            for rid, dist in c.execute("SELECT id, distance FROM t WHERE embedding MATCH ? AND k = 20" + w, (x[i].tobytes(),)):
+                if abs(dist - float(np.sqrt(((x[rid].astype('f8') - x[i]) ** 2).sum()))) > 1e-3: print("WRONG", rid, dist); sys.exit(3)
+        for rid, e in c.execute("SELECT id, embedding FROM t WHERE id = ?", (i,)):
+            if e != x[i].tobytes(): print("WRONG ROW"); sys.exit(3)
+    c.execute("SELECT count(*), sum(length(embedding)) FROM t").fetchall()
+except sqlite3.Error as e:
+    sys.exit(0)
+"""
+
+
+def damage(rng, until, d):
+    x = rng.standard_normal((5000, 16)).astype("<f4")
+    np.save(os.path.join(d, "x.npy"), x)
+    good, trial = os.path.join(d, "good"), os.path.join(d, "trial")
+    assert tool("build", os.path.join(d, "x.npy"), "--metric", "l2", "--out", good).returncode == 0
+    seg = [f for f in os.listdir(good) if f.endswith(".ivf")][0]
+    data = open(os.path.join(good, seg), "rb").read()
+    bad, n = [], 0
+    while time.time() < until:
+        shutil.rmtree(trial, ignore_errors=True)
+        shutil.copytree(good, trial)
+        at = int(rng.integers(len(data)))
+        cut = rng.integers(8) == 0
+        new = data[:at] if cut else data[:at] + bytes([data[at] ^ (1 << int(rng.integers(8)))]) + data[at + 1 :]
+        if rng.integers(5) == 0:  # the small sections at the end are a small target
+            at = len(data) - 1 - int(rng.integers(4000))
+            new = data[:at] + bytes([data[at] ^ (1 << int(rng.integers(8)))]) + data[at + 1 :]
+        open(os.path.join(trial, seg), "wb").write(new)
+        what = "%s at %d of %d" % ("cut" if cut else "flip", at, len(data))
+        r = subprocess.run(["/usr/bin/python3", "-c", PROBE, os.path.join(BUILD, "vecshard"), trial, os.path.join(d, "x.npy")], capture_output=True, text=True)
+        if r.returncode:
+            bad.append("%s: probe exit %d %s" % (what, r.returncode, (r.stdout + r.stderr)[-200:]))
+        if tool("verify", trial).returncode != 1:
+            bad.append(what + ": verify found nothing")
+        n += 1
+    return n, bad
+
+
+def kill(rng, until, d):
+    x = rng.standard_normal((60000, 32)).astype("<f4")
+    f = os.path.join(d, "x.npy")
+    np.save(f, x)
+    out = os.path.join(d, "s")
+    t = time.time()
+    assert tool("build", f, "--metric", "l2", "--out", out).returncode == 0
+    whole = time.time() - t
+    bad, n = [], 0
+    while time.time() < until:
+        shutil.rmtree(out, ignore_errors=True)
+        p = subprocess.Popen([TOOL, "build", f, "--metric", "l2", "--out", out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(float(rng.random()) * whole * 1.1)
+        p.send_signal(signal.SIGKILL if rng.integers(2) else signal.SIGINT)
+        p.wait()
+        done = [m for m in (os.listdir(out) if os.path.isdir(out) else []) if m.startswith("manifest-")]
+        if done and tool("verify", out).returncode:
+            bad.append("a killed build left a damaged shard")
+        if not done and tool("build", f, "--metric", "l2", "--out", out).returncode:
+            bad.append("a build after a killed one fails")
+        if tool("verify", out).returncode:
+            bad.append("verify after a kill")
+        n += 1
+    return n, bad
+
+
+READER = r"""
+import sqlite3, sys, time, numpy as np
+c = sqlite3.connect(":memory:", isolation_level=None)
+c.enable_load_extension(True)
+c.load_extension(sys.argv[1])
+q = np.random.default_rng(int(sys.argv[3])).standard_normal((50, 16)).astype("<f4")
+end = time.time() + float(sys.argv[4])
+n = 0
+while time.time() < end:
+    v = q[n % 50]
+    try:
+        r = c.execute("SELECT shard, id, distance, embedding FROM shard_union(?, ?, 10)", (sys.argv[2], v.tobytes())).fetchall()
+        for s, i, d, e in r:
+            if abs(d - float(np.sqrt(((np.frombuffer(e, '<f4').astype('f8') - v) ** 2).sum()))) > 1e-3: print("WRONG"); sys.exit(3)
+        if [x[2] for x in r] != sorted(x[2] for x in r): print("ORDER"); sys.exit(3)
+    except sqlite3.Error:
+        pass
+    n += 1
+print(n)
+"""
+
+
+def readers(rng, until, d):
+    db = os.path.join(d, "db")
+    os.makedirs(db)
+    bad, n = [], 0
+    for i in range(6):
+        np.save(os.path.join(d, "p%d.npy" % i), rng.standard_normal((3000 + 1500 * i, 16)).astype("<f4"))
+    tool("build", os.path.join(d, "p0.npy"), "--metric", "l2", "--out", os.path.join(db, "s0"))
+    ps = [subprocess.Popen(["/usr/bin/python3", "-c", READER, os.path.join(BUILD, "vecshard"), db, str(i), str(until - time.time())], stdout=subprocess.PIPE, text=True) for i in range(3)]
+    while time.time() < until:
+        i = int(rng.integers(1, 6))
+        s = os.path.join(db, "s%d" % i)
+        if os.path.isdir(s):
+            shutil.rmtree(s)
+        elif tool("build", os.path.join(d, "p%d.npy" % i), "--metric", "l2", "--out", s).returncode:
+            bad.append("a build fails while readers read")
+        n += 1
+    for p in ps:
+        out = p.communicate()[0]
+        if p.returncode:
+            bad.append("reader exit %d %s" % (p.returncode, out[-200:]))
+    return n, bad
+
+
+CAMPAIGNS = {"shapes": shapes, "damage": damage, "kill": kill, "readers": readers}
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("campaign", nargs="*", default=list(CAMPAIGNS))
+    ap.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    ap.add_argument("--minutes", type=float, default=3.0, help="for each campaign")
+    a = ap.parse_args()
+    passed = failed = 0
+    for name in a.campaign:
+        rng = np.random.default_rng([a.seed, len(name)])
+        with tempfile.TemporaryDirectory(prefix="vecshard-soak-") as d:
+            n, bad = CAMPAIGNS[name](rng, time.time() + a.minutes * 60, d)
+        for b in bad[:20]:
+            print("FAILED  %s: %s" % (name, b))
+        print("%s: seed %d, %d rounds, %d faults" % (name, a.seed, n, len(bad)), flush=True)
+        passed += n - min(n, len(bad))
+        failed += len(bad)
+    print("%d passed, %d failed" % (passed, failed))
+    sys.exit(1 if failed or not passed else 0)
+
+
+if __name__ == "__main__":
+    main()
