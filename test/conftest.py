@@ -1,17 +1,20 @@
-"""Shared by the SQL tests: `db` (a connection with the extension), connect(path) for more of them, `root`, blob(v).
+"""Shared by the SQL tests: connections with the extension, the tool, and small shards made from numpy arrays.
 
-VECSHARD_BUILD names another build folder, as in test_hdf5_vectors.py. Needs a Python whose sqlite3 loads extensions
-(Debian: /usr/bin/python3).
+`db` is a connection, connect(path) makes more; `tool(*args)` runs the command line; `make_shard(...)` builds a shard once per
+session and returns what went in, with brute force over it as the truth. VECSHARD_BUILD names another build folder, relative
+to the project. Needs a Python whose sqlite3 loads extensions (Debian: /usr/bin/python3).
 """
 import os
 import pathlib
 import sqlite3
 import struct
+import subprocess
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BUILD = pathlib.Path(os.environ.get("VECSHARD_BUILD", ROOT / "build"))
+BUILD = ROOT / os.environ.get("VECSHARD_BUILD", "build")
 
 
 def connect(path=":memory:"):
@@ -27,6 +30,79 @@ def blob(v):
     return struct.pack("<%df" % len(v), *v)
 
 
+def tool(*args, ok=True):
+    """Runs the command-line tool; ok=False: its failure is what the test is about."""
+    # an address-sanitized library is preloaded into Python, but the tool has its own copy linked
+    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    r = subprocess.run([str(BUILD / "vecshard"), *map(str, args)], capture_output=True, text=True, timeout=300, env=env)
+    assert (r.returncode == 0) == ok, (args, r.returncode, r.stdout[-500:], r.stderr[-500:])
+    return r
+
+
+class Shard:
+    """A shard and what it was made from. Rows keep their order here; `ids` is what the shard calls them."""
+
+    def __init__(self, path, x, ids, columns, metric):
+        self.path, self.x, self.ids, self.columns, self.metric = str(path), x, list(ids), columns, metric
+        self.at = {i: n for n, i in enumerate(self.ids)}
+
+    def distances(self, q):
+        """From q to every row, in float64."""
+        x, q = self.x.astype(np.float64), np.asarray(q, dtype=np.float32).astype(np.float64)
+        if self.metric == "l2":
+            return np.sqrt(((x - q) ** 2).sum(axis=1))
+        if self.metric == "dot":
+            return -(x @ q)
+        return 1 - (x @ q) / (np.linalg.norm(x, axis=1) * np.linalg.norm(q))
+
+    def nearest(self, q, k, where=None):
+        """Ids of the k nearest rows for which where(row number) holds; ties by id."""
+        d = self.distances(q)
+        rows = [n for n in range(len(self.ids)) if where is None or where(n)]
+        return [self.ids[n] for n in sorted(rows, key=lambda n: (d[n], self.ids[n]))[:k]]
+
+    def value(self, column, n):
+        """What SQL shows for a column: NaN is NULL."""
+        v = self.columns[column][n]
+        return None if v != v else v
+
+
+def write_input(path, x, ids=None, columns=None):
+    """Vectors as HDF5 where there are ids or columns, else as .npy; returns the file's path."""
+    if ids is None and not columns:
+        np.save(str(path) + ".npy", x)
+        return str(path) + ".npy"
+    import h5py
+    text = h5py.string_dtype("utf-8")
+    with h5py.File(str(path) + ".h5", "w") as f:
+        f.create_dataset("embedding", data=x)
+        for name, values in {"id": ids, **(columns or {})}.items():
+            if values is None:
+                continue
+            is_text = len(values) and isinstance(values[0], str)
+            f.create_dataset(name, data=np.array(values, dtype=object) if is_text else np.asarray(values), dtype=text if is_text else None)
+    return str(path) + ".h5"
+
+
+def build_shard(path, x, ids=None, columns=None, metric="l2", kinds=None, options=()):
+    """Builds a shard in the folder `path`. columns: name -> one value per row; kinds: name -> filter (default), index, stored."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    x = np.ascontiguousarray(x, dtype="<f4")
+    source = write_input(path.parent / (path.name + "-input"), x, ids, columns)
+    wanted = [a for name in columns or {} for a in ("--column", name + ":" + (kinds or {}).get(name, "filter"))]
+    how = ("--id-dataset", "none") if ids is None and columns else ()
+    tool("build", source, "--out", path, "--metric", metric, *wanted, *how, *options)
+    os.unlink(source)
+    return Shard(path, x, range(len(x)) if ids is None else ids, columns or {}, metric)
+
+
+def clustered(n, dim, seed, centers=24):
+    rng = np.random.default_rng(seed)
+    c = rng.normal(size=(centers, dim)) * 2
+    return (c[rng.integers(0, centers, n)] + rng.normal(size=(n, dim))).astype("<f4")
+
+
 @pytest.fixture
 def db():
     c = connect()
@@ -37,3 +113,21 @@ def db():
 @pytest.fixture(scope="session")
 def root():
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def build():
+    return BUILD
+
+
+@pytest.fixture(scope="session")
+def make_shard(tmp_path_factory):
+    """make_shard("name", x, ...) as build_shard, in a folder of the session; a name is built once."""
+    folder, made = tmp_path_factory.mktemp("shards"), {}
+
+    def make(name, *args, **options):
+        if name not in made:
+            made[name] = build_shard(folder / name, *args, **options)
+        return made[name]
+
+    return make

@@ -37,10 +37,6 @@ static float rng_float(ivfpq_rng *r) { return (float)(ivfpq_rng_next(r) >> 40) /
     if ((rc) != VS_OK) fail_msg("%s", (err).text); \
   } while (0)
 
-const char *input_fault_text(input_fault f) {
-  return f == INPUT_NAN ? "NaN or Inf" : "bad row";
-} /* lives in ext/input */
-
 /* ---- data: rows in arrays, and an input over them ---- */
 
 typedef enum shape { CLUSTERS, ALL_EQUAL, HALF_EQUAL, SKEWED } shape;

@@ -18,7 +18,7 @@
 #include <cmocka.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#include "kern.h"
+#include "../ext/kernels/kern.h"
 
 /* ------------------------------------------------------------------ tools */
 

@@ -42,9 +42,11 @@
  *
  * Estimates (metrics: cosine rows are normalised, then the mean is subtracted; all that follows is squared L2):
  *   |q-x|^2 ~ |q-c|^2 + SUM_j T_j[code_j] + t,   T_j[w] = -2 q_j.word,   t = |r|^2 + 2 c.r' - beta |e|^2
- * with residual r = x - c, its coded image r' and e = r - r'; t is stored as term0 + term_step * u16. For dot products
- * -2 q.(x - mean) ~ -2 q.c + SUM_j T_j[code_j], t = 0. (Jegou et al., Product Quantization for Nearest Neighbor Search, 2011;
- * the beta term evens out the bias that a neighbour's coding error has.)
+ * with residual r = x - c, its coded image r' and e = r - r'; t is stored as term0 + term_step * u16.
+ * For dot products -2 q.(x - mean) ~ -2 q.c + SUM_j T_j[code_j] + |q - mean| t,   t = -(2 c.e + beta |e|^2) / |x - mean|
+ * (Jegou et al., Product Quantization for Nearest Neighbor Search, 2011). What an estimate leaves out is -2 (q-c).e, for dot
+ * -2 q.e. For a true neighbour q points where x points, and r.e is about |e|^2: neighbours are over-estimated, strangers are
+ * not. beta, and for dot the scale |q - mean| / |x - mean|, even that out.
  */
 #ifndef IVFPQ_FORMAT_H
 #define IVFPQ_FORMAT_H

@@ -176,14 +176,14 @@ void ivfpq_model_reset(ivfpq_model *m) {
 void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms) {
   const kern *k = kern_get();
   size_t d = m->dim_padded, ds = m->sub_dim, words = ivfpq_words(m->bits);
-  float rr[256], e2[256], cr[256];
+  float rr[256], e2[256], cr[256], cx[256];
   uint32_t id[256];
   memset(codes, 0, n * m->m);
   for (size_t i = 0; i < n; i++) {
     const float *c = m->centroids + centroid[i] * d;
     float *r = x + i * d;
     for (size_t j = 0; j < d; j++) r[j] -= c[j];
-    rr[i] = k->dot_f32(r, r, d), e2[i] = cr[i] = 0;
+    rr[i] = k->dot_f32(r, r, d), cx[i] = k->dot_f32(r, c, d), e2[i] = cr[i] = 0;
   }
   for (size_t j = 0; j < m->subs; j++) { /* sub-quantizer outside: its words stay in L1 */
     const float *w = m->words + j * words * ds;
@@ -198,5 +198,12 @@ void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t
       }
     }
   }
-  for (size_t i = 0; i < n; i++) terms[i] = m->metric == IVFPQ_DOT ? 0 : rr[i] + 2 * cr[i] - m->beta * e2[i];
+  for (size_t i = 0; i < n; i++) {
+    if (m->metric != IVFPQ_DOT) {
+      terms[i] = rr[i] + 2 * cr[i] - m->beta * e2[i];
+      continue;
+    }
+    float norm2 = rr[i] + 2 * cx[i] - 2 * m->bias[centroid[i]]; /* |c + r|^2 */
+    terms[i] = norm2 > 1e-30f ? -(2 * (cx[i] - cr[i]) + m->beta * e2[i]) / sqrtf(norm2) : 0;
+  }
 }

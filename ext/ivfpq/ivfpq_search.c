@@ -24,8 +24,8 @@ enum {
 };
 
 uint32_t ivfpq_default_nprobe(uint32_t nlist) {
-  double n = ceil(2 * sqrt((double)nlist));
-  return n < 8 ? 8 : (uint32_t)n;
+  double n = ceil(2 * sqrt((double)nlist)) + 16; /* small segments need a larger share */
+  return (uint32_t)n;
 }
 
 void ivfpq_keys_reset(ivfpq_keys *k) {
@@ -71,6 +71,7 @@ typedef struct scan {
   ivfpq_stats *stats;
   float *x;            /* query in the model's space, dim_padded */
   float qq, constant;  /* |x|^2 for l2 and cosine; what dot adds for the mean */
+  float term_scale;    /* what stored terms are multiplied with: 1, for dot |query - mean| */
   float *tablef;
   uint8_t *table;
   float min_sum, step;
@@ -102,7 +103,9 @@ static void prepare_query(scan *c) {
   for (uint32_t j = 0; j < p->dim_padded; j++) c->x[j] = j < p->dim ? v[j] * scale : 0;
   if (p->metric == IVFPQ_DOT) {
     c->constant = -2 * k->dot_f32(c->x, c->s->mean, p->dim);
+    c->term_scale = sqrtf(k->l2sq_f32(c->x, c->s->mean, p->dim));
   } else {
+    c->term_scale = 1;
     for (uint32_t j = 0; j < p->dim; j++) c->x[j] -= c->s->mean[j];
     c->qq = k->dot_f32(c->x, c->x, p->dim);
   }
@@ -210,7 +213,7 @@ static void table_floats(scan *c) {
 
 static void build_table(scan *c) {
   const ivfpq_params *p = &c->s->params;
-  float range = 0, low[IVFPQ_MAX_M], term_range = 65535 * p->term_step;
+  float range = 0, low[IVFPQ_MAX_M], term_range = 65535 * p->term_step * c->term_scale;
   table_floats(c);
   c->min_sum = 0;
   for (uint32_t j = 0; j < p->m; j++) {
@@ -223,7 +226,7 @@ static void build_table(scan *c) {
   c->step = range / 255;
   if (c->step < term_range / (float)(65535 - 255 * p->m)) c->step = term_range / (float)(65535 - 255 * p->m);
   if (!(c->step > 1e-30f)) c->step = 1e-30f;
-  float inv = 1 / c->step, mul = p->term_step * inv * 65536;
+  float inv = 1 / c->step, mul = p->term_step * c->term_scale * inv * 65536;
   c->term_mul = mul >= 65535 ? 65535 : (uint16_t)lrintf(mul);
   for (uint32_t j = 0; j < p->m; j++)
     for (int i = 0; i < 256; i++) {
@@ -264,7 +267,7 @@ static vs_rc eval_filter(scan *c, const ivfpq_part *part, vs_err *err) {
 static vs_rc scan_part(scan *c, const ivfpq_part *part, float coarse, vs_err *err) {
   const ivfpq_params *p = &c->s->params;
   uint32_t n = part->entry.n_rows;
-  float base = coarse + c->constant + c->min_sum + p->term0;
+  float base = coarse + c->constant + c->min_sum + p->term0 * c->term_scale;
   const uint64_t *bitmap = NULL;
   vs_rc rc = VS_OK;
   uint64_t seen = c->seen;

@@ -1,6 +1,10 @@
 /* vec_each.c - the elements of a vector as rows, as in sqlite-vec:
  *
- *   SELECT rowid, value FROM vec_each('[1,2,3]');
+ *   SELECT rowid, value FROM vec_each('[1,2,3]');            -- 0|1.0, 1|2.0, 2|3.0
+ *   SELECT t.id, max(e.value) FROM t, vec_each(t.embedding) e GROUP BY t.id;
+ *
+ * rowid counts from 0. Without an argument there is no plan ("no query solution"); NULL is an error, as any other value
+ * that is no vector. The one plan takes the vector; idxNum is unused. The hidden column reads as NULL.
  */
 #include <string.h>
 
@@ -60,7 +64,9 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   (void)idx_num, (void)idx_str, (void)argc;
   sqlite3_free(c->v);
   c->v = NULL, c->at = 0, c->dim = 0;
-  return vec_from_value(argv[0], &c->v, &c->dim, &err) ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
+  vs_rc rc = vec_from_value(argv[0], &c->v, &c->dim, &err);
+  if (!rc && !c->v) rc = vs_fail(&err, VS_INVALID, "vec_each: a vector must not be NULL");
+  return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 static int x_next(sqlite3_vtab_cursor *v) {
   ((each_cursor *)v)->at++;
