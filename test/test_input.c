@@ -810,6 +810,7 @@ static int remove_dir(void **state) {
 }
 
 int main(void) {
+  input_skip_exit_cleanup();
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_text_helpers), cmocka_unit_test(test_storage_kinds),
       cmocka_unit_test(test_tall_chunks),  cmocka_unit_test(test_values_that_do_not_fit),

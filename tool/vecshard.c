@@ -14,6 +14,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "../ext/input/input.h"
 #include "../ext/vecshard.h"
 #include "progress.h"
 #include "tool.h"
@@ -140,6 +141,7 @@ int main(int argc, char **argv) {
     print_usage(stderr);
     return TOOL_USAGE;
   }
+  input_skip_exit_cleanup();
   catch_signals();
   if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) print_usage(stdout);
   else if (!strcmp(argv[1], "--version")) puts("vecshard " VECSHARD_VERSION);

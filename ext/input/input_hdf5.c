@@ -42,6 +42,8 @@ void input_h5_unlock(void) {
   pthread_mutex_unlock(&lock);
 }
 
+void input_skip_exit_cleanup(void) { H5dont_atexit(); }
+
 /* Keeps the first description of a walk from the innermost call outwards. */
 static herr_t keep_innermost(unsigned n, const H5E_error2_t *e, void *user) {
   (void)n;
