@@ -418,11 +418,17 @@ static void test_id_choices(void **state) {
   put_1d(m.file, "short", H5T_STD_I32LE, H5T_NATIVE_INT64, 4, (int64_t[4]){0});
   end(&m);
   refused(path, NULL, "choose with --embedding-dataset");
-  refused(path, &(input_options){.embedding_dataset = "/emb"}, "choose with --id-dataset");
+  check_all_ways(path, &(input_options){.embedding_dataset = "/emb"}, 6, 4); /* `id` leaves no doubt beside `name` */
   refused(path, &(input_options){.embedding_dataset = "emb", .id_dataset = "real"}, "integers or strings");
   refused(path, &(input_options){.embedding_dataset = "emb", .id_dataset = "short"}, "transposed");
   refused(path, &(input_options){.embedding_dataset = "emb", .id_dataset = "id", .dim = 5}, "dimension 4, not 5");
   check_all_ways(path, &(input_options){.embedding_dataset = "emb", .id_dataset = "id", .dim = 4}, 6, 4);
+  m = begin(path);
+  put_matrix(&m, "emb", H5T_IEEE_F32LE, 6, 4, 6);
+  put_1d(m.file, "name", H5T_STD_I32LE, H5T_NATIVE_INT64, 6, (int64_t[6]){0});
+  put_1d(m.file, "accession", H5T_STD_I32LE, H5T_NATIVE_INT64, 6, (int64_t[6]){0});
+  end(&m);
+  refused(path, NULL, "choose with --id-dataset");
   m = begin(path);
   put_matrix(&m, "train", H5T_IEEE_F32LE, 6, 4, 6);
   put_matrix(&m, "test", H5T_IEEE_F32LE, 2, 4, 2);

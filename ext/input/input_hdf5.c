@@ -366,7 +366,8 @@ fail:
 static const char *const vector_names[] = {"embedding", "embeddings", "vectors", "vector", "emb", "train", NULL};
 static const char *const id_names[] = {"id", "ids", "accession", "accessions", "name", "names", NULL};
 
-/* The one of names that the group has; *found is NULL when none, several are an error. */
+/* The one of names that the group has; *found is NULL when none, several are an error. A dataset `id` leaves no doubt: others
+ * beside it, such as `name`, are metadata. */
 static vs_rc find_one(const input_h5_file *f, hid_t group, const char *const *names, const char *what,
                       const char *option, const char **found, vs_err *err) {
   *found = NULL;
@@ -376,6 +377,7 @@ static vs_rc find_one(const input_h5_file *f, hid_t group, const char *const *na
       return vs_fail(err, VS_INVALID, "%s: both '%s' and '%s' could be the %s: choose with %s", f->path, *found,
                      *names, what, option);
     *found = *names;
+    if (!strcmp(*names, "id")) return VS_OK;
   }
   return VS_OK;
 }
