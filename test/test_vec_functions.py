@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import BUILD, ROOT, blob, connect
+from conftest import BUILD, ROOT, blob, connect, tool
 
 SEED = 20240607
 HEADER = 24
@@ -287,12 +287,10 @@ BROKEN = {
 
 def test_keys_come_back(tmp_path):
     """Through a real shard: every type of key, none at all, and one bare vector."""
-    tool = BUILD / "vecshard"
-    if not tool.exists():
+    if not (BUILD / "vecshard").exists():
         pytest.skip("no tool in " + str(BUILD))
     (tmp_path / "v.f32").write_bytes(b"".join(blob([i, 1]) for i in range(50)))
-    subprocess.run([tool, "build", tmp_path / "v.f32", "--dim", "2", "--metric", "l2", "--out", tmp_path / "db" / "s"],
-                   check=True, capture_output=True)
+    tool("build", tmp_path / "v.f32", "--dim", "2", "--metric", "l2", "--out", tmp_path / "db" / "s")
     db = connect()
     sql = "SELECT query_key, query_no, id FROM shard_union(?, ?, 1) ORDER BY query_no"
     ask = lambda q: db.execute(sql, (str(tmp_path / "db"), q)).fetchall()

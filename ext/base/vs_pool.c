@@ -2,10 +2,12 @@
  *
  * Active runs stand in a list; a worker takes the first run that still has indices to hand out and room for a worker. A run
  * lives on its caller's stack: the caller takes it off the list when no index is left and then waits for the workers still
- * inside. One mutex guards the list and the counts of workers; indices are claimed with an atomic add.
+ * inside. One mutex guards the list and the counts of workers; indices are claimed with an atomic add. Workers are detached
+ * and sleep on static conditions when idle, so exit() neither joins them nor takes anything away from under them.
  */
 #include "vs_pool.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -30,7 +32,8 @@ static pool_run *runs;
 static int n_workers;
 static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
 
-/* The child has none of the threads and starts with an empty pool of its own. */
+/* The child has none of the threads and starts with an empty pool of its own. A run that was under way on the forking thread
+ * itself cannot be finished in the child: its indices went to threads that are not there. */
 static void child(void) {
   pthread_mutex_init(&lock, NULL);
   pthread_cond_init(&work, NULL);
@@ -107,35 +110,97 @@ void vs_pool_run(size_t n, int threads, vs_task fn, void *ctx) {
       *at = r.link;
       break;
     }
-  while (r.inside) pthread_cond_wait(&left, &lock);
+  while (r.inside) pthread_cond_wait(&left, &lock); /* r is on this stack: no worker may still look at it */
   pthread_mutex_unlock(&lock);
 }
 
 /* ---- how many ---- */
 
-/* Processors by the cgroup's quota, rounded up; 0 without a limit. */
-static int cgroup_limit(void) {
-  long long quota = 0, period = 0;
-  FILE *f = fopen("/sys/fs/cgroup/cpu.max", "re");
-  if (f) {
-    if (fscanf(f, "%lld %lld", &quota, &period) != 2) quota = 0;
-    fclose(f);
-  } else {
-    f = fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "re");
-    if (f && fscanf(f, "%lld", &quota) != 1) quota = 0;
-    if (f) fclose(f);
-    f = fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "re");
-    if (f && fscanf(f, "%lld", &period) != 1) period = 0;
-    if (f) fclose(f);
+/* Whole processors in a quota, rounded up; 0: no limit. */
+static int processors(long long quota, long long period) {
+  if (quota <= 0 || period <= 0) return 0;
+  long long n = (quota - 1) / period + 1;
+  return n < MAX_THREADS ? (int)n : MAX_THREADS;
+}
+
+/* Reads up to two numbers from a file of a control group; how many there were. */
+static int read_numbers(const char *root, const char *group, const char *file, long long *a, long long *b) {
+  char path[4400];
+  if (snprintf(path, sizeof path, "%s%s/%s", root, group, file) >= (int)sizeof path) return 0;
+  FILE *f = fopen(path, "re");
+  if (!f) return 0;
+  int n = fscanf(f, "%lld %lld", a, b); /* 0 for "max 100000" */
+  fclose(f);
+  return n;
+}
+
+static int limit_v2(const char *group) {
+  long long quota, period;
+  return read_numbers("/sys/fs/cgroup", group, "cpu.max", &quota, &period) == 2 ? processors(quota, period) : 0;
+}
+
+static int limit_v1(const char *group) {
+  long long quota, period, unused;
+  return read_numbers("/sys/fs/cgroup/cpu", group, "cpu.cfs_quota_us", &quota, &unused) == 1 &&
+                 read_numbers("/sys/fs/cgroup/cpu", group, "cpu.cfs_period_us", &period, &unused) == 1
+             ? processors(quota, period)
+             : 0;
+}
+
+/* The least limit of a group and the groups around it: each of them binds. Inside a container the path may be the host's and
+ * not exist here; the walk then ends at the root of the mount, which is the container's own group. Cuts `group` to "". */
+static int least_limit(char *group, int (*limit_of)(const char *)) {
+  for (int least = 0;;) {
+    int n = limit_of(group);
+    if (n && (!least || n < least)) least = n;
+    char *slash = strrchr(group, '/');
+    if (!slash) return least;
+    *slash = 0;
   }
-  return quota > 0 && period > 0 ? (int)((quota + period - 1) / period) : 0;
+}
+
+/* A line of /proc/self/cgroup is "0::/group" (version 2) or "7:cpu,cpuacct:/group" (version 1). */
+static int line_limit(char *line) {
+  char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':') : NULL;
+  if (!group) return 0;
+  *group++ = 0, controllers++;
+  group[strcspn(group, "\n")] = 0;
+  if (!*controllers) return least_limit(group, limit_v2);
+  for (char *save, *c = strtok_r(controllers, ",", &save); c; c = strtok_r(NULL, ",", &save))
+    if (!strcmp(c, "cpu")) return least_limit(group, limit_v1);
+  return 0;
+}
+
+static int cgroup_limit(void) {
+  char line[4200];
+  int least = 0;
+  FILE *f = fopen("/proc/self/cgroup", "re");
+  while (f && fgets(line, sizeof line, f)) {
+    int n = line_limit(line);
+    if (n && (!least || n < least)) least = n;
+  }
+  if (f) fclose(f);
+  return least;
+}
+
+/* The kernel refuses a mask smaller than its own: on a large machine cpu_set_t is too small, so the mask grows. */
+static int affinity_count(void) {
+  for (int cpus = 1024; cpus <= 1 << 20; cpus *= 2) {
+    size_t n_bytes = CPU_ALLOC_SIZE(cpus);
+    cpu_set_t *set = CPU_ALLOC(cpus);
+    if (!set) return 1;
+    int failed = sched_getaffinity(0, n_bytes, set) ? errno : 0, n = failed ? 1 : CPU_COUNT_S(n_bytes, set);
+    CPU_FREE(set);
+    if (failed != EINVAL) return n;
+  }
+  return 1;
 }
 
 static int count_threads(void) {
   const char *env = getenv("VECSHARD_THREADS");
-  cpu_set_t set;
-  if (env && atoi(env) > 0) return atoi(env) < MAX_THREADS ? atoi(env) : MAX_THREADS;
-  int n = sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set), limit = cgroup_limit();
+  long asked = env ? strtol(env, NULL, 10) : 0;
+  if (asked > 0) return asked < MAX_THREADS ? (int)asked : MAX_THREADS;
+  int n = affinity_count(), limit = cgroup_limit();
   if (limit && limit < n) n = limit;
   return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : n;
 }

@@ -1,4 +1,9 @@
-/* io_local.c - see io_local.h. No cache of our own: the page cache is one. */
+/* io_local.c - see io_local.h. No cache of our own: the page cache is one.
+ *
+ * Mapped: fetch hands out addresses, and the bytes behind the file read as zeros (the kernel's, up to the end of its last
+ * page, then a reserved page of ours). Read: each range is a malloc of its own, padded with zeros, that release frees. A file
+ * cut short while mapped raises SIGBUS; read, it is an error that names file and offset. No lock: nothing changes once open.
+ */
 #include "io_local.h"
 
 #include <errno.h>
@@ -69,6 +74,7 @@ static void close_local(vs_io *io) {
 
 /* Reserves one page more than the file needs, so that what lies behind the last byte can be read, and maps the file over it. */
 static int map_file(local_io *l) {
+  /* cannot wrap: off_t is signed, so size is below 2^63 */
   size_t page = (size_t)sysconf(_SC_PAGESIZE), size = (size_t)l->base.size, whole = (size + page - 1) / page * page;
   uint8_t *at = mmap(NULL, whole + page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (at == MAP_FAILED) return 0;

@@ -1,4 +1,8 @@
-/* shard_commit.c - manifests as files: finding the newest, committing the next one exclusively; see shard_manifest.h. */
+/* shard_commit.c - manifests as files: finding the newest, committing the next one exclusively; see shard_manifest.h.
+ *
+ * A commit writes .manifest-<digits>.tmp-<pid>-<random>, syncs it, links it to its final name and syncs the folder. The name
+ * with a dot is no manifest name, so a reader never sees a half-written one, and nothing is left of a commit that failed.
+ */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -23,18 +27,32 @@ static uint64_t version_of(const char *name) {
   return UINT64_MAX - inverted;
 }
 
+/* A folder that is missing is one answer; one that cannot be listed (no handles, no permission) is a failure. */
+static vs_rc cannot_list(const char *dir, const char *what, vs_err *err) {
+  return vs_fail(err, errno == ENOENT || errno == ENOTDIR ? VS_NOTFOUND : VS_IO, "%s%s: %s", dir, what, strerror(errno));
+}
+
+/* readdir that tells the end from an error: half a listing would pass an old version for the newest. */
+static struct dirent *next_entry(DIR *d, const char *dir, vs_rc *rc, vs_err *err) {
+  errno = 0;
+  struct dirent *e = *rc ? NULL : readdir(d);
+  if (!e && !*rc && errno) *rc = vs_fail(err, VS_IO, "%s: cannot list: %s", dir, strerror(errno));
+  return e;
+}
+
 static vs_rc find_newest(const char *dir, uint64_t *version, vs_err *err) {
   DIR *d = opendir(dir);
+  vs_rc rc = VS_OK;
   *version = 0;
-  if (!d) return vs_fail(err, VS_NOTFOUND, "%s is not a shard: %s", dir, strerror(errno));
-  for (struct dirent *e; (e = readdir(d));) {
+  if (!d) return cannot_list(dir, " is not a shard", err);
+  for (struct dirent *e; (e = next_entry(d, dir, &rc, err));) {
     uint64_t v = version_of(e->d_name);
     if (v > *version) *version = v;
   }
   closedir(d);
-  if (!*version)
+  if (!rc && !*version)
     return vs_fail(err, VS_NOTFOUND, "%s is not a shard: it holds no manifest; build one with `vecshard build FILES --out %s`", dir, dir);
-  return VS_OK;
+  return rc;
 }
 
 static vs_rc read_file(const char *path, char **text, size_t *n, vs_err *err) {
@@ -98,27 +116,50 @@ static vs_rc sync_dir(const char *dir, vs_err *err) {
   return rc;
 }
 
+/* The text of m, proven readable: what a reader would refuse must not become the newest version. */
+static vs_rc print_checked(const char *dir, const shard_manifest *m, char **json, vs_err *err) {
+  shard_manifest back;
+  vs_err why = {0};
+  vs_rc rc = shard_manifest_print(m, json, err);
+  if (rc) return rc;
+  rc = shard_manifest_parse(*json, strlen(*json), "the new manifest", &back, &why);
+  if (!rc) shard_manifest_reset(&back);
+  else free(*json), *json = NULL;
+  return rc == VS_CORRUPT ? vs_fail(err, VS_INVALID, "%s: nothing committed: %s", dir, why.text) : rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
+}
+
+static vs_rc write_temp(const char *dir, char *temp, const char *json, vs_err *err) {
+  int fd = mkostemp(temp, O_CLOEXEC); /* implies O_EXCL */
+  if (fd < 0) return vs_fail(err, VS_IO, "%s: cannot write: %s", dir, strerror(errno));
+  vs_rc rc = fchmod(fd, 0644) ? vs_fail(err, VS_IO, "%s: %s", temp, strerror(errno)) : write_synced(fd, json, temp, err);
+  close(fd);
+  if (rc) unlink(temp);
+  return rc;
+}
+
+/* link, unlike rename, never replaces: of two writers the second is told. */
+static vs_rc publish(const char *dir, const char *temp, const char *final, uint64_t version, vs_err *err) {
+  vs_rc rc = VS_OK;
+  if (link(temp, final))
+    rc = errno == EEXIST ? vs_fail(err, VS_EXISTS, "%s: another writer committed version %" PRIu64 " first; nothing is lost: run the command again",
+                                   dir, version)
+                         : vs_fail(err, VS_IO, "%s: cannot create: %s", final, strerror(errno));
+  unlink(temp);
+  if (rc) return rc;
+  rc = sync_dir(dir, err);
+  if (rc) unlink(final); /* ours; the caller takes an error for "not committed" and removes the files it names */
+  return rc;
+}
+
 vs_rc shard_manifest_commit(const char *dir, const shard_manifest *m, vs_err *err) {
   char name[64], final[4400], temp[4460], *json = NULL;
   shard_manifest_file(m->version, name);
   if (snprintf(final, sizeof final, "%s/%s", dir, name) >= (int)sizeof final) return vs_fail(err, VS_INVALID, "%s: path too long", dir);
-  snprintf(temp, sizeof temp, "%s/.%s.tmp-XXXXXX", dir, name);
-  vs_rc rc = shard_manifest_print(m, &json, err);
-  if (rc) return rc;
-  int fd = mkostemp(temp, O_CLOEXEC);
-  if (fd < 0) {
-    free(json);
-    return vs_fail(err, VS_IO, "%s: cannot write: %s", dir, strerror(errno));
-  }
-  rc = fchmod(fd, 0644) ? vs_fail(err, VS_IO, "%s: %s", temp, strerror(errno)) : write_synced(fd, json, temp, err);
-  close(fd);
+  snprintf(temp, sizeof temp, "%s/.%.29s.tmp-%d-XXXXXX", dir, name, (int)getpid());
+  vs_rc rc = print_checked(dir, m, &json, err);
+  if (!rc) rc = write_temp(dir, temp, json, err);
   free(json);
-  if (!rc && link(temp, final))
-    rc = errno == EEXIST ? vs_fail(err, VS_EXISTS, "%s: another writer committed version %" PRIu64 " first; nothing is lost: run the command again",
-                                   dir, m->version)
-                         : vs_fail(err, VS_IO, "%s: cannot create: %s", final, strerror(errno));
-  unlink(temp);
-  return rc ? rc : sync_dir(dir, err);
+  return rc ? rc : publish(dir, temp, final, m->version, err);
 }
 
 /* ---- folders ---- */
@@ -156,8 +197,8 @@ vs_rc shard_dir_list(const char *dir, char ***names, size_t *n, vs_err *err) {
   *names = NULL, *n = 0;
   DIR *d = opendir(dir);
   vs_rc rc = VS_OK;
-  if (!d) return vs_fail(err, VS_NOTFOUND, "%s: %s", dir, strerror(errno));
-  for (struct dirent *e; !rc && (e = readdir(d));)
+  if (!d) return cannot_list(dir, "", err);
+  for (struct dirent *e; (e = next_entry(d, dir, &rc, err));)
     if (e->d_name[0] != '.' && e->d_type != DT_REG) rc = add_child(dir, e->d_name, names, n, err);
   closedir(d);
   if (rc) shard_names_free(*names, *n), *names = NULL, *n = 0;

@@ -168,28 +168,38 @@ static vs_rc apply_view(evaluation *e, const filter_term *t, const ivfpq_column_
   return VS_OK;
 }
 
+/* The value that a term looks at, from the row itself. */
+static vs_rc row_value(ivfpq_segment *s, const uint8_t *record, int column, ivfpq_value *values, filter_value *v, char **buf,
+                       size_t *room, vs_err *err) {
+  vs_rc rc;
+  memset(v, 0, sizeof *v);
+  v->type = SQLITE_NULL;
+  if (column == FILTER_ID) {
+    ivfpq_id id = {0};
+    rc = ivfpq_row_id(s, record, &id, err);
+    if (!rc && id.is_text) rc = text_value(v, id.text, id.len, buf, room, err);
+    else if (!rc) v->type = SQLITE_INTEGER, v->i = id.i;
+    ivfpq_id_free(&id);
+    return rc;
+  }
+  uint8_t *columns;
+  rc = ivfpq_row_columns(s, record, values, &columns, err);
+  const ivfpq_value *x = &values[column];
+  if (!rc && x->tag == IVFPQ_TEXT) rc = text_value(v, x->text, x->len, buf, room, err);
+  else if (!rc && x->tag == IVFPQ_INTEGER) v->type = SQLITE_INTEGER, v->i = x->i;
+  else if (!rc && x->tag == IVFPQ_REAL) v->type = SQLITE_FLOAT, v->r = x->r;
+  free(columns);
+  return rc;
+}
+
 /* A term on the id or on a stored-only column: the row itself has to be read. */
 static vs_rc apply_row(evaluation *e, const filter_term *t, uint32_t i, ivfpq_value *values, vs_err *err) {
   uint32_t row = (uint32_t)e->part->entry.row0 + i;
   ivfpq_row r;
-  filter_value v = {.type = SQLITE_NULL};
+  filter_value v;
   vs_rc rc = ivfpq_rows_fetch(e->s, &row, 1, &r, err);
   if (rc) return rc;
-  if (t->column == FILTER_ID) {
-    ivfpq_id id;
-    rc = ivfpq_row_id(e->s, r.record, &id, err);
-    if (!rc && id.is_text) rc = text_value(&v, id.text, id.len, &e->buf, &e->room, err);
-    else if (!rc) v.type = SQLITE_INTEGER, v.i = id.i;
-    if (!rc || id.heap) ivfpq_id_free(&id);
-  } else {
-    uint8_t *buf;
-    rc = ivfpq_row_columns(e->s, r.record, values, &buf, err);
-    const ivfpq_value *x = &values[t->column];
-    if (!rc && x->tag == IVFPQ_TEXT) rc = text_value(&v, x->text, x->len, &e->buf, &e->room, err);
-    else if (!rc && x->tag == IVFPQ_INTEGER) v.type = SQLITE_INTEGER, v.i = x->i;
-    else if (!rc && x->tag == IVFPQ_REAL) v.type = SQLITE_FLOAT, v.r = x->r;
-    free(buf);
-  }
+  rc = row_value(e->s, r.record, t->column, values, &v, &e->buf, &e->room, err);
   if (!rc && !matches(t, &v)) kill_row(e, i);
   ivfpq_rows_release(e->s, &r, 1);
   return rc;
@@ -221,6 +231,33 @@ static vs_rc eval(void *ctx, ivfpq_segment *s, const ivfpq_part *part, uint64_t 
       rc = by_row ? apply_rows(&e, &e.f->terms[t], err) : apply_view(&e, &e.f->terms[t], &views[view], err);
     }
   free(views), free(e.buf);
+  return rc;
+}
+
+/* ---- few rows by id ---- */
+
+const filter_term *filter_by_id(const filter *f) {
+  for (size_t i = 0; i < f->n; i++)
+    if (f->terms[i].column == FILTER_ID && (f->terms[i].op == FILTER_EQ || f->terms[i].op == FILTER_IN)) return &f->terms[i];
+  return NULL;
+}
+
+vs_rc filter_row(const filter *f, ivfpq_segment *s, uint32_t row, int *pass, vs_err *err) {
+  ivfpq_value *values = malloc((s->params.n_columns + 1) * sizeof *values);
+  ivfpq_row r;
+  char *buf = NULL;
+  size_t room = 0;
+  *pass = 1;
+  vs_rc rc = values ? ivfpq_rows_fetch(s, &row, 1, &r, err) : vs_nomem(err);
+  if (!rc) {
+    for (size_t t = 0; t < f->n && *pass && !rc; t++) {
+      filter_value v;
+      rc = row_value(s, r.record, f->terms[t].column, values, &v, &buf, &room, err);
+      *pass = !rc && matches(&f->terms[t], &v);
+    }
+    ivfpq_rows_release(s, &r, 1);
+  }
+  free(values), free(buf);
   return rc;
 }
 

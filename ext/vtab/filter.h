@@ -31,4 +31,9 @@ int filter_op_of(int constraint_op, int is_in, int is_text_column);
 vs_rc filter_add(filter *f, int column, filter_op op, shard_type type, sqlite3_value *value, vs_err *err) VS_WARN_UNUSED;
 void filter_reset(filter *f);
 
+/* A term that names ids (= or IN), or NULL: then looking those rows up beats scanning. */
+const filter_term *filter_by_id(const filter *f);
+/* Does this row satisfy every term? */
+vs_rc filter_row(const filter *f, ivfpq_segment *s, uint32_t row, int *pass, vs_err *err) VS_WARN_UNUSED;
+
 #endif

@@ -95,6 +95,49 @@ static vs_rc next_batch(stream *s, vs_err *err) {
   return VS_OK;
 }
 
+/* ---- rows named by id ---- */
+
+static vs_rc add_named(stream *s, const filter_value *v, uint32_t shard_no, size_t *room, vs_err *err) {
+  shard *sh = s->shards[shard_no];
+  ivfpq_id id = {.is_text = v->type == SQLITE_TEXT, .i = v->i, .text = v->text, .len = v->len};
+  shard_hit h = {.shard = shard_no};
+  int found = 0;
+  if (v->type == SQLITE_FLOAT && v->r >= -9.2e18 && v->r <= 9.2e18 && v->r == (double)(int64_t)v->r) id.i = (int64_t)v->r;
+  else if (v->type != SQLITE_TEXT && v->type != SQLITE_INTEGER) return VS_OK;
+  vs_rc rc = shard_find(sh, &id, &h.segment, &h.row, &found, err);
+  if (!rc && found) rc = filter_row(s->opt.filter, sh->segments[h.segment], h.row, &found, err);
+  if (!rc && found) rc = ivfpq_distances(sh->segments[h.segment], s->query, &h.row, 1, &h.distance, err);
+  if (rc || !found) return rc;
+  if (s->n == *room) {
+    shard_hit *grown = realloc(s->hits, (*room * 2 + 16) * sizeof *grown);
+    if (!grown) return vs_nomem(err);
+    s->hits = grown, *room = *room * 2 + 16;
+  }
+  s->hits[s->n++] = h;
+  return VS_OK;
+}
+
+static int nearest_first(const void *a, const void *b) { return search_order(a, b); }
+
+/* The answer is among a few rows whose ids are given: exact, whatever the settings. Values are sorted and may repeat. */
+static vs_rc search_named(stream *s, const filter_term *ids, vs_err *err) {
+  size_t room = 0;
+  shard_search none = search_of(s, 0);
+  vs_rc rc = run(s, &none, err); /* finds no row, but what is wrong with the query */
+  for (uint32_t i = 0; i < s->n_shards; i++)
+    for (size_t v = 0; v < ids->n && !rc; v++) {
+      rc = add_named(s, &ids->values[v], i, &room, err);
+      if (!rc && conn_stop_poll(&s->stop)) rc = vs_fail(err, VS_INTERRUPT, "interrupted");
+    }
+  size_t n = 0;
+  if (s->n) qsort(s->hits, s->n, sizeof *s->hits, nearest_first);
+  for (size_t i = 0; i < s->n; i++)
+    if (!n || search_order(&s->hits[n - 1], &s->hits[i])) s->hits[n++] = s->hits[i];
+  s->n = s->opt.has_k && s->opt.k < n ? (size_t)s->opt.k : n;
+  s->done = 1;
+  return rc;
+}
+
 vs_rc stream_open(stream *s, sqlite3 *db, shard *const *shards, size_t n_shards, const stream_options *opt, vs_err *err) {
   memset(s, 0, sizeof *s);
   s->shards = shards, s->n_shards = n_shards, s->opt = *opt;
@@ -104,6 +147,8 @@ vs_rc stream_open(stream *s, sqlite3 *db, shard *const *shards, size_t n_shards,
   if (!s->query) return vs_nomem(err);
   memcpy(s->query, opt->query, opt->dim * sizeof *s->query);
   s->opt.query = s->query;
+  const filter_term *ids = opt->filter ? filter_by_id(opt->filter) : NULL;
+  if (ids) return search_named(s, ids, err);
   if (opt->filter && opt->filter->n) {
     if (!(s->filters = malloc((n_shards + 1) * sizeof *s->filters))) return vs_nomem(err);
     for (size_t i = 0; i < n_shards; i++) s->filters[i] = &opt->filter->base;
