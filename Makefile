@@ -76,11 +76,12 @@ test: deps-test
 	@$(MAKE) --no-print-directory check-all
 check-all:
 	@test/run.sh
-check: all $(C_TESTS)
+c-tests: all $(C_TESTS)
+check: c-tests
 	@for t in $(C_TESTS); do echo "== $$t"; $$t || exit 1; done
 
 demo: deps
-	@$(MAKE) --no-print-directory all
+	@$(MAKE) --no-print-directory -s -j$$(nproc) all
 	@tool/demo.sh $(H5)
 
 soak: deps-test
@@ -91,4 +92,4 @@ clean:
 	rm -rf build build-address build-thread
 
 -include $(shell find $(OUT)/obj -name '*.d' 2>/dev/null)
-.PHONY: all test check check-all demo soak deps deps-test clean
+.PHONY: all test c-tests check check-all demo soak deps deps-test clean

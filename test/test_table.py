@@ -8,11 +8,10 @@ import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, BUILD, blob, build_shard, clustered, connect
+from conftest import blob, build_shard, clustered, connect
 
 SEED = 7
 N, DIM, NLIST = 6000, 16, 40
@@ -127,7 +126,7 @@ def test_declared_columns_that_match(db, ints, definition):
     ("embedding FLOAT[16], kind TEXT DEFAULT 'x'", "no column constraint"),
     ("embedding FLOAT[16], kind BLOB", "type must be"),
     ("embedding FLOAT[16], kind", "type must be"),
-    ("embedding FLOAT[16], ", "empty column"),
+    ("embedding FLOAT[16] distance_metric=l2, , kind TEXT", "empty column"),
     ("version=0", "version must be"),
     ("version=-1", "version must be"),
     ("version=1.5", "version must be"),
@@ -145,7 +144,7 @@ def test_names_of_hidden_columns_are_refused(db, ints, name):
     fails(db, "CREATE VIRTUAL TABLE \"%s\" USING vecshard(path='%s')" % (name, ints.path), says="name")
     assert column(db, "SELECT name FROM sqlite_schema") == []
     declare(db, ints)
-    fails(db, 'ALTER TABLE t RENAME TO "%s"' % name, says="")
+    fails(db, 'ALTER TABLE t RENAME TO "%s"' % name, says="searches use")
     assert db.execute("SELECT count(*) FROM t").fetchone() == (N,)
 
 
@@ -210,12 +209,10 @@ def test_ways_to_give_a_query(t, ints):
     for sql, args in [("SELECT id FROM t WHERE embedding MATCH ? AND k = 3", (QB,)), ("SELECT id FROM t WHERE embedding MATCH ? AND k = 3", (as_json,)),
                       ("SELECT id FROM t(?, 3)", (QB,)), ("SELECT id FROM t(?, 3)", (as_json,)), ("SELECT id FROM t(?, 3, 40, 10, NULL, 1)", (QB,)),
                       ("SELECT id FROM t(?, 3, NULL, NULL, NULL, NULL)", (QB,)), ("SELECT id FROM t(?, NULL) ORDER BY distance LIMIT 3", (QB,)),
-                      ("SELECT id FROM t WHERE t = ? AND k = 3", (QB,)), ("SELECT id FROM t WHERE t MATCH ? AND k = 3", (QB,)),
+                      ("SELECT id FROM t WHERE t = ? AND k = 3", (QB,)),
                       ("SELECT id FROM t WHERE k = 3 AND embedding MATCH (SELECT ?)", (QB,)),
                       ("SELECT id FROM t WHERE embedding MATCH vec_f32(?) AND k = 3.0", (QB,)),
                       ("SELECT id FROM t WHERE embedding MATCH ? ORDER BY distance LIMIT 3", (QB,))]:
-        if "t MATCH" in sql:
-            continue
         assert column(t, sql, *args) == want, sql
 
 
@@ -338,7 +335,8 @@ KEPT = ["kind = 'Kind3' OR length > 70", "NOT (length BETWEEN -20 AND 60)", "kin
         "length % 10 = 3 AND kind = 'Kind5'", "abs(score) > 100 OR note = 'note 7'", "EXISTS(SELECT 1 FROM plain p WHERE p.id = t.id AND p.length = 4)",
         "score IS NULL OR note LIKE '%9'", "kind = 'kind4' COLLATE NOCASE", "kind COLLATE NOCASE IN ('kind4', 'KIND5')", "length > score",
         "CASE WHEN length > 0 THEN kind = 'Kind3' ELSE note = 'note 5' END", "kind || note = 'Kind0note 11'", "substr(kind, 5) = '4'", "+length = 7",
-        "(kind, length) = ('Kind3', 4)", "NOT kind GLOB 'Kind[0-8]'", "length NOT BETWEEN 0 AND 79", "note NOT LIKE 'note 1%'", "id % 100 = 0"]
+        "(kind, length) = ('Kind3', 4)", "NOT kind GLOB 'Kind[0-8]'", "length NOT BETWEEN 0 AND 79", "note NOT LIKE 'note 1%'", "id % 100 = 0",
+        "kind LIKE 'Kind1' ESCAPE '\\'"]
 
 
 @pytest.mark.parametrize("where", KEPT)
@@ -365,7 +363,7 @@ FILTERS = [
     "kind = 'Kind3'", "kind = 'kind3'", "kind <> 'Kind3'", "kind < 'Kind1'", "kind <= 'Kind1'", "kind > 'Kind8'", "kind >= 'Kind9'", "kind > 5", "kind < 5",
     "kind < x'00'", "kind = x'4b696e6433'", "kind IS 'Kind10'", "kind IS NOT 'Kind10'", "kind IS NULL", "kind BETWEEN 'Kind1' AND 'Kind2'",
     "kind IN ('Kind1', 'Kind4', '')", "kind IN (SELECT 'Kind' || (length % 3) FROM plain)", "kind LIKE 'kIND1%'", "kind LIKE '%1_'", "kind LIKE NULL",
-    "kind GLOB 'Kind[1-3]'", "kind GLOB 'kind*'", "kind = 'Kind1' OR kind = 'Kind2' OR kind = 'Kind9'", "kind LIKE 'Kind1' ESCAPE '\\'", "kind REGEXP 'x' IS NULL",
+    "kind GLOB 'Kind[1-3]'", "kind GLOB 'kind*'", "kind = 'Kind1' OR kind = 'Kind2' OR kind = 'Kind9'", 
     "note = 'note 7'", "note > 'note 98'", "note LIKE '%77'", "note GLOB '*[5]5'", "note IN ('note 1', 'note 2')", "note IS NOT NULL AND note < 'note 10'",
     "note = 'note 7' AND length > 10", "note LIKE 'note 2%' AND kind = 'Kind2' AND score IS NOT NULL AND length < 50",
     "code = '07'", "code = 7", "code IN (7, 8)", "code > 30", "code = 7.0", "code = 12 AND length > 0",
@@ -374,7 +372,7 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("where", [f for f in FILTERS if "REGEXP" not in f])
+@pytest.mark.parametrize("where", FILTERS)
 def test_filters_before_top_k(t, ints, where):
     want = column(t, "SELECT id FROM plain WHERE %s ORDER BY d, id LIMIT 15" % where.replace("rowid", "id"))
     got = column(t, "SELECT id FROM t WHERE embedding MATCH ? AND k = 15 AND exact = 1 AND (%s)" % where, QB)
@@ -581,7 +579,7 @@ def test_full_scan(t, ints):
 
 
 def test_embedding_is_what_was_stored(db, tmp_path):
-    x = np.array([[1.1, -0.0, 3e-40, 3.4e38], [0.1, 1e-7, -5, 65504]], dtype="<f4")
+    x = np.array([[1.1, -0.0, 3e-40, 1e18], [0.1, 1e-7, -5, 65504]], dtype="<f4")
     s = build_shard(tmp_path / "s", x)
     declare(db, s)
     assert column(db, "SELECT embedding FROM t ORDER BY id") == [v.tobytes() for v in x]
@@ -687,8 +685,6 @@ def test_vacuum_dump_and_backup(home, ints):
 
 def test_shadow_table_is_protected(home):
     db = connect(home / "app.db")
-    if sqlite3.sqlite_version_info < (3, 41):
-        pytest.importorskip("ctypes")
     assert [r[2] for r in db.execute("PRAGMA table_list") if r[1] == "t_config"] == ["shadow"]
     db.close()
 
@@ -724,7 +720,9 @@ def test_trusted_schema_off(home, ints, tmp_path):
     db.execute("SELECT vecshard_config('allow', ?)", (os.path.dirname(ints.path),))
     assert db.execute("SELECT count(*) FROM absolute").fetchone() == (N,)
     assert len(column(db, "SELECT id FROM many WHERE embedding MATCH ? AND k = 2", QB)) == 2
-    fails(db, "SELECT count(*) FROM upward", says="trusted_schema is off")
+    fails(db, "SELECT count(*) FROM upward", says="allow', '%s')" % (home / "shards" / "a"))
+    db.execute("SELECT vecshard_config('allow', ?)", (str(home) + "/",))
+    assert db.execute("SELECT count(*) FROM upward").fetchone() == (N,)
     db.execute("CREATE VIRTUAL TABLE mine USING vecshard(path='%s')" % ints.path)  # what this connection says itself is fine
     assert db.execute("SELECT count(*) FROM mine").fetchone() == (N,)
     db.close()

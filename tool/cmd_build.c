@@ -90,7 +90,7 @@ typedef struct build_job {
 
 /* ---- arguments ---- */
 
-/* Names that a table of the shard needs for itself (DESIGN 2.2). */
+/* Names that a table of the shard needs for itself. */
 static int is_reserved(const char *name) {
   static const char *const taken[] = {"id",     "embedding", "k",        "nprobe", "refine",
                                       "recall", "exact",     "distance", "rowid"};

@@ -16,7 +16,7 @@ import os
 import h5py
 import numpy as np
 
-SHARES = [0.232, 0.2046, 0.1815, 0.1518, 0.1286, 0.1015]  # of the rows; fill three buckets of a third each
+SHARES = [0.232, 0.2046, 0.1815, 0.1518, 0.1286, 0.1010]  # of the rows; fill three buckets of a third each
 LATENT = 48
 
 
@@ -59,7 +59,7 @@ def main():
         ap.error("--rows starts at 100, --queries and --dim at 1")
 
     os.makedirs(a.dir, exist_ok=True)
-    mixture = Mixture(a.dim, max(10, a.rows // 30), a.seed)
+    mixture = Mixture(a.dim, max(10, a.rows // 100), a.seed)
     sizes = [int(a.rows * s) for s in SHARES]
     numbers = np.random.default_rng([a.seed, 1]).permutation(10 * sum(sizes)) + 1
     first = 0

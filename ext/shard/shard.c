@@ -275,7 +275,16 @@ static vs_rc add_path(shard_set *set, const char *path, vs_err *err) {
   return rc;
 }
 
-static vs_rc add_list(shard_set *set, const char *json, vs_err *err) {
+static vs_rc add_name(char ***names, size_t *n, const char *name, vs_err *err) {
+  char **grown = realloc(*names, (*n + 1) * sizeof *grown);
+  if (!grown) return vs_nomem(err);
+  *names = grown;
+  if (!(grown[*n] = strdup(name))) return vs_nomem(err);
+  ++*n;
+  return VS_OK;
+}
+
+static vs_rc split_list(const char *json, char ***paths, size_t *n, vs_err *err) {
   sqlite3 *db = NULL;
   sqlite3_stmt *stmt = NULL;
   vs_rc rc = VS_OK;
@@ -287,12 +296,19 @@ static vs_rc add_list(shard_set *set, const char *json, vs_err *err) {
   while (!rc && (step = sqlite3_step(stmt)) == SQLITE_ROW) {
     const char *type = (const char *)sqlite3_column_text(stmt, 0), *path = (const char *)sqlite3_column_text(stmt, 1);
     if (!type || !path || strcmp(type, "text")) rc = vs_fail(err, VS_INVALID, "source %.100s: a list of paths as JSON texts is needed", json);
-    else rc = add_path(set, path, err);
+    else rc = add_name(paths, n, path, err);
   }
   if (!rc && step != SQLITE_DONE) rc = vs_fail(err, VS_INVALID, "source %.100s: not valid JSON: write it as [\"db/a\",\"db/b\"]", json);
-  if (!rc && !set->n) rc = vs_fail(err, VS_INVALID, "source %.100s names no shard", json);
+  if (!rc && !*n) rc = vs_fail(err, VS_INVALID, "source %.100s names no shard", json);
   sqlite3_finalize(stmt);
   sqlite3_close(db);
+  return rc;
+}
+
+vs_rc shard_source_split(const char *source, char ***paths, size_t *n, vs_err *err) {
+  *paths = NULL, *n = 0;
+  vs_rc rc = source[0] == '[' ? split_list(source, paths, n, err) : add_name(paths, n, source, err);
+  if (rc) shard_names_free(*paths, *n), *paths = NULL, *n = 0;
   return rc;
 }
 
@@ -327,8 +343,12 @@ vs_rc shard_set_check(shard *const *shards, size_t n, vs_err *err) {
 }
 
 vs_rc shard_set_open(const char *source, shard_set *out, vs_err *err) {
+  char **paths;
+  size_t n;
   memset(out, 0, sizeof *out);
-  vs_rc rc = source[0] == '[' ? add_list(out, source, err) : add_path(out, source, err);
+  vs_rc rc = shard_source_split(source, &paths, &n, err);
+  for (size_t i = 0; i < n && !rc; i++) rc = add_path(out, paths[i], err);
+  shard_names_free(paths, n);
   if (!rc) rc = shard_set_check(out->shards, out->n, err);
   if (!rc) rc = tell_apart(out, err);
   if (rc) shard_set_reset(out);

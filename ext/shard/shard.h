@@ -40,6 +40,8 @@ int shard_set_is_fresh(const shard_set *s); /* 0: open it again for the newest v
 void shard_set_reset(shard_set *s);
 /* VS_INVALID naming two that differ in dimension, metric or id type. */
 vs_rc shard_set_check(shard *const *shards, size_t n, vs_err *err) VS_WARN_UNUSED;
+/* The paths that such a source names, for shard_names_free: the source itself, or the elements of the list. */
+vs_rc shard_source_split(const char *source, char ***paths, size_t *n, vs_err *err) VS_WARN_UNUSED;
 int shard_source_is_path(const char *source); /* contains '/' or ':' or starts with '[' */
 
 /* ---- searching ---- */
@@ -69,7 +71,7 @@ typedef struct shard_search {
 typedef struct shard_stats { uint64_t partitions, rows, refined; } shard_stats;
 
 /* The k nearest, ascending by (distance, shard, id). *hits is malloc'ed. Without `exact`, estimates of all shards are merged
- * first and only the best k*refine of them are compared by stored vectors (DESIGN 5.4). */
+ * first and only the best k*refine of them are compared by stored vectors. */
 vs_rc shard_search_run(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) VS_WARN_UNUSED;
 
 /* ---- single rows ---- */

@@ -47,7 +47,7 @@ static int poll_stop(void *ctx) {
 
 /* ---- sizes ---- */
 
-/* Both defaults were set on A and B (DESIGN section 9) at k = 100 ... 10,000: recall@k .95 to .99. */
+/* Both defaults were set on two clustered sets (1,000,000 x 128 l2, 300,000 x 960 cosine), k = 100 ... 10,000: recall@k .95 to .99. */
 static uint64_t candidates_for(uint64_t k, int64_t refine, uint64_t n_rows) {
   uint64_t want;
   if (refine >= 0) {

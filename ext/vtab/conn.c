@@ -6,6 +6,7 @@
  */
 #include "conn.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -46,29 +47,64 @@ void conn_table_remove(conn *c, conn_table *t) {
     }
 }
 
-static conn_table *find_connected(conn *c, const char *name) {
-  const char *dot = strchr(name, '.');
-  for (conn_table *t = c->tables; t; t = t->next) {
-    if (!sqlite3_stricmp(t->name, name)) return t;
-    if (dot && (size_t)(dot - name) == strlen(t->schema) && !sqlite3_strnicmp(t->schema, name, (int)(dot - name)) &&
-        !sqlite3_stricmp(t->name, dot + 1))
-      return t;
-  }
-  return NULL;
+static conn_table *find_connected(conn *c, const char *schema, const char *name) {
+  conn_table *t = c->tables;
+  while (t && (sqlite3_stricmp(t->schema, schema) || sqlite3_stricmp(t->name, name))) t = t->next;
+  return t;
+}
+
+/* Does schema.name exist? SQLite connects a table when a statement first names it; preparing one is enough. Asked also for
+ * tables in the list: cached statements keep a dropped table connected. */
+static int table_exists(conn *c, const char *schema, const char *name) {
+  sqlite3_stmt *stmt = NULL;
+  char *sql = sqlite3_mprintf("SELECT 1 FROM \"%w\".\"%w\"", schema, name);
+  int found = sql && sqlite3_prepare_v2(c->db, sql, -1, &stmt, NULL) == SQLITE_OK;
+  sqlite3_finalize(stmt);
+  sqlite3_free(sql);
+  return found;
 }
 
 conn_table *conn_table_find(conn *c, const char *name) {
-  conn_table *t = find_connected(c, name);
-  if (t) return t;
-  /* SQLite connects a table when it is first named; preparing a statement is enough */
+  static const int order[] = {1, 0}; /* temp, main, then the attached ones */
+  const char *schema;
+  for (int i = 0; (schema = sqlite3_db_name(c->db, i < 2 ? order[i] : i)); i++)
+    if (table_exists(c, schema, name)) return find_connected(c, schema, name);
   const char *dot = strchr(name, '.');
-  char *sql = dot ? sqlite3_mprintf("SELECT 1 FROM \"%.*w\".\"%w\"", (int)(dot - name), name, dot + 1)
-                  : sqlite3_mprintf("SELECT 1 FROM \"%w\"", name);
-  sqlite3_stmt *stmt = NULL;
-  if (sql) sqlite3_prepare_v2(c->db, sql, -1, &stmt, NULL);
-  sqlite3_finalize(stmt);
-  sqlite3_free(sql);
-  return find_connected(c, name);
+  char *qualifier = dot ? strndup(name, (size_t)(dot - name)) : NULL;
+  conn_table *t = qualifier && table_exists(c, qualifier, dot + 1) ? find_connected(c, qualifier, dot + 1) : NULL;
+  free(qualifier);
+  return t;
+}
+
+/* ---- paths that a schema names ---- */
+
+vs_rc conn_path_resolve(const conn *c, const char *schema, const char *path, char **full, vs_err *err) {
+  const char *file = sqlite3_db_filename(c->db, schema), *slash = file ? strrchr(file, '/') : NULL;
+  int is_relative = path[0] != '/' && !strstr(path, "://");
+  if (asprintf(full, "%.*s%s", is_relative && slash ? (int)(slash + 1 - file) : 0, slash ? file : "", path) >= 0) return VS_OK;
+  *full = NULL;
+  return vs_nomem(err);
+}
+
+/* Is path the folder `prefix` or inside it? */
+static int is_inside(const char *path, const char *prefix) {
+  size_t n = strlen(prefix);
+  return !strncmp(path, prefix, n) && (!path[n] || path[n] == '/' || (n && prefix[n - 1] == '/'));
+}
+
+vs_rc conn_path_check_trust(const conn *c, const char *table, const char *path, const char *full, vs_err *err) {
+  int trusted = 1, allowed = 0;
+  sqlite3_db_config(c->db, SQLITE_DBCONFIG_TRUSTED_SCHEMA, -1, &trusted);
+  if (trusted || (path[0] != '/' && !strstr(path, "..") && !strstr(path, "://"))) return VS_OK;
+  char *real = realpath(full, NULL);
+  const char *shown = real ? real : full;
+  for (size_t i = 0; i < c->n_allowed && !allowed; i++)
+    allowed = is_inside(shown, c->allowed[i]) || (is_inside(path, c->allowed[i]) && !strstr(path, ".."));
+  vs_rc rc = allowed ? VS_OK
+                     : vs_fail(err, VS_INVALID, "%s: the schema names the path %s and trusted_schema is off: allow it with SELECT "
+                               "vecshard_config('allow', '%s')", table, path, shown);
+  free(real);
+  return rc;
 }
 
 /* ---- sources ---- */

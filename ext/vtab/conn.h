@@ -35,12 +35,17 @@ void conn_release(void *conn); /* a module destructor */
 
 void conn_table_add(conn *c, conn_table *t);
 void conn_table_remove(conn *c, conn_table *t);
-/* By name or schema.name; NULL when there is no such vecshard table. Connects the table if the schema has it. */
+/* By name or schema.name, as SQL finds it; NULL when there is no such vecshard table. Connects the table if the schema has it. */
 conn_table *conn_table_find(conn *c, const char *name);
 
 /* Opens a source: a path, a JSON list of paths, or names of vecshard tables separated by commas. Every shard is counted once
  * more for the caller: release with shard_set_reset. Paths stay open between statements while nothing in them changes. */
 vs_rc conn_any_open(conn *c, const char *source, shard_set *out, vs_err *err) VS_WARN_UNUSED;
+
+/* Paths that a schema names: relative ones are relative to the database file, so that both can be moved together. */
+vs_rc conn_path_resolve(const conn *c, const char *schema, const char *path, char **full, vs_err *err) VS_WARN_UNUSED;
+/* With trusted_schema off, a path that somebody else's file names must stay beside that file or be allowed. */
+vs_rc conn_path_check_trust(const conn *c, const char *table, const char *path, const char *full, vs_err *err) VS_WARN_UNUSED;
 
 /* Answers "must I stop?" for a long computation inside a statement; asks SQLite every few milliseconds. */
 typedef struct conn_stop { sqlite3 *db; sqlite3_stmt *probe; int64_t last_ms; int hit; } conn_stop;

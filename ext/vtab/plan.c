@@ -69,12 +69,13 @@ static vs_rc decode_recall(sqlite3_value *v, vs_err *err) {
   return vs_fail(err, VS_INVALID, "recall: this shard holds no calibration; set nprobe and refine instead, or exact = 1");
 }
 
-static void decode_limit(const char *entry, sqlite3_value *v, plan_search *s) {
-  int type = sqlite3_value_numeric_type(v);
-  if (type != SQLITE_INTEGER && type != SQLITE_FLOAT) return; /* SQLite compares it with every distance itself */
+/* Bounds of distance. Other values than numbers SQLite compares itself (distance has no affinity: '5' is no number). */
+static void decode_bound(const char *entry, sqlite3_value *v, plan_search *s) {
+  int type = sqlite3_value_type(v), open = entry[1] == '<' || entry[1] == '>';
+  if (type != SQLITE_INTEGER && type != SQLITE_FLOAT) return;
   double d = sqlite3_value_double(v);
-  if (s->has_limit && d >= s->limit) return;
-  s->has_limit = 1, s->limit = d, s->limit_open = entry[1] == '<';
+  if (*entry == 'd' && (!s->has_limit || d < s->limit || (d == s->limit && open))) s->has_limit = 1, s->limit = d, s->limit_open = open;
+  if (*entry == 'b' && (!s->has_floor || d > s->floor || (d == s->floor && open))) s->has_floor = 1, s->floor = d, s->floor_open = open;
 }
 
 static vs_rc decode_one(const char *e, sqlite3_value *v, shard_type (*type_of)(void *, int), void *ctx, plan_search *s, vs_err *err) {
@@ -96,7 +97,8 @@ static vs_rc decode_one(const char *e, sqlite3_value *v, shard_type (*type_of)(v
       rc = whole_number("exact", v, &n, err);
       s->exact = n > 0;
       break;
-    case 'd': decode_limit(e, v, s); break;
+    case 'd':
+    case 'b': decode_bound(e, v, s); break;
     case 'f': {
       int column = atoi(e + 2);
       rc = filter_add(&s->filter, column, (filter_op)e[1], type_of(ctx, column), v, err);

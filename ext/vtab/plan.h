@@ -3,6 +3,7 @@
  * idxStr lists the arguments of xFilter in order, one entry each, ended by ';':
  *   q query | k | n nprobe | r refine | R recall | x exact | s source
  *   d< d{  upper bound of distance (< or <=): lets a lazy stream end
+ *   b> b}  lower bound of distance (> or >=): holds before k is cut
  *   i id = | w rowid = (plans without a query)
  *   f<op><column>  filter term: op is a filter_op letter, column a number, -1 the id
  * idxNum: PLAN_SCAN, PLAN_ID, PLAN_ROWID or PLAN_SEARCH, plus PLAN_SORTED when ORDER BY distance was consumed (by all queries
@@ -16,7 +17,7 @@
 enum { PLAN_SCAN = 0, PLAN_ID = 1, PLAN_ROWID = 2, PLAN_SEARCH = 3, PLAN_KIND = 3, PLAN_SORTED = 4, PLAN_ORDERED = 8 };
 
 /* Costs: one constant for every plan with a query, below any plan without one, or the OR optimisation breaks searches up. */
-#define PLAN_SEARCH_COST 10.0
+#define PLAN_SEARCH_COST 40.0
 #define PLAN_LOOKUP_COST 50.0
 #define PLAN_SCAN_COST 1e9
 
@@ -40,8 +41,10 @@ typedef struct plan_search {
   int has_k, exact;
   uint64_t k;
   int64_t nprobe, refine;
-  int has_limit, limit_open; /* distance bound; open: < */
+  int has_limit, limit_open; /* upper bound of distance; open: < */
   double limit;
+  int has_floor, floor_open; /* lower bound of distance; open: > */
+  double floor;
   sqlite3_value *query, *source, *id, *rowid;
   filter filter;
 } plan_search;

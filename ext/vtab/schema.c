@@ -110,6 +110,7 @@ static vs_rc parse_vector(const char *arg, const char *name, tokens *t, schema_d
   if (d->want.vector_name) return wrong(arg, "one vector column is possible", err);
   if (!next_word(t)) return wrong(arg, "the dimension is missing: FLOAT[960]", err);
   unsigned long dim = strtoul(t->word, &end, 10);
+  while (isspace((unsigned char)*end)) end++;
   if (*end || dim < 1 || dim > 16384) return wrong(arg, "the dimension must be from 1 to 16384", err);
   d->want.dim = (uint32_t)dim, d->want.metric = SHARD_COSINE;
   if (accept(t, "distance_metric")) {
@@ -206,6 +207,17 @@ vs_rc schema_compare(const schema_def *d, const shard_manifest *have, vs_err *er
       return vs_fail(err, VS_INVALID, "metadata column %zu of the shard is %s %s", i + 1, have->columns[i].name,
                      types[have->columns[i].type]);
   return VS_OK;
+}
+
+int schema_same_columns(const shard_manifest *a, const shard_manifest *b) {
+  int same = a->n_columns == b->n_columns;
+  for (size_t i = 0; same && i < a->n_columns; i++)
+    same = !strcmp(a->columns[i].name, b->columns[i].name) && a->columns[i].type == b->columns[i].type;
+  return same;
+}
+
+int schema_same(const shard_manifest *a, const shard_manifest *b) {
+  return a->dim == b->dim && a->metric == b->metric && a->id_text == b->id_text && schema_same_columns(a, b);
 }
 
 static vs_rc check_name(const char *name, const char *table, const char *what, vs_err *err) {

@@ -18,6 +18,10 @@ void schema_reset(schema_def *d);
 /* Does the shard have exactly the defined columns? */
 vs_rc schema_compare(const schema_def *d, const shard_manifest *have, vs_err *err) VS_WARN_UNUSED;
 
+/* Have two shards (or versions) the same id type, dimension, metric and metadata columns? */
+int schema_same(const shard_manifest *a, const shard_manifest *b);
+int schema_same_columns(const shard_manifest *a, const shard_manifest *b); /* the metadata columns only */
+
 /* Hidden columns, in this order behind the shard's own: the query (named after the table), k, ... distance. */
 enum { HIDDEN_QUERY, HIDDEN_K, HIDDEN_NPROBE, HIDDEN_REFINE, HIDDEN_RECALL, HIDDEN_EXACT, HIDDEN_DISTANCE, N_HIDDEN };
 

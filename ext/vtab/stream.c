@@ -3,6 +3,8 @@
 
 #include <stdlib.h>
 #include <string.h>
+
+#include "../kernels/kern.h"
 SQLITE_EXTENSION_INIT3
 
 enum {
@@ -18,8 +20,8 @@ static shard_search search_of(stream *s, uint64_t k) {
 }
 
 static int search_order(const shard_hit *a, const shard_hit *b) {
-  if (a->distance != b->distance) return a->distance < b->distance ? -1 : 1;
-  if (a->shard != b->shard) return a->shard < b->shard ? -1 : 1;
+  uint64_t x = kern_key(a->distance, a->shard), y = kern_key(b->distance, b->shard);
+  if (x != y) return x < y ? -1 : 1;
   if (a->segment != b->segment) return a->segment < b->segment ? -1 : 1;
   return a->row < b->row ? -1 : a->row > b->row;
 }
@@ -138,6 +140,33 @@ static vs_rc search_named(stream *s, const filter_term *ids, vs_err *err) {
   return rc;
 }
 
+static void drop_row(stream *s) {
+  if (s->has_row) ivfpq_rows_release(s->segment, &s->row, 1);
+  s->has_row = 0;
+}
+
+static vs_rc step(stream *s, vs_err *err) {
+  drop_row(s);
+  s->at++;
+  if (s->at < s->n || s->done) return VS_OK;
+  if (s->opt.has_k && s->given >= s->opt.k) {
+    s->done = 1;
+    return VS_OK;
+  }
+  return next_batch(s, err);
+}
+
+/* To the first row that is not below the floor. */
+static vs_rc skip_below(stream *s, vs_err *err) {
+  vs_rc rc = VS_OK;
+  while (!rc && !stream_eof(s)) {
+    double d = stream_hit(s)->distance;
+    if (s->opt.floor_open ? d > s->opt.floor : d >= s->opt.floor) break;
+    rc = step(s, err);
+  }
+  return rc;
+}
+
 vs_rc stream_open(stream *s, sqlite3 *db, shard *const *shards, size_t n_shards, const stream_options *opt, vs_err *err) {
   memset(s, 0, sizeof *s);
   s->shards = shards, s->n_shards = n_shards, s->opt = *opt;
@@ -154,7 +183,13 @@ vs_rc stream_open(stream *s, sqlite3 *db, shard *const *shards, size_t n_shards,
     for (size_t i = 0; i < n_shards; i++) s->filters[i] = &opt->filter->base;
   }
   if (opt->has_k && opt->k > s->n_rows) s->opt.k = s->n_rows;
-  if (opt->has_k && s->opt.k <= MOST) {
+  if (opt->has_k && opt->has_floor && s->opt.k) { /* nobody knows how many rows lie below: a lazy stream, cut after k */
+    s->left = s->opt.k, s->opt.has_k = 0, s->opt.ordered = 1;
+    s->batch = s->left < MOST ? s->left : MOST;
+    vs_rc rc = next_batch(s, err);
+    return rc ? rc : skip_below(s, err);
+  }
+  if (s->opt.has_k && s->opt.k <= MOST) {
     s->done = 1;
     shard_search q = search_of(s, s->opt.k);
     return run(s, &q, err);
@@ -163,20 +198,13 @@ vs_rc stream_open(stream *s, sqlite3 *db, shard *const *shards, size_t n_shards,
   return next_batch(s, err);
 }
 
-static void drop_row(stream *s) {
-  if (s->has_row) ivfpq_rows_release(s->segment, &s->row, 1);
-  s->has_row = 0;
-}
-
 vs_rc stream_next(stream *s, vs_err *err) {
-  drop_row(s);
-  s->at++;
-  if (s->at < s->n || s->done) return VS_OK;
-  if (s->opt.has_k && s->given >= s->opt.k) {
-    s->done = 1;
+  if (s->left && !--s->left) {
+    drop_row(s);
+    s->at = s->n, s->done = 1;
     return VS_OK;
   }
-  return next_batch(s, err);
+  return step(s, err);
 }
 
 vs_rc stream_row(stream *s, ivfpq_segment **segment, const uint8_t **record, vs_err *err) {

@@ -20,6 +20,8 @@ typedef struct stream_options {
   int exact;
   int ordered;            /* 1: SQLite relies on ascending distance */
   const filter *filter;   /* on every shard; NULL or n == 0: none */
+  int has_floor, floor_open; /* only rows at this distance or beyond (open: beyond it); k counts these */
+  double floor;
   int threads;
 } stream_options;
 
@@ -39,6 +41,7 @@ typedef struct stream {
   int has_last;
   int exhausted;          /* the last batch reached the end */
   int done;               /* no batch will follow */
+  uint64_t left;          /* with a floor and k: rows still to give out, else 0 */
   shard_hit *seen;        /* not ordered: rows of approximate batches, by storage order */
   size_t n_seen;
   /* the current row, read on demand */

@@ -18,6 +18,7 @@
 
 #include "modules.h"
 #include "plan.h"
+#include "schema.h"
 #include "vec_value.h"
 SQLITE_EXTENSION_INIT3
 
@@ -29,10 +30,14 @@ typedef struct union_table {
   conn *c;
   char *schema, *name;
   char *source;      /* table form; NULL: the function form */
+  char *full_source; /* its paths resolved against the database file; NULL until first needed */
+  char **paths;      /* as stored, n_paths */
+  size_t n_paths;
+  int from_schema;   /* somebody else's file may have named the source */
   shard_manifest m;  /* table form: id type and metadata columns */
 } union_table;
 
-typedef struct ranked_hit { shard_hit hit; uint32_t query_no; } ranked_hit;
+typedef struct ranked_hit { shard_hit hit; uint32_t query_no; size_t rank; } ranked_hit;
 
 typedef struct union_cursor {
   sqlite3_vtab_cursor base;
@@ -78,25 +83,70 @@ static vs_rc parse_source(int argc, const char *const *argv, char **out, vs_err 
   return VS_OK;
 }
 
+static void append_json_text(sqlite3_str *s, const char *text, uint32_t n) {
+  sqlite3_str_appendchar(s, 1, '"');
+  for (uint32_t i = 0; i < n; i++) {
+    unsigned char ch = (unsigned char)text[i];
+    if (ch == '"' || ch == '\\') sqlite3_str_appendf(s, "\\%c", ch);
+    else if (ch < 0x20) sqlite3_str_appendf(s, "\\u%04x", ch);
+    else sqlite3_str_appendchar(s, 1, (char)ch);
+  }
+  sqlite3_str_appendchar(s, 1, '"');
+}
+
+/* ---- the source of the table form ---- */
+
+static vs_rc resolve_source(union_table *t, vs_err *err) {
+  sqlite3_str *s = sqlite3_str_new(NULL);
+  vs_rc rc = t->paths ? VS_OK : shard_source_split(t->source, &t->paths, &t->n_paths, err);
+  int is_list = t->source[0] == '[';
+  for (size_t i = 0; i < t->n_paths && !rc; i++) {
+    char *full;
+    rc = conn_path_resolve(t->c, t->schema, t->paths[i], &full, err);
+    if (!rc && is_list) sqlite3_str_appendchar(s, 1, i ? ',' : '['), append_json_text(s, full, (uint32_t)strlen(full));
+    else if (!rc) sqlite3_str_appendall(s, full);
+    free(full);
+  }
+  if (is_list) sqlite3_str_appendchar(s, 1, ']');
+  char *text = sqlite3_str_finish(s);
+  if (!rc && (!text || !(t->full_source = strdup(text)))) rc = vs_nomem(err);
+  sqlite3_free(text);
+  return rc;
+}
+
+static vs_rc check_trust(const union_table *t, vs_err *err) {
+  vs_rc rc = VS_OK;
+  for (size_t i = 0; i < t->n_paths && !rc && t->from_schema; i++) {
+    char *full;
+    rc = conn_path_resolve(t->c, t->schema, t->paths[i], &full, err);
+    if (!rc) rc = conn_path_check_trust(t->c, t->name, t->paths[i], full, err);
+    free(full);
+  }
+  return rc;
+}
+
+static vs_rc open_stored(union_table *t, shard_set *out, vs_err *err) {
+  vs_rc rc = VS_OK;
+  memset(out, 0, sizeof *out);
+  if (!shard_source_is_path(t->source)) return conn_any_open(t->c, t->source, out, err);
+  if (!t->full_source) rc = resolve_source(t, err);
+  if (!rc) rc = check_trust(t, err);
+  return rc ? rc : conn_any_open(t->c, t->full_source, out, err);
+}
+
 /* The table form shows the first shard's columns; every shard must have the same. */
 static vs_rc same_columns(const shard_set *set, vs_err *err) {
-  const shard_manifest *a = &set->shards[0]->manifest;
-  for (size_t i = 1; i < set->n; i++) {
-    const shard_manifest *b = &set->shards[i]->manifest;
-    int differ = a->n_columns != b->n_columns;
-    for (size_t c = 0; c < a->n_columns && !differ; c++)
-      differ = strcmp(a->columns[c].name, b->columns[c].name) || a->columns[c].type != b->columns[c].type;
-    if (differ)
+  for (size_t i = 1; i < set->n; i++)
+    if (!schema_same_columns(&set->shards[0]->manifest, &set->shards[i]->manifest))
       return vs_fail(err, VS_INVALID, "%s and %s have different metadata columns: use the function form", set->shards[0]->path,
                      set->shards[i]->path);
-  }
   return VS_OK;
 }
 
 static vs_rc create_config(union_table *t, vs_err *err) {
   shard_set set;
   char *json = NULL;
-  vs_rc rc = conn_any_open(t->c, t->source, &set, err);
+  vs_rc rc = open_stored(t, &set, err);
   if (rc) return rc;
   rc = same_columns(&set, err);
   if (!rc) {
@@ -132,7 +182,8 @@ static vs_rc read_config(union_table *t, vs_err *err) {
 
 static void union_free(union_table *t) {
   shard_manifest_reset(&t->m);
-  free(t->schema), free(t->name), free(t->source);
+  shard_names_free(t->paths, t->n_paths);
+  free(t->schema), free(t->name), free(t->source), free(t->full_source);
   conn_release(t->c);
   sqlite3_free(t);
 }
@@ -167,13 +218,15 @@ static int x_connect(sqlite3 *db, void *aux, int argc, const char *const *argv, 
   vs_rc rc = t->schema && t->name ? VS_OK : vs_nomem(&err);
   if (!rc && argc > 3) {
     rc = parse_source(argc - 3, argv + 3, &t->source, &err);
-    if (!rc && !config_exists(db, t->schema, t->name)) rc = create_config(t, &err);
+    t->from_schema = config_exists(db, t->schema, t->name);
+    if (!rc && !t->from_schema) rc = create_config(t, &err);
     if (!rc) rc = read_config(t, &err);
   } else if (!rc) sqlite3_vtab_config(db, SQLITE_VTAB_DIRECTONLY); /* it reads any path that SQL names */
   if (!rc) rc = declare(t, &err);
   if (rc) {
     union_free(t);
-    return conn_error(&err, message);
+    int changed = err.rc == VS_IO && sqlite3_errcode(db) == SQLITE_SCHEMA; /* by another connection: SQLite reads it and tries again */
+    return changed ? SQLITE_SCHEMA : conn_error(&err, message);
   }
   *out = &t->base;
   return SQLITE_OK;
@@ -222,7 +275,7 @@ static void use_constraint(plan *p, union_table *t, int i) {
   const struct sqlite3_index_constraint *c = &p->info->aConstraint[i];
   int h = hidden_of(t, c->iColumn), eq = c->op == SQLITE_INDEX_CONSTRAINT_EQ;
   if (is_query(t, c)) plan_use(p, i, 1, "q");
-  else if (h >= 0 && eq) plan_use(p, i, 1, entries[h]);
+  else if (h >= 0 && eq && !(h == HID_SOURCE && t->source)) plan_use(p, i, 1, entries[h]); /* a table has one source */
   else if (t->source && c->iColumn == COL_ID) plan_filter(p, i, FILTER_ID, column_type(t, FILTER_ID));
   else if (c->iColumn >= N_FIXED && h < 0) plan_filter(p, i, c->iColumn - N_FIXED, column_type(t, c->iColumn - N_FIXED));
 }
@@ -310,7 +363,7 @@ static vs_rc add_results(union_cursor *c, stream *s, uint32_t query_no, vs_err *
     ranked_hit *grown = realloc(c->all, (c->n_all + n + 1) * sizeof *grown);
     if (!grown) return vs_nomem(err);
     c->all = grown;
-    for (size_t i = 0; i < n; i++) c->all[c->n_all++] = (ranked_hit){s->hits[s->at + i], query_no};
+    for (size_t i = 0; i < n; i++) c->all[c->n_all] = (ranked_hit){s->hits[s->at + i], query_no, c->n_all}, c->n_all++;
     s->at = s->n - 1;
     rc = stream_next(s, err);
   }
@@ -320,8 +373,7 @@ static vs_rc add_results(union_cursor *c, stream *s, uint32_t query_no, vs_err *
 static int by_distance(const void *pa, const void *pb) {
   const ranked_hit *a = pa, *b = pb;
   if (a->hit.distance != b->hit.distance) return a->hit.distance < b->hit.distance ? -1 : 1;
-  if (a->query_no != b->query_no) return a->query_no < b->query_no ? -1 : 1;
-  return 0;
+  return a->rank < b->rank ? -1 : a->rank > b->rank; /* by query, then as its search ranked them */
 }
 
 static vs_rc search_many(union_cursor *c, union_table *t, int sorted, vs_err *err) {
@@ -342,6 +394,12 @@ static vs_rc search_many(union_cursor *c, union_table *t, int sorted, vs_err *er
 
 static vs_rc search(union_cursor *c, union_table *t, int idx_num, vs_err *err) {
   uint32_t dim = c->set.shards[0]->manifest.dim;
+  for (size_t i = 0; t->source && i < c->set.n; i++) {
+    const shard_manifest *m = &c->set.shards[i]->manifest;
+    if (m->id_text != t->m.id_text || !schema_same_columns(m, &t->m))
+      return vs_fail(err, VS_INVALID, "%s has other columns than %s had when it was created: DROP the table and create it again",
+                     c->set.shards[i]->path, t->name);
+  }
   if (c->batch.dim != dim) return vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", c->batch.dim, c->set.shards[0]->path, dim);
   if (c->batch.n > 1) return search_many(c, t, (idx_num & PLAN_SORTED) != 0, err);
   stream_options o = options_of(c, t, 0, (idx_num & PLAN_ORDERED) != 0);
@@ -360,7 +418,7 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   if (!rc && c->plan.source) source = (const char *)sqlite3_value_text(c->plan.source);
   if (!rc && source && sqlite3_value_type(c->plan.query) != SQLITE_NULL) {
     rc = vec_batch_from_value(c->plan.query, &c->batch, &err);
-    if (!rc) rc = conn_any_open(t->c, source, &c->set, &err);
+    if (!rc) rc = c->plan.source ? conn_any_open(t->c, source, &c->set, &err) : open_stored(t, &c->set, &err);
     if (!rc && c->batch.n) rc = search(c, t, idx_num, &err);
   }
   c->plan.query = c->plan.source = NULL;
@@ -393,17 +451,6 @@ static vs_rc need_row(union_cursor *c, vs_err *err) {
   return rc;
 }
 
-static void append_json_text(sqlite3_str *s, const char *text, uint32_t n) {
-  sqlite3_str_appendchar(s, 1, '"');
-  for (uint32_t i = 0; i < n; i++) {
-    unsigned char ch = (unsigned char)text[i];
-    if (ch == '"' || ch == '\\') sqlite3_str_appendf(s, "\\%c", ch);
-    else if (ch < 0x20) sqlite3_str_appendf(s, "\\u%04x", ch);
-    else sqlite3_str_appendchar(s, 1, (char)ch);
-  }
-  sqlite3_str_appendchar(s, 1, '"');
-}
-
 /* {"organism":"E. coli","length":312} */
 static vs_rc result_row(sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *record, vs_err *err) {
   uint8_t *buf = NULL;
@@ -429,16 +476,14 @@ static vs_rc result_row(sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *r
   return rc;
 }
 
-static vs_rc row_column(union_cursor *c, union_table *t, sqlite3_context *ctx, int column, vs_err *err) {
+static vs_rc row_column(union_cursor *c, sqlite3_context *ctx, int column, vs_err *err) {
   vs_rc rc = need_row(c, err);
   if (rc) return rc;
   int ok = 1;
   if (column == COL_ID) ok = result_id(ctx, c->segment, c->row.record, err);
   else if (column == COL_EMBEDDING) ok = result_vector(ctx, c->segment, c->row.record);
   else if (column == COL_ROW) return result_row(ctx, c->segment, c->row.record, err);
-  else if (c->segment->params.n_columns == t->m.n_columns)
-    ok = result_column(ctx, c->segment, c->row.record, (uint32_t)(column - N_FIXED), err);
-  else return vs_fail(err, VS_INVALID, "%s: the shards' columns have changed: DROP the table and create it again", t->name);
+  else ok = result_column(ctx, c->segment, c->row.record, (uint32_t)(column - N_FIXED), err);
   return ok ? VS_OK : err->rc;
 }
 
@@ -466,13 +511,14 @@ static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
   else if (column == COL_DISTANCE) sqlite3_result_double(ctx, current(c)->distance);
   else if (column == COL_QUERY_NO) sqlite3_result_int64(ctx, query_no);
   else if (column == COL_QUERY_KEY) vec_batch_key(&c->batch, query_no, ctx);
-  else rc = row_column(c, t, ctx, column, &err);
+  else rc = row_column(c, ctx, column, &err);
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 
 static int x_rowid(sqlite3_vtab_cursor *v, sqlite3_int64 *rowid) {
   union_cursor *c = (union_cursor *)v;
-  *rowid = (sqlite3_int64)(c->many ? c->at : c->hits.given + c->hits.at);
+  const shard_hit *h = current(c); /* of one query: the row's place, by which OR over two searches leaves out doubles */
+  *rowid = (sqlite3_int64)(c->many ? c->at : (uint64_t)h->shard << 48 | (uint64_t)h->segment << 32 | h->row);
   return SQLITE_OK;
 }
 

@@ -14,6 +14,7 @@
  * rowid: the id itself for integer ids, else segment * 2^32 + row, stable within a version.
  * Limitations: read-only; id and metadata conditions without a query are checked by SQLite row by row, but id = and rowid =.
  */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -102,29 +103,15 @@ static vs_rc config_read(table *t, vs_err *err) {
 
 /* ---- paths ---- */
 
-/* Relative paths of a schema are relative to the database file, so that both can be moved together. */
 static vs_rc resolve_path(table *t, vs_err *err) {
-  const char *file = sqlite3_db_filename(t->c->db, t->entry.schema), *slash = file ? strrchr(file, '/') : NULL;
-  char *full;
-  if (t->path && (t->path[0] == '/' || strstr(t->path, "://"))) full = sqlite3_mprintf("%s", t->path);
-  else if (t->path) full = slash ? sqlite3_mprintf("%.*s/%s", (int)(slash - file), file, t->path) : sqlite3_mprintf("%s", t->path);
-  else if (file && *file) full = sqlite3_mprintf("%s.vecshard/%s", file, t->entry.name);
-  else return vs_fail(err, VS_INVALID, "a table in memory needs a path: USING vecshard(path='db/NAME')");
-  if (full) t->full_path = strdup(full);
-  sqlite3_free(full);
-  return t->full_path ? VS_OK : vs_nomem(err);
-}
-
-/* With trusted_schema off, a path that somebody else's file names must stay beside that file. */
-static vs_rc check_trust(const table *t, vs_err *err) {
-  int trusted = 1;
-  sqlite3_db_config(t->c->db, SQLITE_DBCONFIG_TRUSTED_SCHEMA, -1, &trusted);
-  if (trusted || !t->from_schema || !t->path) return VS_OK;
-  if (t->path[0] != '/' && !strstr(t->path, "..") && !strstr(t->path, "://")) return VS_OK;
-  for (size_t i = 0; i < t->c->n_allowed; i++)
-    if (!strncmp(t->path, t->c->allowed[i], strlen(t->c->allowed[i])) && !strstr(t->path, "..")) return VS_OK;
-  return vs_fail(err, VS_INVALID, "%s: the schema names the path %s and trusted_schema is off: allow it with SELECT vecshard_config('allow', '%s')",
-                 t->entry.name, t->path, t->path);
+  const char *file = sqlite3_db_filename(t->c->db, t->entry.schema);
+  if (t->path) return conn_path_resolve(t->c, t->entry.schema, t->path, &t->full_path, err);
+  if (!file || !*file) return vs_fail(err, VS_INVALID, "a table in memory needs a path: USING vecshard(path='db/NAME')");
+  if (asprintf(&t->full_path, "%s.vecshard/%s", file, t->entry.name) < 0) {
+    t->full_path = NULL;
+    return vs_nomem(err);
+  }
+  return VS_OK;
 }
 
 /* ---- connecting ---- */
@@ -143,15 +130,16 @@ static vs_rc table_open(conn_table *entry, shard **out, vs_err *err) {
   *out = NULL;
   if (!t->open || (!t->version && !shard_is_fresh(t->open))) {
     shard *s;
-    vs_rc rc = check_trust(t, err);
+    vs_rc rc = t->from_schema && t->path ? conn_path_check_trust(t->c, t->entry.name, t->path, t->full_path, err) : VS_OK;
     if (!rc) rc = shard_open(t->full_path, t->version, &s, err);
+    if (!rc && !schema_same(&s->manifest, &t->m)) {
+      shard_close(s);
+      rc = vs_fail(err, VS_INVALID, "%s: the shard now has other columns than when the table was created: DROP and create it again",
+                   t->full_path);
+    }
     if (rc) return rc;
     shard_close(t->open);
     t->open = s;
-    if (s->manifest.dim != t->m.dim || s->manifest.metric != t->m.metric || s->manifest.id_text != t->m.id_text ||
-        s->manifest.n_columns != t->m.n_columns)
-      return vs_fail(err, VS_INVALID, "%s: the shard now has other columns than when the table was created: DROP and create it again",
-                     t->full_path);
   }
   *out = shard_share(t->open);
   return VS_OK;
@@ -201,7 +189,8 @@ static int connect_table(sqlite3 *db, void *aux, int argc, const char *const *ar
   sqlite3_free(sql);
   if (rc) {
     table_free(t);
-    return conn_error(&err, message);
+    int changed = err.rc == VS_IO && sqlite3_errcode(db) == SQLITE_SCHEMA; /* by another connection: SQLite reads it and tries again */
+    return changed ? SQLITE_SCHEMA : conn_error(&err, message);
   }
   conn_table_add(t->c, &t->entry);
   *out = &t->base;
@@ -230,6 +219,11 @@ static int x_destroy(sqlite3_vtab *v) {
 
 static int x_rename(sqlite3_vtab *v, const char *name) {
   table *t = table_of(v);
+  vs_err err = {0};
+  char *declared = NULL;
+  vs_rc fit = schema_declare(&t->m, name, &declared, &err); /* the new name becomes a column, too */
+  sqlite3_free(declared);
+  if (fit) return conn_error(&err, &v->zErrMsg);
   char *sql = sqlite3_mprintf("ALTER TABLE \"%w\".\"%w_config\" RENAME TO \"%w_config\"", t->entry.schema, t->entry.name, name);
   char *copy = strdup(name);
   int rc = sql && copy ? sqlite3_exec(t->c->db, sql, NULL, NULL, NULL) : SQLITE_NOMEM;
@@ -271,10 +265,12 @@ static void use_search_argument(plan *p, table *t, int i) {
   const struct sqlite3_index_constraint *c = &p->info->aConstraint[i];
   int h = hidden_of(t, c->iColumn);
   char bound[3] = {'d', c->op == SQLITE_INDEX_CONSTRAINT_LT ? '<' : '{', 0};
+  char floor[3] = {'b', c->op == SQLITE_INDEX_CONSTRAINT_GT ? '>' : '}', 0};
   if (is_query(t, c)) plan_use(p, i, 1, "q");
   else if (is_search_column(t, c->iColumn) && c->op == SQLITE_INDEX_CONSTRAINT_EQ) plan_use(p, i, 1, entries[h]);
   else if (h == HIDDEN_DISTANCE && (c->op == SQLITE_INDEX_CONSTRAINT_LT || c->op == SQLITE_INDEX_CONSTRAINT_LE)) plan_use(p, i, 0, bound);
-  else if (c->iColumn == 0) plan_filter(p, i, FILTER_ID, column_type(&t->m, FILTER_ID));
+  else if (h == HIDDEN_DISTANCE && (c->op == SQLITE_INDEX_CONSTRAINT_GT || c->op == SQLITE_INDEX_CONSTRAINT_GE)) plan_use(p, i, 0, floor);
+  else if (c->iColumn == 0 || (c->iColumn == -1 && !t->m.id_text)) plan_filter(p, i, FILTER_ID, column_type(&t->m, FILTER_ID));
   else if (c->iColumn >= 2 && c->iColumn < 2 + (int)t->m.n_columns)
     plan_filter(p, i, c->iColumn - 2, column_type(&t->m, c->iColumn - 2));
 }
@@ -363,6 +359,7 @@ static vs_rc start_search(cursor *c, table *t, int sorted, vs_err *err) {
   if (!rc && query) {
     stream_options o = {.query = query, .dim = dim, .has_k = c->plan.has_k, .k = c->plan.k, .nprobe = c->plan.nprobe,
                         .refine = c->plan.refine, .exact = c->plan.exact, .ordered = sorted, .filter = &c->plan.filter,
+                        .has_floor = c->plan.has_floor, .floor_open = c->plan.floor_open, .floor = c->plan.floor,
                         .threads = t->c->threads};
     if (dim != t->m.dim) rc = vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", dim, t->entry.name, t->m.dim);
     if (!rc) rc = stream_open(&c->hits, t->c->db, &c->s, 1, &o, err);

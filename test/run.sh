@@ -1,0 +1,122 @@
+#!/bin/bash
+# run.sh - every check, called by `make test`: builds, C tests, the demo, SQL and tool tests, the same under sanitizers.
+#
+# A stage prints its output and its duration. C tests and pytest count by their own numbers, other stages as one. The last line
+# is 'N passed, N failed'; the exit status is 0 only when something passed and nothing failed. Stages that need a package which
+# is not there are left out with a line that says so; with CI set they fail instead, and so does a test that is skipped for it.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+export PYTHONDONTWRITEBYTECODE=1
+unset MAKEFLAGS MAKELEVEL SAN OUT
+jobs=$(nproc)
+python=/usr/bin/python3
+passed=0 failed=0
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+
+count() { passed=$((passed + $1)); failed=$((failed + $2)); }
+
+# Runs a command as a stage; its output stays in $out/last. Returns its status.
+run() {
+  local title=$1 start=$SECONDS status
+  shift
+  echo "==== $title"
+  "$@" 2>&1 | tee "$out/last"
+  status=${PIPESTATUS[0]}
+  echo "---- $title: $((SECONDS - start)) s$([ "$status" = 0 ] || echo ", exit status $status")"
+  return "$status"
+}
+
+# A stage that passes or fails as a whole.
+step() {
+  if run "$@"; then count 1 0; else count 0 1; echo "FAILED: $1"; fi
+}
+
+# Sums the numbers that match a pattern with one number in it.
+sum() { sed -nE "s/$1/\1/p" "$out/last" | awk '{n += $1} END {print n + 0}'; }
+
+# A program on cmocka: "[  PASSED  ] 12 test(s).". One that ends without a failure of its own but not with 0 has crashed.
+c_test() {
+  local status=0 good bad
+  run "$@" || status=$?
+  good=$(sum '.*\[  PASSED  \] ([0-9]+) test.*')
+  bad=$(sum '.*\[  FAILED  \] ([0-9]+) test.*')
+  if [ "$bad" = 0 ] && { [ $status != 0 ] || [ "$good" = 0 ]; }; then bad=1; fi
+  [ "$bad" = 0 ] || echo "FAILED: $1"
+  count "$good" "$bad"
+}
+
+# pytest: "3 failed, 120 passed, 2 skipped, 1 error in 12.34s".
+py_test() {
+  local status=0 numbers good bad missing
+  run "$@" || status=$?
+  numbers=$(grep -E '[0-9]+ (passed|failed|errors?|skipped).* in [0-9.]+s' "$out/last" | tail -n 1)
+  good=$(echo "$numbers" | grep -oE '[0-9]+ passed' | awk '{n += $1} END {print n + 0}')
+  bad=$(echo "$numbers" | grep -oE '[0-9]+ (failed|error)' | awk '{n += $1} END {print n + 0}')
+  if [ "$bad" = 0 ] && { [ $status != 0 ] || [ "$good" = 0 ]; }; then bad=1; fi
+  if [ -n "${CI-}" ]; then
+    missing=$(grep -cE '^SKIPPED .*(could not import|No module named|is not installed|not built|no tool|no sqlite3)' "$out/last")
+    [ "$missing" = 0 ] || { echo "FAILED: $1: skipped for lack of a package, and CI is set"; bad=$((bad + 1)); }
+  fi
+  [ "$bad" = 0 ] || echo "FAILED: $1"
+  count "$good" "$bad"
+}
+
+# Something that is not there: left out, or a failure where CI is set.
+lacking() {
+  if [ -n "${CI-}" ]; then echo "FAILED: $1"; count 0 1; else echo "LEFT OUT: $1"; fi
+}
+
+finish() {
+  echo "==== $SECONDS s in all"
+  echo "$passed passed, $failed failed"
+  [ "$failed" = 0 ] && [ "$passed" != 0 ]
+  exit
+}
+
+c_programs() { local t; for t in test/test_*.c; do [ -e "$t" ] && basename "$t" .c; done; }
+pytest_all() { "$python" -m pytest -q -rs -p no:cacheprovider --durations=5 test; }
+
+if ! run "build" make -s -j"$jobs" all c-tests; then echo "FAILED: build"; count 0 1; finish; fi
+count 1 0
+for t in $(c_programs); do c_test "$t" "build/test/$t"; done
+
+# The demo leaves the database whose first rows README.md shows; test_docs.py compares them.
+step "demo" tool/demo.sh
+
+if "$python" -c 'import pytest, numpy, h5py' 2>/dev/null; then
+  py_test "pytest" pytest_all
+else
+  lacking "pytest: /usr/bin/python3 lacks pytest, numpy or h5py (tool/install-deps test)"
+fi
+
+# Address and undefined behaviour. Python itself is not built for it: the runtime library is loaded first, leaks are its own.
+sanitized_pytest() {
+  LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+    VECSHARD_BUILD=build-address VECSHARD_TOOL="$PWD/build-address/vecshard" pytest_all
+}
+if run "build, SAN=address" make -s -j"$jobs" SAN=address all c-tests; then
+  count 1 0
+  for t in $(c_programs); do c_test "$t, SAN=address" "build-address/test/$t"; done
+  "$python" -c 'import pytest, numpy, h5py' 2>/dev/null && py_test "pytest, SAN=address" sanitized_pytest
+else
+  echo "FAILED: build, SAN=address"; count 0 1
+fi
+
+# Threads. The thread sanitizer wants the usual address layout; where the kernel's is wider, randomisation is turned off.
+plain() { if setarch "$(uname -m)" -R true 2>/dev/null; then setarch "$(uname -m)" -R "$@"; else "$@"; fi; }
+for t in test_base test_ivfpq; do
+  [ -e "test/$t.c" ] || continue
+  if run "build $t, SAN=thread" make -s -j"$jobs" SAN=thread "build-thread/test/$t"; then
+    c_test "$t, SAN=thread" plain "build-thread/test/$t"
+  else
+    echo "FAILED: build $t, SAN=thread"; count 0 1
+  fi
+done
+
+if command -v clang >/dev/null; then
+  step "build, clang" make -s -j"$jobs" CC=clang OUT=build/clang all c-tests
+else
+  lacking "a build with clang, which is not installed (tool/install-deps test)"
+fi
+finish
