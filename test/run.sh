@@ -27,6 +27,19 @@ run() {
   return "$status"
 }
 
+# The same, with output (its last part) only when the command fails.
+run_quietly() {
+  local title=$1
+  shift
+  run "$title" logged "$@"
+}
+logged() {
+  local status=0
+  "$@" >"$out/log" 2>&1 || status=$?
+  if [ $status = 0 ]; then grep -E '^\[  (PASSED|FAILED|SKIPPED) +\] [0-9]+ test' "$out/log"; else tail -n 200 "$out/log"; fi
+  return $status
+}
+
 # A stage that passes or fails as a whole.
 step() {
   if run "$@"; then count 1 0; else count 0 1; echo "FAILED: $1"; fi
@@ -38,7 +51,7 @@ sum() { sed -nE "s/$1/\1/p" "$out/last" | awk '{n += $1} END {print n + 0}'; }
 # A program on cmocka: "[  PASSED  ] 12 test(s).". One that ends without a failure of its own but not with 0 has crashed.
 c_test() {
   local status=0 good bad
-  run "$@" || status=$?
+  run_quietly "$@" || status=$?
   good=$(sum '.*\[  PASSED  \] ([0-9]+) test.*')
   bad=$(sum '.*\[  FAILED  \] ([0-9]+) test.*')
   if [ "$bad" = 0 ] && { [ $status != 0 ] || [ "$good" = 0 ]; }; then bad=1; fi
@@ -77,7 +90,7 @@ finish() {
 c_programs() { local t; for t in test/test_*.c; do [ -e "$t" ] && basename "$t" .c; done; }
 pytest_all() { "$python" -m pytest -q -rs -p no:cacheprovider --durations=5 test; }
 
-if ! run "build" make -s -j"$jobs" all c-tests; then echo "FAILED: build"; count 0 1; finish; fi
+if ! run_quietly "build" make -s -j"$jobs" all c-tests; then echo "FAILED: build"; count 0 1; finish; fi
 count 1 0
 for t in $(c_programs); do c_test "$t" "build/test/$t"; done
 
@@ -95,7 +108,7 @@ sanitized_pytest() {
   LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
     VECSHARD_BUILD=build-address VECSHARD_TOOL="$PWD/build-address/vecshard" pytest_all
 }
-if run "build, SAN=address" make -s -j"$jobs" SAN=address all c-tests; then
+if run_quietly "build, SAN=address" make -s -j"$jobs" SAN=address all c-tests; then
   count 1 0
   for t in $(c_programs); do c_test "$t, SAN=address" "build-address/test/$t"; done
   "$python" -c 'import pytest, numpy, h5py' 2>/dev/null && py_test "pytest, SAN=address" sanitized_pytest
@@ -107,7 +120,7 @@ fi
 plain() { if setarch "$(uname -m)" -R true 2>/dev/null; then setarch "$(uname -m)" -R "$@"; else "$@"; fi; }
 for t in test_base test_ivfpq; do
   [ -e "test/$t.c" ] || continue
-  if run "build $t, SAN=thread" make -s -j"$jobs" SAN=thread "build-thread/test/$t"; then
+  if run_quietly "build $t, SAN=thread" make -s -j"$jobs" SAN=thread "build-thread/test/$t"; then
     c_test "$t, SAN=thread" plain "build-thread/test/$t"
   else
     echo "FAILED: build $t, SAN=thread"; count 0 1
@@ -115,7 +128,7 @@ for t in test_base test_ivfpq; do
 done
 
 if command -v clang >/dev/null; then
-  step "build, clang" make -s -j"$jobs" CC=clang OUT=build/clang all c-tests
+  step "build, clang" logged make -s -j"$jobs" CC=clang OUT=build/clang all c-tests
 else
   lacking "a build with clang, which is not installed (tool/install-deps test)"
 fi

@@ -144,7 +144,7 @@ static void printing_round_trips(void **state) {
 }
 
 static void names_need_escaping(void **state) {
-  static const char *const names[] = {
+  static const char *const names[] = {"\\u0000",
       "\"",       "\\",           "a\"b\\c",          "\x01\x1f\t\n", "'; DROP TABLE c; --", "]}",
       "\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x98\x80", "\xef\xbf\xbf", "\xf4\x8f\xbf\xbf",    "\x7f",
       " "};
@@ -267,9 +267,10 @@ static const hostile cases[] = {
     {"\"organism\"", "\"\"", VS_CORRUPT, "the name of a column"},
     {"\"organism\"", "7", VS_CORRUPT, "the name of a column"},
     {"\"organism\"", "[\"a\"]", VS_CORRUPT, "the name of a column"},
-    {"\"organism\"", "\"a\\u0000b\"", VS_CORRUPT, "the name of a column"},
+    {"\"organism\"", "\"a\\u0000b\"", VS_CORRUPT, "a NUL character"},
     {"\"organism\"", "\"\\ud800\"", VS_CORRUPT, "the name of a column"},
     {"organism", "a\x80", VS_CORRUPT, "the name of a column"},
+    {"organism", "\xc3" "A", VS_CORRUPT, "the name of a column"},
     {"organism", "\xc0\xaf", VS_CORRUPT, "the name of a column"},
     {"organism", "\xe0\x80\xaf", VS_CORRUPT, "the name of a column"},
     {"organism", "\xed\xa0\x80", VS_CORRUPT, "the name of a column"},
@@ -296,7 +297,9 @@ static const hostile cases[] = {
     {"seg-a.ivf", "Seg", VS_CORRUPT, "the file name of a segment"},
     {"seg-a.ivf", "seg a", VS_CORRUPT, "the file name of a segment"},
     {"seg-a.ivf", "", VS_CORRUPT, "the file name of a segment"},
-    {"seg-a.ivf", "seg\\u0000x", VS_CORRUPT, "the file name of a segment"},
+    {"seg-a.ivf", "seg-a.ivf\\u0000x", VS_CORRUPT, "a NUL character"},
+    {"seg-a.ivf", "\\\\\\u0000", VS_CORRUPT, "a NUL character"},
+    {"seg-a.ivf", "\\\\u0000", VS_CORRUPT, "the file name of a segment"},
     {"\"seg-a.ivf\"", "7", VS_CORRUPT, "the file name of a segment"},
     {"seg-a.ivf", "seg-b.ivf", VS_CORRUPT, "a segment appears twice"},
     {"\"bytes\":1000", "\"bytes\":-1", VS_CORRUPT, "the bytes of a segment"},

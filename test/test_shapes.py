@@ -124,7 +124,7 @@ def test_recall_with_4_bits_is_not_luck(tmp_path):
     db.close()
 
 
-@pytest.mark.parametrize("options, says", [(("--subvectors", 17), "subvectors"), (("--partitions", 0), "partitions"), (("--bits", 5), "bits"),
+@pytest.mark.parametrize("options, says", [(("--subvectors", 17), "not 17"), (("--partitions", 0), "partitions"), (("--bits", 5), "bits"),
                                            (("--store", "f64"), "store")])
 def test_impossible_options(tmp_path, options, says):
     np.save(tmp_path / "x.npy", clustered(20, 16, SEED))

@@ -336,7 +336,7 @@ KEPT = ["kind = 'Kind3' OR length > 70", "NOT (length BETWEEN -20 AND 60)", "kin
         "score IS NULL OR note LIKE '%9'", "kind = 'kind4' COLLATE NOCASE", "kind COLLATE NOCASE IN ('kind4', 'KIND5')", "length > score",
         "CASE WHEN length > 0 THEN kind = 'Kind3' ELSE note = 'note 5' END", "kind || note = 'Kind0note 11'", "substr(kind, 5) = '4'", "+length = 7",
         "(kind, length) = ('Kind3', 4)", "NOT kind GLOB 'Kind[0-8]'", "length NOT BETWEEN 0 AND 79", "note NOT LIKE 'note 1%'", "id % 100 = 0",
-        "kind LIKE 'Kind1' ESCAPE '\\'"]
+        "kind LIKE 'Kind1' ESCAPE '\\'", "score LIKE '12.%'", "score GLOB '1*'"]
 
 
 @pytest.mark.parametrize("where", KEPT)
@@ -366,6 +366,7 @@ FILTERS = [
     "kind GLOB 'Kind[1-3]'", "kind GLOB 'kind*'", "kind = 'Kind1' OR kind = 'Kind2' OR kind = 'Kind9'", 
     "note = 'note 7'", "note > 'note 98'", "note LIKE '%77'", "note GLOB '*[5]5'", "note IN ('note 1', 'note 2')", "note IS NOT NULL AND note < 'note 10'",
     "note = 'note 7' AND length > 10", "note LIKE 'note 2%' AND kind = 'Kind2' AND score IS NOT NULL AND length < 50",
+    "length LIKE '1%'", "length GLOB '[34]*'", "length LIKE '-%'", "length LIKE 5", "id LIKE '3_0'",
     "code = '07'", "code = 7", "code IN (7, 8)", "code > 30", "code = 7.0", "code = 12 AND length > 0",
     "id = 300", "id = '300'", "id = 300.0", "id = 300.5", "id = 'x'", "id IN (0, 3, 6, 7, NULL, '9')", "id IN (SELECT id FROM plain WHERE length = 7)", "id < -580",
     "id > 17000 AND id <= 17100", "id BETWEEN 0 AND 100", "id IS 30", "id IS NOT 30", "id IS NULL", "id <> 30", "id = 30 OR id = 33", "rowid = 30",

@@ -217,6 +217,14 @@ def test_table_form(db, folder):
         assert db.execute("SELECT shard, id FROM every WHERE embedding MATCH ? AND exact = 1 AND k = 12 AND " + where, (QB,)).fetchall() == want, where
         near = db.execute("SELECT shard, id FROM every WHERE embedding MATCH ? AND nprobe = 1 AND k = 12 AND " + where, (QB,)).fetchall()
         assert len(near) == len(want), where
+    for k in (1, 9, 2000):
+        only_b = db.execute("SELECT shard, id FROM every WHERE embedding MATCH ? AND exact = 1 AND k = ? AND shard = 'b'", (QB, k)).fetchall()
+        assert only_b == truth(shards[1:2], Q, k)
+    for name in ("B", "none", "", None, 5):
+        assert db.execute("SELECT id FROM every WHERE embedding MATCH ? AND k = 9 AND shard = ?", (QB, name)).fetchall() == []
+    assert len(db.execute("SELECT id FROM every WHERE embedding MATCH ? AND k = 9 AND shard = 'B' COLLATE NOCASE", (QB,)).fetchall()) <= 9
+    named = db.execute("SELECT n.column1, count(*) FROM (VALUES('a'),('c')) n CROSS JOIN every e ON e.shard = n.column1 AND e.embedding MATCH ? AND e.k = 4 GROUP BY 1", (QB,))
+    assert named.fetchall() == [("a", 4), ("c", 4)]
     kept = db.execute("SELECT shard, id FROM every WHERE embedding MATCH ? AND exact = 1 AND (size = 3 OR kind = 'k2') ORDER BY distance LIMIT 8", (QB,)).fetchall()
     assert kept == truth(shards, Q, 8, lambda s, n: s.value("size", n) == 3 or s.value("kind", n) == "k2")
     for row in db.execute("SELECT shard, id, kind, size, score, note FROM every WHERE embedding MATCH ? AND k = 5", (QB,)):
@@ -363,13 +371,18 @@ def test_functions_stay_out_of_schemas(db, folder):
 def test_info_functions(db, folder):
     path, shards = folder
     listed = db.execute("SELECT shard, path, rows, version, dim, metric, id_type, segments FROM shard_list(?)", (path,)).fetchall()
-    assert listed == [(n, os.path.join(path, n), N, 1, DIM, "l2", "integer", 1) for n in "abc"]
+    assert listed == [(n, os.path.join(path, n), N, 1, DIM, "l2", "INTEGER", 1) for n in "abc"]
     info = db.execute("SELECT shard, rows, deleted, unindexed, nlist, bytes, version FROM shard_info(?)", (path,)).fetchall()
     size = [sum(os.path.getsize(os.path.join(s.path, f)) for f in os.listdir(s.path) if f.startswith("seg-")) for s in shards]
     assert info == [(n, N, 0, 0, 20 if n == "b" else 1, size[i], 1) for i, n in enumerate("abc")]
     parts = db.execute("SELECT shard, count(*), sum(rows) FROM shard_partitions(?) GROUP BY shard", (path,)).fetchall()
     assert parts == [(n, 20 if n == "b" else 1, N) for n in "abc"]
     assert db.execute("SELECT * FROM shard_verify(?)", (path,)).fetchall() == []
+    db.execute("CREATE VIRTUAL TABLE t USING vecshard(path='%s')" % shards[1].path)
+    assert db.execute("SELECT shard, rows FROM shard_list('t')").fetchall() == [("t", N)]
+    assert db.execute("SELECT count(*) FROM shard_partitions('t')").fetchone() == (20,)
+    for source in ("t", json.dumps([s.path for s in shards])):
+        assert db.execute("SELECT * FROM shard_verify(?)", (source,)).fetchall() == []
     for f in ("shard_list", "shard_info", "shard_partitions", "shard_verify"):
         assert db.execute("SELECT count(*) FROM %s(NULL)" % f).fetchone() == (0,)
         fails(db, "SELECT * FROM %s('/none')" % f, says="/none")
@@ -386,4 +399,4 @@ def test_verify_finds_damage(db, folder, tmp_path):
         f.seek(-1, os.SEEK_CUR)
         f.write(bytes([byte ^ 1]))
     found = db.execute("SELECT shard, fault FROM shard_verify(?)", (str(tmp_path / "db"),)).fetchall()
-    assert found and {r[0] for r in found} == {"b"} and all(r[1] for r in found)
+    assert found and {os.path.basename(r[0]) for r in found} == {"b"} and all(r[1] for r in found)

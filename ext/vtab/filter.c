@@ -5,7 +5,7 @@
 #include <string.h>
 SQLITE_EXTENSION_INIT3
 
-int filter_op_of(int op, int is_in, int is_text_column) {
+int filter_op_of(int op, int is_in, shard_type type) {
   if (is_in) return FILTER_IN;
   switch (op) {
     case SQLITE_INDEX_CONSTRAINT_EQ: return FILTER_EQ;
@@ -18,8 +18,8 @@ int filter_op_of(int op, int is_in, int is_text_column) {
     case SQLITE_INDEX_CONSTRAINT_ISNOT: return FILTER_ISNOT;
     case SQLITE_INDEX_CONSTRAINT_ISNULL: return FILTER_ISNULL;
     case SQLITE_INDEX_CONSTRAINT_ISNOTNULL: return FILTER_NOTNULL;
-    case SQLITE_INDEX_CONSTRAINT_LIKE: return is_text_column ? FILTER_LIKE : 0;
-    case SQLITE_INDEX_CONSTRAINT_GLOB: return is_text_column ? FILTER_GLOB : 0;
+    case SQLITE_INDEX_CONSTRAINT_LIKE: return type != SHARD_REAL ? FILTER_LIKE : 0;
+    case SQLITE_INDEX_CONSTRAINT_GLOB: return type != SHARD_REAL ? FILTER_GLOB : 0; /* how a real prints is SQLite's affair */
     default: return 0;
   }
 }
@@ -92,8 +92,12 @@ static int matches(const filter_term *t, const filter_value *v) {
   if (null) return 0;
   if (t->op == FILTER_IN) return t->n && bsearch(v, t->values, t->n, sizeof *v, value_order) != NULL;
   if (want->type == SQLITE_NULL) return 0;
-  if (t->op == FILTER_LIKE) return want->type != SQLITE_TEXT || sqlite3_strlike(want->text, v->text, 0) == 0;
-  if (t->op == FILTER_GLOB) return want->type != SQLITE_TEXT || sqlite3_strglob(want->text, v->text) == 0;
+  if (t->op == FILTER_LIKE || t->op == FILTER_GLOB) {
+    char digits[24];
+    const char *text = v->type == SQLITE_TEXT ? v->text : sqlite3_snprintf(sizeof digits, digits, "%lld", v->i);
+    if (want->type != SQLITE_TEXT) return 1;
+    return (t->op == FILTER_LIKE ? sqlite3_strlike(want->text, text, 0) : sqlite3_strglob(want->text, text)) == 0;
+  }
   int c = value_order(v, want);
   switch (t->op) {
     case FILTER_EQ: return c == 0;
@@ -272,6 +276,7 @@ vs_rc filter_add(filter *f, int column, filter_op op, shard_type type, sqlite3_v
   filter_term *t = &f->terms[f->n++];
   *t = (filter_term){.column = column, .op = op};
   if (op == FILTER_ISNULL || op == FILTER_NOTNULL) return VS_OK;
+  if (op == FILTER_LIKE || op == FILTER_GLOB) type = SHARD_TEXT; /* patterns stay texts */
   if (op != FILTER_IN) return add_value(t, &room, type, value, err);
   sqlite3_value *v = NULL;
   vs_rc rc = VS_OK;

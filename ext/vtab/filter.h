@@ -26,7 +26,7 @@ typedef struct filter {
 } filter;
 
 /* The operator for an SQLITE_INDEX_CONSTRAINT_..., or 0 when we leave it to SQLite. */
-int filter_op_of(int constraint_op, int is_in, int is_text_column);
+int filter_op_of(int constraint_op, int is_in, shard_type type);
 /* Adds a term. For FILTER_IN, value is what sqlite3_vtab_in_first iterates over. `type` is the column's. */
 vs_rc filter_add(filter *f, int column, filter_op op, shard_type type, sqlite3_value *value, vs_err *err) VS_WARN_UNUSED;
 void filter_reset(filter *f);

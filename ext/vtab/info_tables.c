@@ -1,9 +1,9 @@
 /* info_tables.c - table-valued functions that describe a source (the path of a shard or database, a JSON list, table names):
  *
- *   SELECT * FROM shard_list('db');        -- shard, path, rows, version, dim, metric, id_type, segments
- *   SELECT * FROM shard_info('db');        -- per segment: shard, segment, rows, deleted, unindexed, nlist, M, bits, bytes, version
- *   SELECT * FROM shard_partitions('db');  -- per partition: shard, segment, partition, rows, row0, code_bytes, column_bytes
- *   SELECT * FROM shard_verify('db');      -- shard, segment, fault: no row when sound
+ *   SELECT * FROM shard_list('./db');        -- shard, path, rows, version, dim, metric, id_type, segments
+ *   SELECT * FROM shard_info('./db');        -- per segment: shard, segment, rows, deleted, unindexed, nlist, M, bits, bytes, version
+ *   SELECT * FROM shard_partitions('./db');  -- per partition: shard, segment, partition, rows, row0, code_bytes, column_bytes
+ *   SELECT * FROM shard_verify('./db');      -- shard (its path), segment, fault: no row when sound
  *
  * All results are computed when the query starts and then handed out. They read any path that SQL names: SQLITE_DIRECTONLY.
  */
@@ -127,9 +127,16 @@ static int verify_stop(void *ctx) { return conn_stop_poll(&((verify_ctx *)ctx)->
 static vs_rc fill_verify(conn *c, const char *source, rows *out, vs_err *err) {
   verify_ctx v = {.out = out, .err = err};
   shard_verifier verifier = {.ctx = &v, .fault = add_fault, .stop = verify_stop};
+  shard_set set = {0};
+  char **paths = NULL;
+  size_t n = 0;
+  int named = !shard_source_is_path(source); /* paths are not opened here: a shard that does not open is a fault, not an error */
+  vs_rc rc = named ? conn_any_open(c, source, &set, err) : shard_source_split(source, &paths, &n, err);
   conn_stop_init(&v.stop, c->db);
-  vs_rc rc = shard_verify(source, &verifier, err);
+  for (size_t i = 0; i < (named ? set.n : n) && !rc; i++) rc = shard_verify(named ? set.shards[i]->path : paths[i], &verifier, err);
   conn_stop_reset(&v.stop);
+  shard_names_free(paths, n);
+  shard_set_reset(&set);
   return rc ? rc : v.rc;
 }
 

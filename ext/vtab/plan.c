@@ -35,7 +35,7 @@ int plan_filter(plan *p, int i, int column, shard_type type) {
   if (!c->usable) return 0;
   const char *collation = sqlite3_vtab_collation(p->info, i);
   if (type == SHARD_TEXT && collation && sqlite3_stricmp(collation, "BINARY")) return 0;
-  int op = filter_op_of(c->op, 0, type == SHARD_TEXT);
+  int op = filter_op_of(c->op, 0, type);
   if (!op) return 0;
   if (plan_take_in(p->info, i)) op = FILTER_IN;
   sqlite3_snprintf(sizeof entry, entry, "f%c%d", op, column);
@@ -84,6 +84,7 @@ static vs_rc decode_one(const char *e, sqlite3_value *v, shard_type (*type_of)(v
   switch (*e) {
     case 'q': s->query = v; break;
     case 's': s->source = v; break;
+    case 'S': s->shard = v; break;
     case 'i': s->id = v; break;
     case 'w': s->rowid = v; break;
     case 'k':

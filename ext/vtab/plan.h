@@ -1,7 +1,7 @@
 /* plan.h - what xBestIndex of the search tables tells xFilter, and the arguments that come with it.
  *
  * idxStr lists the arguments of xFilter in order, one entry each, ended by ';':
- *   q query | k | n nprobe | r refine | R recall | x exact | s source
+ *   q query | k | n nprobe | r refine | R recall | x exact | s source | S shard =
  *   d< d{  upper bound of distance (< or <=): lets a lazy stream end
  *   b> b}  lower bound of distance (> or >=): holds before k is cut
  *   i id = | w rowid = (plans without a query)
@@ -46,7 +46,7 @@ typedef struct plan_search {
   double limit;
   int has_floor, floor_open; /* lower bound of distance; open: > */
   double floor;
-  sqlite3_value *query, *source, *id, *rowid;
+  sqlite3_value *query, *source, *shard, *id, *rowid;
   filter filter;
 } plan_search;
 /* type_of tells a metadata column's type (-1: the id). Release with plan_search_reset, also on failure. */

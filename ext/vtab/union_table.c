@@ -1,10 +1,10 @@
 /* union_table.c - `shard_union`: the nearest rows over many shards, as a function and as a table.
  *
- *   SELECT shard, id, distance FROM shard_union('db', :q, 10);                    -- every shard in the folder
+ *   SELECT shard, id, distance FROM shard_union('./db', :q, 10);                  -- every shard in the folder
  *   SELECT shard, id, distance FROM shard_union('["db/a","other/b"]', :q, 10);    -- named paths
  *   SELECT shard, id, distance FROM shard_union('proteins,b7', :q, 10);           -- tables of this connection
- *   SELECT query_no, query_key, id FROM shard_union('db', (SELECT vec_pack(e, name) FROM queries), 5);
- *   CREATE VIRTUAL TABLE everything USING shard_union(source='db');               -- with the metadata columns and filters
+ *   SELECT query_no, query_key, id FROM shard_union('./db', (SELECT vec_pack(e, name) FROM queries), 5);
+ *   CREATE VIRTUAL TABLE everything USING shard_union(source='./db');             -- with the metadata columns and filters
  *   SELECT id, organism FROM everything WHERE embedding MATCH :q AND length > 300 AND k = 10;
  *
  * Columns: shard, id, distance, query_no, query_key, embedding, row (JSON of the metadata), then, in the table form, the
@@ -194,7 +194,8 @@ static vs_rc declare(union_table *t, vs_err *err) {
                                       "source", "query", "k",        "nprobe",   "refine",    "recall",    "exact"};
   sqlite3_str *s = sqlite3_str_new(t->c->db);
   vs_rc rc = VS_OK;
-  sqlite3_str_appendall(s, "CREATE TABLE x(shard TEXT, id, distance REAL, query_no INTEGER, query_key, embedding BLOB, row TEXT");
+  sqlite3_str_appendf(s, "CREATE TABLE x(shard TEXT, id %s, distance REAL, query_no INTEGER, query_key, embedding BLOB, row TEXT",
+                      !t->source ? "" : t->m.id_text ? "TEXT" : "INTEGER");
   for (size_t i = 0; i < t->m.n_columns && !rc; i++) {
     for (size_t j = 0; j < sizeof taken / sizeof *taken; j++)
       if (!sqlite3_stricmp(taken[j], t->m.columns[i].name))
@@ -276,6 +277,8 @@ static void use_constraint(plan *p, union_table *t, int i) {
   int h = hidden_of(t, c->iColumn), eq = c->op == SQLITE_INDEX_CONSTRAINT_EQ;
   if (is_query(t, c)) plan_use(p, i, 1, "q");
   else if (h >= 0 && eq && !(h == HID_SOURCE && t->source)) plan_use(p, i, 1, entries[h]); /* a table has one source */
+  else if (c->iColumn == COL_SHARD && eq && !sqlite3_vtab_in(p->info, i, -1) && !sqlite3_stricmp(sqlite3_vtab_collation(p->info, i), "BINARY"))
+    plan_use(p, i, 0, "S");
   else if (t->source && c->iColumn == COL_ID) plan_filter(p, i, FILTER_ID, column_type(t, FILTER_ID));
   else if (c->iColumn >= N_FIXED && h < 0) plan_filter(p, i, c->iColumn - N_FIXED, column_type(t, c->iColumn - N_FIXED));
 }
@@ -392,6 +395,16 @@ static vs_rc search_many(union_cursor *c, union_table *t, int sorted, vs_err *er
   return rc;
 }
 
+/* `shard = ...`: the others are not searched. */
+static void keep_shard(shard_set *set, const char *name) {
+  size_t n = 0;
+  for (size_t i = 0; i < set->n; i++) {
+    if (name && !strcmp(set->names[i], name)) set->shards[n] = set->shards[i], set->names[n++] = set->names[i];
+    else shard_close(set->shards[i]), free(set->names[i]);
+  }
+  set->n = n;
+}
+
 static vs_rc search(union_cursor *c, union_table *t, int idx_num, vs_err *err) {
   uint32_t dim = c->set.shards[0]->manifest.dim;
   for (size_t i = 0; t->source && i < c->set.n; i++) {
@@ -419,9 +432,10 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   if (!rc && source && sqlite3_value_type(c->plan.query) != SQLITE_NULL) {
     rc = vec_batch_from_value(c->plan.query, &c->batch, &err);
     if (!rc) rc = c->plan.source ? conn_any_open(t->c, source, &c->set, &err) : open_stored(t, &c->set, &err);
-    if (!rc && c->batch.n) rc = search(c, t, idx_num, &err);
+    if (!rc && c->plan.shard) keep_shard(&c->set, (const char *)sqlite3_value_text(c->plan.shard));
+    if (!rc && c->batch.n && c->set.n) rc = search(c, t, idx_num, &err);
   }
-  c->plan.query = c->plan.source = NULL;
+  c->plan.query = c->plan.source = c->plan.shard = NULL;
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 
