@@ -581,7 +581,7 @@ static void damaged_files_are_refused(void **state) {
   vs_err_reset(&err);
   assert_int_equal(shard_manifest_read(dir, 0, &m, &err), VS_CORRUPT);
   assert_non_null(strstr(err.text, path));
-  assert_int_equal(truncate(path, (off_t)SHARD_MAX_MANIFEST + 1), 0); /* sparse; refused before it is read */
+  assert_int_equal(truncate(path, (off_t)1 << 40), 0); /* sparse; refused before memory is asked for */
   vs_err_reset(&err);
   assert_int_equal(shard_manifest_read(dir, 0, &m, &err), VS_CORRUPT);
   assert_non_null(strstr(err.text, "too large"));

@@ -392,6 +392,21 @@ def test_bound_values_take_the_columns_affinity(t):
         assert t.execute("SELECT count(*) FROM t WHERE embedding MATCH ? AND k = 6000 AND " + where, (QB, value)).fetchone() == want, (where, value)
 
 
+@pytest.mark.parametrize("encoding", ["UTF-8", "UTF-16le", "UTF-16be"])
+def test_encodings_of_the_host_database(db, make_shard, encoding):
+    """SQLite orders the texts of a UTF-16 database by their UTF-16 bytes."""
+    names = ["a", "Z", "Ā", "é", "\U0001f600", "\uff5e", ""] * 3
+    s = make_shard("names", clustered(21, 4, SEED), columns={"name": names})
+    db.execute("PRAGMA encoding = '%s'" % encoding)
+    declare(db, s)
+    db.execute("CREATE TABLE plain(id INTEGER, name TEXT)")
+    db.executemany("INSERT INTO plain VALUES(?,?)", enumerate(names))
+    for op in ("=", "<>", "<", "<=", ">", ">=", "LIKE", "GLOB", "IS", "IN"):
+        for value in set(names):
+            want = column(db, "SELECT id FROM plain WHERE name %s (?) ORDER BY id" % op, value)
+            assert sorted(column(db, "SELECT id FROM t WHERE embedding MATCH '[1,2,3,4]' AND k = 99 AND name %s (?)" % op, value)) == want, (op, value)
+
+
 def test_text_ids_as_filters(db, texts):
     declare(db, texts)
     q = texts.x[3]

@@ -242,6 +242,10 @@ def test_two_searches_with_or(db, folder):
     db.execute("CREATE VIRTUAL TABLE every USING shard_union(source='%s')" % path)
     got = db.execute("SELECT shard, id FROM every WHERE (embedding MATCH ?1 AND k = 3) OR (embedding MATCH ?2 AND k = 4)", (QB, blob(other))).fetchall()
     assert sorted(got) == sorted(set(truth(shards, Q, 3)) | set(truth(shards, other, 4)))
+    for row in range(5):  # the same row of two shards
+        got = db.execute("SELECT shard, id FROM every WHERE (embedding MATCH ?1 AND k = 1) OR (embedding MATCH ?2 AND k = 1)",
+                         (blob(shards[0].x[row]), blob(shards[2].x[row]))).fetchall()
+        assert sorted(got) == [("a", row), ("c", 200 + row)]
 
 
 def test_table_form_declarations(db, folder, make_shard, tmp_path):

@@ -276,6 +276,11 @@ vs_rc filter_add(filter *f, int column, filter_op op, shard_type type, sqlite3_v
   filter_term *t = &f->terms[f->n++];
   *t = (filter_term){.column = column, .op = op};
   if (op == FILTER_ISNULL || op == FILTER_NOTNULL) return VS_OK;
+  int is_range = op == FILTER_LT || op == FILTER_LE || op == FILTER_GT || op == FILTER_GE;
+  if (is_range && sqlite3_value_type(value) == SQLITE_TEXT && sqlite3_value_encoding(value) != SQLITE_UTF8) {
+    t->op = FILTER_NOTNULL; /* UTF-16 databases order texts by other bytes than ours: SQLite decides */
+    return VS_OK;
+  }
   if (op == FILTER_LIKE || op == FILTER_GLOB) type = SHARD_TEXT; /* patterns stay texts */
   if (op != FILTER_IN) return add_value(t, &room, type, value, err);
   sqlite3_value *v = NULL;

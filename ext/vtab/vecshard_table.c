@@ -161,7 +161,7 @@ static vs_rc create(table *t, int argc, const char *const *argv, vs_err *err) {
     copy.n_segments = 0, copy.segments = NULL;
     rc = shard_manifest_print(&copy, &json, err);
     if (!rc) rc = shard_manifest_parse(json, strlen(json), t->full_path, &t->m, err);
-    if (!rc) free(json);
+    free(json);
   }
   t->open = s;
   schema_reset(&def);
