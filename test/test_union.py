@@ -404,3 +404,12 @@ def test_verify_finds_damage(db, folder, tmp_path):
         f.write(bytes([byte ^ 1]))
     found = db.execute("SELECT shard, fault FROM shard_verify(?)", (str(tmp_path / "db"),)).fetchall()
     assert found and {os.path.basename(r[0]) for r in found} == {"b"} and all(r[1] for r in found)
+
+
+def test_a_table_named_config_is_not_taken_over(make_shard, db):
+    s = make_shard("config", clustered(300, 8, SEED))
+    db.execute("CREATE TABLE u_config(k, v)")
+    db.execute("INSERT INTO u_config VALUES('mine', 1)")
+    with pytest.raises(sqlite3.Error, match="u_config"):
+        db.execute("CREATE VIRTUAL TABLE u USING shard_union(source='%s')" % s.path)
+    assert db.execute("SELECT * FROM u_config").fetchall() == [("mine", 1)]

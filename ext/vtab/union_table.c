@@ -171,7 +171,7 @@ static vs_rc read_config(union_table *t, vs_err *err) {
   char *sql = sqlite3_mprintf("SELECT v FROM \"%w\".\"%w_config\" WHERE k = 'columns'", t->schema, t->name);
   vs_rc rc = sql && !sqlite3_prepare_v2(t->c->db, sql, -1, &stmt, NULL) ? VS_OK : sql_failed(t->c->db, err);
   sqlite3_free(sql);
-  if (!rc && sqlite3_step(stmt) != SQLITE_ROW) rc = vs_fail(err, VS_CORRUPT, "%s_config is empty: DROP the table and create it again", t->name);
+  if (!rc && sqlite3_step(stmt) != SQLITE_ROW) rc = vs_fail(err, VS_CORRUPT, "%s_config does not describe a shard_union table: if it is your own, choose another name; else DROP and create it again", t->name);
   if (!rc) {
     const char *json = (const char *)sqlite3_column_text(stmt, 0);
     rc = json ? shard_manifest_parse(json, (size_t)sqlite3_column_bytes(stmt, 0), "the _config table", &t->m, err) : vs_nomem(err);
