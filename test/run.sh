@@ -68,7 +68,7 @@ py_test() {
   bad=$(echo "$numbers" | grep -oE '[0-9]+ (failed|error)' | awk '{n += $1} END {print n + 0}')
   if [ "$bad" = 0 ] && { [ $status != 0 ] || [ "$good" = 0 ]; }; then bad=1; fi
   if [ -n "${CI-}" ]; then
-    missing=$(grep -cE '^SKIPPED .*(could not import|No module named|is not installed|not built|no tool|no sqlite3)' "$out/last")
+    missing=$(grep -cE '^SKIPPED .*(could not import|No module named|is not installed|not built|no tool|no sqlite3|no localedef|no source of)' "$out/last")
     [ "$missing" = 0 ] || { echo "FAILED: $1: skipped for lack of a package, and CI is set"; bad=$((bad + 1)); }
   fi
   [ "$bad" = 0 ] || echo "FAILED: $1"
