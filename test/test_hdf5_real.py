@@ -93,7 +93,7 @@ def check_rows(path, args, got, skipped=()):
     assert [r[2] for r in got] == [vectors[i].tobytes().hex().upper() for i in want]
 
 
-@pytest.mark.parametrize("m", manifest(MADE), ids=lambda m: m["file"])
+@pytest.mark.parametrize("m", manifest(MADE), ids=[m["file"] for m in manifest(MADE)])
 def test_made(m):
     path = os.path.join(MADE, m["file"])
     if not os.path.exists(path):
@@ -120,7 +120,7 @@ def test_no_ids_are_never_assumed():
         assert "--id-dataset none" in read(path)["error"]
 
 
-@pytest.mark.parametrize("m", manifest(REAL), ids=lambda m: m["file"])
+@pytest.mark.parametrize("m", manifest(REAL), ids=[m["file"] for m in manifest(REAL)])
 def test_real(m):
     path = os.path.join(REAL, m["file"])
     args = ARGS.get(m["file"], [])

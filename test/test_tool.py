@@ -466,3 +466,25 @@ def test_query_approximate_and_refusals(sound, tmp_path):
     with open("/dev/full", "w") as full:
         p = subprocess.run([TOOL, *map(str, args), "-k", "3"], stdout=full, stderr=subprocess.PIPE, text=True)
         assert p.returncode == 1 and "write" in p.stderr
+
+
+def test_query_into_links_and_devices(tmp_path):
+    """A link stays a link, and what is no regular file is written, never renamed over."""
+    q = tmp_path / "q.npy"
+    np.save(q, vectors(2, 8))
+    shard = build_small(tmp_path)
+    (tmp_path / "real.csv").touch()
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    run("query", shard, "--queries", q, "-k", 1, "--out", tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "real.csv").read_text().count("\n") == 3
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True)
+    run("query", shard, "--queries", q, "-k", 1, "--out", tmp_path / "pipe")
+    assert reader.communicate(timeout=30)[0].count("\n") == 3
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def build_small(folder):
+    np.save(folder / "x.npy", vectors(50, 8))
+    run("build", folder / "x.npy", "--out", folder / "small")
+    return folder / "small"

@@ -21,13 +21,18 @@ vs_rc output_open(const char *path, output *out, vs_err *err) {
     out->file = stdout;
     return VS_OK;
   }
-  out->path = tool_format("%s", path);
-  out->temporary = tool_format("%s.%ld.tmp", path, (long)getpid());
-  int fd = open(out->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  struct stat st;
+  int special = !stat(path, &st) && !S_ISREG(st.st_mode); /* a device or a pipe: written as it is, never renamed over */
+  char *real = special ? NULL : realpath(path, NULL);     /* behind a link, so that the link stays */
+  out->path = tool_format("%s", real ? real : path);
+  out->temporary = special ? NULL : tool_format("%s.%ld.tmp", out->path, (long)getpid());
+  free(real);
+  int fd = open(special ? path : out->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   out->file = fd < 0 ? NULL : fdopen(fd, "w");
   if (out->file) return VS_OK;
   vs_rc rc = io_fail(err, path, "be written");
-  if (fd >= 0) close(fd), unlink(out->temporary);
+  if (fd >= 0) close(fd);
+  if (fd >= 0 && !special) unlink(out->temporary);
   free(out->path), free(out->temporary);
   memset(out, 0, sizeof *out);
   return rc;
@@ -38,10 +43,10 @@ vs_rc output_close(output *out, vs_rc rc, vs_err *err) {
   if (!out->file) return rc;
   if (!rc && (fflush(out->file) || ferror(out->file))) rc = io_fail(err, name, "write");
   if (out->path) {
-    if (!rc && fsync(fileno(out->file))) rc = io_fail(err, name, "sync");
+    if (!rc && out->temporary && fsync(fileno(out->file))) rc = io_fail(err, name, "sync");
     if (fclose(out->file) && !rc) rc = io_fail(err, name, "close");
-    if (!rc && rename(out->temporary, out->path)) rc = io_fail(err, name, "name");
-    if (rc) unlink(out->temporary);
+    if (!rc && out->temporary && rename(out->temporary, out->path)) rc = io_fail(err, name, "name");
+    if (rc && out->temporary) unlink(out->temporary);
   }
   free(out->path), free(out->temporary);
   memset(out, 0, sizeof *out);
