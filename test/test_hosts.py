@@ -99,6 +99,7 @@ print("fine")
     assert "fine" in child(code % str(BUILD / "vecshard"), shard.path, copy, BUILD / "vecshard_hdf5")
 
 
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="the address sanitizer's allocator hangs in a child forked beside threads")
 @pytest.mark.parametrize("threads", [1, 4])
 def test_fork_after_a_query(shard, threads):
     code = """
