@@ -439,6 +439,7 @@ vs_rc ivfpq_row_id(ivfpq_segment *s, const uint8_t *record, ivfpq_id *out, vs_er
   out->len = load_u32(slot);
   out->text = (const char *)slot + 4;
   if (out->len <= s->params.id_width) return VS_OK;
+  if (out->len > IVFPQ_MAX_TEXT) return damaged(s, err, "the length of a text id");
   const ivfpq_section *heap = &s->section[IVFPQ_IDHEAP];
   uint64_t off;
   memcpy(&off, slot + 4, 8);

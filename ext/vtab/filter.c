@@ -117,7 +117,7 @@ static uint32_t u32_at(const uint8_t *p) {
 
 /* Texts are copied: LIKE and GLOB need a NUL behind them. */
 static vs_rc text_value(filter_value *v, const char *text, uint32_t len, char **buf, size_t *room, vs_err *err) {
-  if (len + 1u > *room) {
+  if ((size_t)len + 1 > *room) {
     char *grown = realloc(*buf, len * 2ull + 64);
     if (!grown) return vs_nomem(err);
     *buf = grown, *room = len * 2ull + 64;
