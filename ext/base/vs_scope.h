@@ -12,7 +12,7 @@
 typedef struct vs_traffic {
   uint64_t requests;   /* answered or failed exchanges, retries included */
   uint64_t retries;
-  uint64_t rounds;     /* waits for the network that followed one another on one thread */
+  uint64_t rounds;     /* the longest chain of exchanges each of which began after the one before had ended */
   uint64_t bytes;      /* received */
   uint64_t hits;       /* reads answered by the cache */
 } vs_traffic;
@@ -29,5 +29,9 @@ typedef struct vs_scope {
 vs_scope *vs_scope_enter(vs_scope *s);
 vs_scope *vs_scope_current(void);
 int vs_scope_stopped(void); /* asks the current scope */
+
+/* Rounds: what begins now is in round vs_scope_next_round(); whoever waited for it says so with vs_scope_round(that number). */
+uint64_t vs_scope_next_round(void);
+void vs_scope_round(uint64_t round);
 
 #endif

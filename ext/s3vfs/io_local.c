@@ -85,7 +85,7 @@ static int map_file(local_io *l) {
     return 0;
   }
   l->map = at, l->map_bytes = whole + page;
-  l->base.stable = 1, l->base.fetch = fetch_mapped, l->base.release = release_mapped;
+  l->base.stable = 1, l->base.begin = fetch_mapped, l->base.release = release_mapped;
   close(l->fd), l->fd = -1;
   return 1;
 }
@@ -108,7 +108,8 @@ vs_rc io_local_open(const char *path, int use_mmap, vs_io **out, vs_err *err) {
   l->fd = fd;
   l->base = (vs_io){.size = (uint64_t)st.st_size,
                     .name = l->name,
-                    .fetch = fetch_read,
+                    .local = 1,
+                    .begin = fetch_read,
                     .release = release_read,
                     .close = close_local};
   const char *env = getenv("VECSHARD_MMAP");
