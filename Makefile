@@ -14,7 +14,8 @@ CFLAGS ?= -O2 -g
 ALL_CFLAGS := -std=gnu11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -ffp-contract=off -fno-omit-frame-pointer $(WARN) $(CFLAGS) $(SAN_FLAGS)
 HDF5_CFLAGS := $(shell pkg-config --cflags hdf5-serial 2>/dev/null || pkg-config --cflags hdf5 2>/dev/null)
 HDF5_LIBS := $(shell pkg-config --libs hdf5-serial 2>/dev/null || pkg-config --libs hdf5 2>/dev/null || echo -lhdf5)
-LIBS := -lm -lpthread
+NET_LIBS := -lcurl -lexpat -lcrypto
+LIBS := $(NET_LIBS) -lm -lpthread
 
 LOWER := $(wildcard ext/base/*.c ext/kernels/*.c ext/ivfpq/*.c) ext/input/input_fault.c
 UPPER := $(wildcard ext/s3vfs/*.c ext/shard/*.c) $(filter-out ext/vtab/hdf5_vectors.c,$(wildcard ext/vtab/*.c)) ext/vecshard.c

@@ -52,7 +52,7 @@ static inline vs_rc vs_io_begin(vs_io *io, vs_range *r, size_t n, vs_err *err) {
   }
   return io->begin(io, r, n, err);
 }
-/* Completes what was begun; on failure all of it is released. */
+/* Completes what was begun; on failure all of it is released (releasing it again is legal). */
 static inline vs_rc vs_io_wait(vs_io *io, vs_range *r, size_t n, vs_err *err) { return io->wait ? io->wait(io, r, n, err) : VS_OK; }
 static inline vs_rc vs_io_fetch(vs_io *io, vs_range *r, size_t n, vs_err *err) {
   vs_rc rc = vs_io_begin(io, r, n, err);

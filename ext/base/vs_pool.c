@@ -15,12 +15,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
-enum { MAX_THREADS = 256 };
+#include "vs_scope.h"
+
+enum { MAX_THREADS = 256, STOP_POLL_MS = 20 };
 
 typedef struct pool_run {
   vs_task fn;
   void *ctx;
+  vs_scope *scope;      /* the caller's, entered by its workers */
   size_t n, next;       /* next: atomic */
   int room;             /* workers that may still join */
   int inside;           /* workers in it now */
@@ -69,7 +73,9 @@ static void *worker(void *unused) {
     }
     r->room--, r->inside++;
     pthread_mutex_unlock(&lock);
+    vs_scope_enter(r->scope);
     take_indices(r);
+    vs_scope_enter(NULL);
     pthread_mutex_lock(&lock);
     if (--r->inside == 0) pthread_cond_broadcast(&left);
   }
@@ -90,6 +96,21 @@ static void start_workers(int want) {
   pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
+/* Waits for the workers of r, with the lock held. They may wait for a network, and whether to stop is asked on the caller's
+ * thread only. */
+static void wait_for_workers(const pool_run *r) {
+  while (r->inside) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += STOP_POLL_MS * 1000000;
+    if (until.tv_nsec >= 1000000000) until.tv_nsec -= 1000000000, until.tv_sec++;
+    if (pthread_cond_timedwait(&left, &lock, &until) != ETIMEDOUT) continue;
+    pthread_mutex_unlock(&lock);
+    vs_scope_stopped();
+    pthread_mutex_lock(&lock);
+  }
+}
+
 void vs_pool_run(size_t n, int threads, vs_task fn, void *ctx) {
   if (threads <= 0) threads = vs_threads();
   if ((size_t)threads > n) threads = (int)n;
@@ -98,7 +119,7 @@ void vs_pool_run(size_t n, int threads, vs_task fn, void *ctx) {
     return;
   }
   pthread_once(&fork_once, guard_fork);
-  pool_run r = {.fn = fn, .ctx = ctx, .n = n, .room = threads - 1};
+  pool_run r = {.fn = fn, .ctx = ctx, .scope = vs_scope_current(), .n = n, .room = threads - 1};
   pthread_mutex_lock(&lock);
   start_workers(threads - 1);
   r.link = runs, runs = &r;
@@ -111,7 +132,7 @@ void vs_pool_run(size_t n, int threads, vs_task fn, void *ctx) {
       *at = r.link;
       break;
     }
-  while (r.inside) pthread_cond_wait(&left, &lock); /* r is on this stack: no worker may still look at it */
+  wait_for_workers(&r); /* r is on this stack: no worker may still look at it */
   pthread_mutex_unlock(&lock);
 }
 

@@ -1,6 +1,7 @@
 /* ivfpq_search.c - searching one segment; see ivfpq_search.h and the estimate in ivfpq_format.h.
  *
- * ivfpq_scan, stage by stage: prepare the query; rank centroids (group by group); one table for the query, in 8-bit steps
+ * A scan, stage by stage (a step ends where reads were begun that are worth waiting for together with other segments'):
+ * prepare the query; rank centroids (group by group); one table for the query, in 8-bit steps
  * that all sub-quantizers share, so that sums compare; scan the partitions, nearest first, keeping the best n_candidates:
  * the buffer is cut back by selection when full, which tightens the threshold that the scan kernel rejects by.
  *
@@ -20,7 +21,8 @@ enum {
   SCAN_ROWS = 16 * KERN_BLOCK,  /* rows between two looks at the threshold */
   STRETCH_BYTES = 16 << 20,     /* of stored vectors between two looks at `stop` in a brute-force search */
   EXACT_SLICE = 512,            /* rows per task */
-  ROWS_PER_ROUND = 4096
+  ROWS_PER_ROUND = 4096,
+  PARTS_BYTES = 64 << 20        /* of partitions held at once */
 };
 
 uint32_t ivfpq_default_nprobe(uint32_t nlist) {
@@ -58,13 +60,20 @@ static int keys_full(const ivfpq_keys *k, uint64_t want) { return k->n >= 2 * wa
 static int stopped(const ivfpq_query *q) { return q->stop && q->stop(q->stop_ctx); }
 static vs_rc interrupted(vs_err *err) { return vs_fail(err, VS_INTERRUPT, "interrupted"); }
 
+/* Rows of one stretch of a brute-force search. */
+static uint32_t stretch_rows(const ivfpq_params *p) { return STRETCH_BYTES / p->row_bytes + EXACT_SLICE; }
+
 static int bit(const uint64_t *bitmap, size_t i) { return bitmap[i / 64] >> i % 64 & 1; }
 
 /* ---- the query, prepared ---- */
 
 typedef struct ranked { uint32_t view, at; } ranked;
 
-typedef struct scan {
+/* What was begun and not yet worked on. */
+typedef enum pending { NOTHING, GROUPS, PARTS } pending;
+
+typedef struct ivfpq_scan_state scan;
+struct ivfpq_scan_state {
   ivfpq_segment *s;
   const ivfpq_query *q;
   ivfpq_keys *out;
@@ -88,7 +97,18 @@ typedef struct scan {
   uint32_t *out_row;
   uint16_t *out_sum;
   uint64_t *bitmap;
-} scan;
+  /* reads under way */
+  pending pending;
+  int has_table, probed;
+  vs_range codebook;
+  size_t n_begun;      /* GROUPS: views behind n_views */
+  size_t to_probe;     /* partitions of this round that are not begun yet */
+  ivfpq_part *parts;   /* PARTS */
+  uint64_t *part_keys;
+  size_t n_parts;
+  vs_range *flat;      /* a flat segment's rows, stretch by stretch */
+  size_t n_flat;
+};
 
 static void prepare_query(scan *c) {
   const ivfpq_params *p = &c->s->params;
@@ -138,17 +158,28 @@ static vs_rc choose_groups(scan *c, size_t *n, vs_err *err) {
   return VS_OK;
 }
 
-/* Reads the next n groups of c->order and ranks their partitions behind those that are ranked already. */
-static vs_rc rank_groups(scan *c, size_t n, vs_err *err) {
+/* Starts reading the next n groups of c->order. */
+static vs_rc begin_groups(scan *c, size_t n, vs_err *err) {
+  vs_rc rc = ivfpq_groups_begin(c->s, c->order + c->n_views, n, c->views + c->n_views, err);
+  if (!rc) c->pending = GROUPS, c->n_begun = n;
+  return rc;
+}
+
+/* Ranks the partitions of the groups that were begun, behind those that are ranked already. */
+static vs_rc rank_groups(scan *c, vs_err *err) {
   const ivfpq_params *p = &c->s->params;
   const uint32_t *groups = c->order + c->n_views;
+  size_t n = c->n_begun;
   uint32_t widest = 0;
+  c->pending = NOTHING, c->n_begun = 0;
+  vs_rc rc = ivfpq_groups_wait(c->s, c->views + c->n_views, n, err);
+  if (rc) return rc;
   for (size_t g = 0; g < n; g++)
     if (c->s->groups[groups[g]].n > widest) widest = c->s->groups[groups[g]].n;
   float *score = malloc((widest + 16) * sizeof *score);
-  vs_rc rc = score ? ivfpq_groups_fetch(c->s, groups, n, c->views + c->n_views, err) : vs_nomem(err);
-  for (size_t end = c->n_views + n; !rc && c->n_views < end; c->n_views++) {
+  for (size_t end = c->n_views + n; c->n_views < end; c->n_views++) {
     const ivfpq_group_view *v = &c->views[c->n_views];
+    if (!score) continue;
     kern_get()->scores_f32(c->x, p->dim_padded, v->centroids, v->bias, v->n, score);
     for (uint32_t i = 0; i < v->n; i++) {
       c->ref[c->n_ranked] = (ranked){(uint32_t)c->n_views, i};
@@ -157,10 +188,10 @@ static vs_rc rank_groups(scan *c, size_t n, vs_err *err) {
     }
   }
   free(score);
-  return rc;
+  return score ? VS_OK : vs_nomem(err);
 }
 
-static vs_rc rank_partitions(scan *c, vs_err *err) {
+static vs_rc begin_ranking(scan *c, vs_err *err) {
   const ivfpq_params *p = &c->s->params;
   size_t n;
   c->order = malloc((p->n_groups + 1) * sizeof *c->order);
@@ -170,13 +201,13 @@ static vs_rc rank_partitions(scan *c, vs_err *err) {
   c->rank_scratch = malloc((2 * (size_t)p->nlist + 32) * sizeof *c->rank_scratch);
   if (!c->order || !c->views || !c->ref || !c->rank || !c->rank_scratch) return vs_nomem(err);
   vs_rc rc = choose_groups(c, &n, err);
-  return rc ? rc : rank_groups(c, n, err);
+  return rc ? rc : begin_groups(c, n, err);
 }
 
 /* A strict filter may use up the groups that were chosen: twice as many then. */
-static vs_rc more_groups(scan *c, vs_err *err) {
+static vs_rc begin_more_groups(scan *c, vs_err *err) {
   size_t left = c->s->params.n_groups - c->n_views;
-  return rank_groups(c, left < c->n_views ? left : c->n_views, err);
+  return begin_groups(c, left < c->n_views ? left : c->n_views, err);
 }
 
 /* The next m partitions, nearest first; sorts only what is reached. */
@@ -288,27 +319,39 @@ static vs_rc scan_part(scan *c, const ivfpq_part *part, float coarse, vs_err *er
 }
 
 
-/* Reads and scans the next m partitions: one round of reads. */
-static vs_rc scan_round(scan *c, size_t m, vs_err *err) {
+/* Starts reading the nearest of the partitions that are still to be probed: all of them, or as many as may be held at once. */
+static vs_rc begin_parts(scan *c, vs_err *err) {
   const uint64_t *keys;
-  size_t n = next_ranked(c, m, &keys);
-  ivfpq_part *parts = calloc(n + 1, sizeof *parts);
+  size_t n = next_ranked(c, c->to_probe, &keys), m = 0;
   int want = IVFPQ_WANT_CODES | (c->q->filter ? IVFPQ_WANT_COLUMNS : 0);
-  if (!parts) return vs_nomem(err);
-  for (size_t i = 0; i < n; i++) {
-    ranked r = c->ref[kern_key_number(keys[i])];
-    parts[i].number = c->views[r.view].first + r.at;
-    parts[i].entry = c->views[r.view].entries[r.at];
+  uint64_t bytes = 0;
+  free(c->parts), free(c->part_keys);
+  c->parts = calloc(n + 1, sizeof *c->parts), c->part_keys = malloc((n + 1) * sizeof *c->part_keys);
+  if (!c->parts || !c->part_keys) return vs_nomem(err);
+  for (; m < n && (m < 1 || bytes < PARTS_BYTES); m++) {
+    ranked r = c->ref[kern_key_number(keys[m])];
+    const ivfpq_partition *e = &c->views[r.view].entries[r.at];
+    c->parts[m].number = c->views[r.view].first + r.at, c->parts[m].entry = *e;
+    c->part_keys[m] = keys[m];
+    bytes += ivfpq_code_bytes(e->n_rows, c->s->params.m) + e->column_bytes;
   }
-  vs_rc rc = ivfpq_parts_fetch(c->s, want, parts, n, err);
-  if (!rc) {
-    for (size_t i = 0; i < n && !rc; i++) {
-      rc = scan_part(c, &parts[i], kern_key_value(keys[i]), err);
-      if (!rc && i % 16 == 15 && stopped(c->q)) rc = interrupted(err);
-    }
-    ivfpq_parts_release(c->s, parts, n);
+  c->next -= n - m; /* they stay sorted */
+  c->to_probe = m < n ? c->to_probe - m : 0;
+  vs_rc rc = ivfpq_parts_begin(c->s, want, c->parts, m, err);
+  if (!rc) c->pending = PARTS, c->n_parts = m;
+  return rc;
+}
+
+static vs_rc scan_parts(scan *c, vs_err *err) {
+  size_t n = c->n_parts;
+  c->pending = NOTHING, c->n_parts = 0;
+  vs_rc rc = ivfpq_parts_wait(c->s, c->parts, n, err);
+  if (rc) return rc;
+  for (size_t i = 0; i < n && !rc; i++) {
+    rc = scan_part(c, &c->parts[i], kern_key_value(c->part_keys[i]), err);
+    if (!rc && i % 16 == 15 && stopped(c->q)) rc = interrupted(err);
   }
-  free(parts);
+  ivfpq_parts_release(c->s, c->parts, n);
   return rc;
 }
 
@@ -324,29 +367,47 @@ static vs_rc scan_allocate(scan *c, vs_err *err) {
   return ok ? VS_OK : vs_nomem(err);
 }
 
-static void scan_free(scan *c) {
-  ivfpq_groups_release(c->s, c->views, c->n_views);
-  free(c->x), free(c->tablef), free(c->table), free(c->out_row), free(c->out_sum), free(c->bitmap);
-  free(c->order), free(c->views), free(c->ref), free(c->rank), free(c->rank_scratch);
+/* Everything a coded segment's scan needs to know is there once the first groups and the codebook are: ranks, table. */
+static vs_rc finish_ranking(scan *c, vs_err *err) {
+  vs_rc rc = rank_groups(c, err);
+  if (!rc && c->codebook.len) {
+    rc = ivfpq_codebook_wait(c->s, &c->codebook, err);
+    c->codebook.len = 0;
+  }
+  if (!rc && !c->has_table) build_table(c), c->has_table = 1;
+  return rc;
 }
 
-static vs_rc scan_coded(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, vs_err *err) {
-  scan c = {.s = s, .q = q, .out = out, .stats = stats, .worst = UINT64_MAX};
-  uint64_t enough = q->n_candidates < s->params.n_rows ? q->n_candidates : s->params.n_rows;
-  vs_rc rc = scan_allocate(&c, err);
-  if (!rc) {
-    prepare_query(&c);
-    rc = rank_partitions(&c, err);
-  }
-  if (!rc) {
-    build_table(&c);
-    rc = scan_round(&c, q->nprobe, err);
-  }
-  while (!rc && c.seen < enough && (c.next < c.n_ranked || c.n_views < s->params.n_groups))
-    rc = c.next < c.n_ranked ? scan_round(&c, q->nprobe < 64 ? 64 : q->nprobe, err) : more_groups(&c, err);
-  if (!rc) keys_cut(out, q->n_candidates);
-  scan_free(&c);
+/* What to read next: the rest of this round, more partitions while the filter let too few rows through, more groups; nothing
+ * (pending stays NOTHING) when enough was seen. */
+static vs_rc begin_next(scan *c, vs_err *err) {
+  const ivfpq_params *p = &c->s->params;
+  uint64_t enough = c->q->n_candidates < p->n_rows ? c->q->n_candidates : p->n_rows;
+  if (!c->to_probe && !c->probed) c->to_probe = c->q->nprobe;
+  else if (!c->to_probe && c->seen < enough) c->to_probe = c->q->nprobe < 64 ? 64 : c->q->nprobe;
+  c->probed = 1;
+  if (c->to_probe && c->next < c->n_ranked) return begin_parts(c, err);
+  c->to_probe = 0;
+  return c->seen < enough && c->n_views < p->n_groups ? begin_more_groups(c, err) : VS_OK;
+}
+
+static vs_rc step_coded(scan *c, int *more, vs_err *err) {
+  vs_rc rc = VS_OK;
+  do {
+    rc = c->pending == GROUPS ? finish_ranking(c, err) : c->pending == PARTS ? scan_parts(c, err) : VS_OK;
+    if (!rc) rc = begin_next(c, err);
+  } while (!rc && c->pending != NOTHING && c->s->io->local);
+  *more = !rc && c->pending != NOTHING;
+  if (!rc && !*more) keys_cut(c->out, c->q->n_candidates);
   return rc;
+}
+
+static vs_rc open_coded(scan *c, vs_err *err) {
+  vs_rc rc = scan_allocate(c, err);
+  if (rc) return rc;
+  prepare_query(c);
+  rc = ivfpq_codebook_begin(c->s, &c->codebook, err);
+  return rc ? rc : begin_ranking(c, err);
 }
 
 /* ---- brute force ---- */
@@ -394,7 +455,7 @@ vs_rc ivfpq_exact(ivfpq_segment *s, const ivfpq_query *q, const uint64_t *after,
                   vs_err *err) {
   const ivfpq_params *p = &s->params;
   if (!p->n_rows || !q->n_candidates) return VS_OK;
-  uint32_t n_rows = (uint32_t)p->n_rows, stretch = STRETCH_BYTES / p->row_bytes + EXACT_SLICE;
+  uint32_t n_rows = (uint32_t)p->n_rows, stretch = stretch_rows(p);
   uint64_t *key = malloc((size_t)stretch * sizeof *key), *bitmap = NULL, worst = UINT64_MAX;
   vs_rc rc = key ? VS_OK : vs_nomem(err);
   if (!rc && q->filter) rc = ivfpq_filter_all(s, q->filter, &bitmap, err);
@@ -415,19 +476,71 @@ vs_rc ivfpq_exact(ivfpq_segment *s, const ivfpq_query *q, const uint64_t *after,
   return rc;
 }
 
-/* A flat segment has no codes: its estimates are true distances on the scale of the others. */
-static vs_rc scan_flat(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, vs_err *err) {
-  vs_rc rc = ivfpq_exact(s, q, NULL, 1, out, stats, err);
-  for (size_t i = 0; i < out->n && !rc; i++) {
-    float d = kern_key_value(out->key[i]);
-    out->key[i] = kern_key(s->params.metric == IVFPQ_L2 ? d * d : 2 * d, kern_key_number(out->key[i]));
+/* ---- scans ---- */
+
+/* A flat segment has no codes: its estimates are true distances on the scale of the others. Its rows are read ahead in the
+ * stretches that ivfpq_exact will ask for. */
+static vs_rc open_flat(scan *c, vs_err *err) {
+  const ivfpq_params *p = &c->s->params;
+  uint32_t stretch = stretch_rows(p);
+  if (c->s->io->local) return VS_OK;
+  c->n_flat = (p->n_rows + stretch - 1) / stretch;
+  if (!(c->flat = calloc(c->n_flat + 1, sizeof *c->flat))) return vs_nomem(err);
+  for (size_t i = 0; i < c->n_flat; i++) {
+    uint64_t first = i * (uint64_t)stretch, n = p->n_rows - first < stretch ? p->n_rows - first : stretch;
+    c->flat[i].off = c->s->section[IVFPQ_ROWS].off + first * p->row_bytes, c->flat[i].len = n * p->row_bytes;
+  }
+  vs_rc rc = vs_io_begin(c->s->io, c->flat, c->n_flat, err);
+  if (rc) c->n_flat = 0;
+  return rc;
+}
+
+static vs_rc step_flat(scan *c, vs_err *err) {
+  vs_rc rc = ivfpq_exact(c->s, c->q, NULL, 1, c->out, c->stats, err);
+  for (size_t i = 0; i < c->out->n && !rc; i++) {
+    float d = kern_key_value(c->out->key[i]);
+    c->out->key[i] = kern_key(c->s->params.metric == IVFPQ_L2 ? d * d : 2 * d, kern_key_number(c->out->key[i]));
   }
   return rc;
 }
 
-vs_rc ivfpq_scan(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, vs_err *err) {
+vs_rc ivfpq_scan_open(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, ivfpq_scan_state **scan_out,
+                      vs_err *err) {
+  scan *c = calloc(1, sizeof *c);
+  *scan_out = c;
+  if (!c) return vs_nomem(err);
+  *c = (scan){.s = s, .q = q, .out = out, .stats = stats, .worst = UINT64_MAX};
   if (!s->params.n_rows || !q->n_candidates) return VS_OK;
-  return ivfpq_is_flat(s) ? scan_flat(s, q, out, stats, err) : scan_coded(s, q, out, stats, err);
+  vs_rc rc = ivfpq_is_flat(s) ? open_flat(c, err) : open_coded(c, err);
+  if (rc) ivfpq_scan_close(c), *scan_out = NULL;
+  return rc;
+}
+
+vs_rc ivfpq_scan_step(ivfpq_scan_state *c, int *more, vs_err *err) {
+  *more = 0;
+  if (!c->s->params.n_rows || !c->q->n_candidates) return VS_OK;
+  return ivfpq_is_flat(c->s) ? step_flat(c, err) : step_coded(c, more, err);
+}
+
+void ivfpq_scan_close(ivfpq_scan_state *c) {
+  if (!c) return;
+  if (c->pending == PARTS) ivfpq_parts_release(c->s, c->parts, c->n_parts);
+  if (c->views) ivfpq_groups_release(c->s, c->views, c->n_views + c->n_begun);
+  if (c->codebook.len) vs_io_release(c->s->io, &c->codebook, 1);
+  if (c->n_flat) vs_io_release(c->s->io, c->flat, c->n_flat);
+  free(c->x), free(c->tablef), free(c->table), free(c->out_row), free(c->out_sum), free(c->bitmap);
+  free(c->order), free(c->views), free(c->ref), free(c->rank), free(c->rank_scratch);
+  free(c->parts), free(c->part_keys), free(c->flat);
+  free(c);
+}
+
+vs_rc ivfpq_scan(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, vs_err *err) {
+  ivfpq_scan_state *c;
+  int more = 1;
+  vs_rc rc = ivfpq_scan_open(s, q, out, stats, &c, err);
+  while (!rc && more) rc = ivfpq_scan_step(c, &more, err);
+  ivfpq_scan_close(c);
+  return rc;
 }
 
 vs_rc ivfpq_distances(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *out, vs_err *err) {

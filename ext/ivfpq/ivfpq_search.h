@@ -32,6 +32,14 @@ void ivfpq_keys_reset(ivfpq_keys *k);
  * are squared distances (twice the distance for cosine and dot), comparable across segments of one metric. */
 vs_rc ivfpq_scan(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, vs_err *err) VS_WARN_UNUSED;
 
+/* The same in steps, so that the scans of many segments share their rounds of reads: each step works on what the step before
+ * began to read, and begins the next reads. With a local segment there is one step. s, q, out and stats must outlive the scan. */
+typedef struct ivfpq_scan_state ivfpq_scan_state;
+vs_rc ivfpq_scan_open(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, ivfpq_scan_state **scan,
+                      vs_err *err) VS_WARN_UNUSED;
+vs_rc ivfpq_scan_step(ivfpq_scan_state *scan, int *more, vs_err *err) VS_WARN_UNUSED;
+void ivfpq_scan_close(ivfpq_scan_state *scan); /* NULL is legal */
+
 /* Brute force over the stored vectors, on several threads: the n_candidates nearest rows as keys of (distance, row),
  * unordered. Keys <= *after are left out when after is not NULL. */
 vs_rc ivfpq_exact(ivfpq_segment *s, const ivfpq_query *q, const uint64_t *after, int threads, ivfpq_keys *out, ivfpq_stats *stats,

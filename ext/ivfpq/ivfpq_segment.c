@@ -1,8 +1,8 @@
 /* ivfpq_segment.c - opening a segment and reading its parts; see ivfpq_segment.h.
  *
  * What is checked when: sizes, counts and offsets of the fixed parts at open; a group's entries when the group is read; a
- * partition, a row record or a directory page by its check when it first enters the process (a mapped file keeps flags of
- * what was seen; memory that is new each time is checked each time).
+ * partition, a row record or a directory page by its check when it first enters the process (flags of what was seen are kept
+ * here for a mapped file, and beside the bytes in a cache; memory that is new each time is checked each time).
  */
 #include "ivfpq_segment.h"
 
@@ -157,19 +157,56 @@ static vs_rc open_params(ivfpq_segment *s, vs_err *err) {
 }
 
 /* A section that is floats and a check: mean, codebook. */
-static vs_rc open_floats(ivfpq_segment *s, int id, uint64_t n, uint64_t n_padded, float **out, vs_err *err) {
+static vs_rc floats_begin(ivfpq_segment *s, int id, uint64_t n, vs_range *r, vs_err *err) {
   const ivfpq_section *x = &s->section[id];
   if (x->size != n * 4 + 8) return damaged(s, err, id == IVFPQ_MEAN ? "mean size" : "codebook size");
-  vs_range r = {.off = x->off, .len = x->size};
-  vs_rc rc = vs_io_fetch(s->io, &r, 1, err);
-  if (rc) return rc;
+  *r = (vs_range){.off = x->off, .len = x->size};
+  return vs_io_begin(s->io, r, 1, err);
+}
+
+static vs_rc floats_wait(ivfpq_segment *s, int id, uint64_t n, uint64_t n_padded, vs_range *r, float **out, vs_err *err) {
   uint64_t check;
-  memcpy(&check, r.ptr + n * 4, 8);
-  if (check != ivfpq_check(r.ptr, n * 4)) rc = damaged(s, err, id == IVFPQ_MEAN ? "mean checksum" : "codebook checksum");
+  vs_rc rc = vs_io_wait(s->io, r, 1, err);
+  if (rc) return rc;
+  memcpy(&check, r->ptr + n * 4, 8);
+  if (check != ivfpq_check(r->ptr, n * 4)) rc = damaged(s, err, id == IVFPQ_MEAN ? "mean checksum" : "codebook checksum");
   else if (!(*out = calloc(n_padded + 16, 4))) rc = vs_nomem(err);
-  else memcpy(*out, r.ptr, n * 4);
-  vs_io_release(s->io, &r, 1);
+  else memcpy(*out, r->ptr, n * 4);
+  vs_io_release(s->io, r, 1);
   return rc;
+}
+
+static vs_rc open_mean(ivfpq_segment *s, vs_err *err) {
+  vs_range r;
+  vs_rc rc = floats_begin(s, IVFPQ_MEAN, s->params.dim, &r, err);
+  return rc ? rc : floats_wait(s, IVFPQ_MEAN, s->params.dim, s->params.dim_padded, &r, &s->mean, err);
+}
+
+static uint64_t codebook_floats(const ivfpq_segment *s) {
+  const ivfpq_params *p = &s->params;
+  return (uint64_t)ivfpq_subs(p->m, p->bits) * ivfpq_words(p->bits) * p->sub_dim;
+}
+
+static int has_codebook(ivfpq_segment *s) { return __atomic_load_n(&s->codebook, __ATOMIC_ACQUIRE) != NULL; }
+
+vs_rc ivfpq_codebook_begin(ivfpq_segment *s, vs_range *r, vs_err *err) {
+  *r = (vs_range){0};
+  return has_codebook(s) ? VS_OK : floats_begin(s, IVFPQ_CODEBOOK, codebook_floats(s), r, err);
+}
+
+vs_rc ivfpq_codebook_wait(ivfpq_segment *s, vs_range *r, vs_err *err) {
+  float *made = NULL, *have = NULL;
+  uint64_t n = codebook_floats(s);
+  if (!r->len) return VS_OK;
+  vs_rc rc = floats_wait(s, IVFPQ_CODEBOOK, n, n, r, &made, err);
+  if (!rc && !__atomic_compare_exchange_n(&s->codebook, &have, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) free(made);
+  return rc;
+}
+
+static vs_rc open_codebook(ivfpq_segment *s, vs_err *err) {
+  vs_range r;
+  vs_rc rc = ivfpq_codebook_begin(s, &r, err);
+  return rc ? rc : ivfpq_codebook_wait(s, &r, err);
 }
 
 static vs_rc check_sizes(ivfpq_segment *s, vs_err *err) {
@@ -193,14 +230,8 @@ vs_rc ivfpq_segment_open(vs_io *io, ivfpq_segment **out, vs_err *err) {
   if (!rc) rc = open_params(s, err);
   if (!rc) rc = check_sizes(s, err);
   const ivfpq_params *p = &s->params;
-  if (!rc && p->m) {
-    uint32_t subs = ivfpq_subs(p->m, p->bits);
-    rc = open_floats(s, IVFPQ_MEAN, p->dim, p->dim_padded, &s->mean, err);
-    if (!rc) {
-      uint64_t n = (uint64_t)subs * ivfpq_words(p->bits) * p->sub_dim;
-      rc = open_floats(s, IVFPQ_CODEBOOK, n, n, &s->codebook, err);
-    }
-  }
+  if (!rc && p->m) rc = open_mean(s, err);
+  if (!rc && p->m && io->local) rc = open_codebook(s, err);
   if (!rc && io->stable) {
     s->group_checked = calloc(p->n_groups + 1, 1);
     s->part_checked = calloc((size_t)p->nlist + 1, 1);
@@ -234,6 +265,15 @@ static void flag_set(unsigned char *flags, size_t i, unsigned bit) {
   if (flags) __atomic_fetch_or(&flags[i], bit, __ATOMIC_RELAXED);
 }
 
+/* Was it seen to be sound, by our flag or by the one beside the bytes? */
+static int was_checked(const vs_range *r, const unsigned char *flags, size_t i, unsigned bit) {
+  return (r->checked && __atomic_load_n(r->checked, __ATOMIC_RELAXED)) || flag_get(flags, i, bit);
+}
+static void set_checked(const vs_range *r, unsigned char *flags, size_t i, unsigned bit) {
+  if (r->checked) __atomic_store_n(r->checked, 1, __ATOMIC_RELAXED);
+  else flag_set(flags, i, bit);
+}
+
 static const char *entries_fault(const ivfpq_segment *s, const ivfpq_group_view *v) {
   uint64_t scan = s->section[IVFPQ_SCAN].size;
   for (uint32_t i = 0; i < v->n; i++) {
@@ -246,38 +286,49 @@ static const char *entries_fault(const ivfpq_segment *s, const ivfpq_group_view 
   return NULL;
 }
 
-static vs_rc group_view(ivfpq_segment *s, uint32_t g, ivfpq_group_view *v, vs_err *err) {
-  const ivfpq_group *x = &s->groups[g];
+static vs_rc group_view(ivfpq_segment *s, ivfpq_group_view *v, vs_err *err) {
+  const ivfpq_group *x = &s->groups[v->group];
   uint64_t lanes = ivfpq_round(x->n, 16), check;
   const uint8_t *p = v->range.ptr;
   v->first = x->first, v->n = x->n;
   v->entries = (const ivfpq_partition *)p;
   v->bias = (const float *)(p + x->n * sizeof(ivfpq_partition));
   v->centroids = v->bias + lanes;
-  if (flag_get(s->group_checked, g, 1)) return VS_OK;
+  if (was_checked(&v->range, s->group_checked, v->group, 1)) return VS_OK;
   memcpy(&check, p + x->size - 8, 8);
   if (check != ivfpq_check(p, x->size - 8)) return damaged(s, err, "checksum of a centroid group");
   const char *fault = entries_fault(s, v);
   if (fault) return damaged(s, err, fault);
-  flag_set(s->group_checked, g, 1);
+  set_checked(&v->range, s->group_checked, v->group, 1);
   return VS_OK;
 }
 
-vs_rc ivfpq_groups_fetch(ivfpq_segment *s, const uint32_t *groups, size_t n, ivfpq_group_view *out, vs_err *err) {
+vs_rc ivfpq_groups_begin(ivfpq_segment *s, const uint32_t *groups, size_t n, ivfpq_group_view *out, vs_err *err) {
   vs_range *r = calloc(n + 1, sizeof *r);
   if (!r) return vs_nomem(err);
   for (size_t i = 0; i < n; i++) {
     r[i].off = s->section[IVFPQ_GROUPS].off + s->groups[groups[i]].off;
     r[i].len = s->groups[groups[i]].size;
   }
-  vs_rc rc = vs_io_fetch(s->io, r, n, err);
-  for (size_t i = 0; i < n && !rc; i++) {
-    out[i].range = r[i];
-    rc = group_view(s, groups[i], &out[i], err);
-    if (rc) vs_io_release(s->io, r, n);
-  }
+  vs_rc rc = vs_io_begin(s->io, r, n, err);
+  for (size_t i = 0; i < n && !rc; i++) out[i] = (ivfpq_group_view){.range = r[i], .group = groups[i]};
   free(r);
   return rc;
+}
+
+vs_rc ivfpq_groups_wait(ivfpq_segment *s, ivfpq_group_view *views, size_t n, vs_err *err) {
+  vs_rc rc = VS_OK;
+  for (size_t i = 0; i < n && !rc; i++) {
+    rc = vs_io_wait(s->io, &views[i].range, 1, err);
+    if (!rc) rc = group_view(s, &views[i], err);
+  }
+  if (rc) ivfpq_groups_release(s, views, n);
+  return rc;
+}
+
+vs_rc ivfpq_groups_fetch(ivfpq_segment *s, const uint32_t *groups, size_t n, ivfpq_group_view *out, vs_err *err) {
+  vs_rc rc = ivfpq_groups_begin(s, groups, n, out, err);
+  return rc ? rc : ivfpq_groups_wait(s, out, n, err);
 }
 
 void ivfpq_groups_release(ivfpq_segment *s, ivfpq_group_view *views, size_t n) {
@@ -287,20 +338,20 @@ void ivfpq_groups_release(ivfpq_segment *s, ivfpq_group_view *views, size_t n) {
 /* ---- partitions ---- */
 
 static vs_rc check_part(ivfpq_segment *s, ivfpq_part *p, vs_err *err) {
-  if (p->range[0].len && !flag_get(s->part_checked, p->number, 1)) {
+  if (p->range[0].len && !was_checked(&p->range[0], s->part_checked, p->number, 1)) {
     if (ivfpq_check(p->codes, p->range[0].len) != p->entry.check)
       return vs_corrupt(err, "%s: damaged: checksum of the codes of partition %u", s->io->name, p->number);
-    flag_set(s->part_checked, p->number, 1);
+    set_checked(&p->range[0], s->part_checked, p->number, 1);
   }
-  if (p->range[1].len && !flag_get(s->part_checked, p->number, 2)) {
+  if (p->range[1].len && !was_checked(&p->range[1], s->part_checked, p->number, 2)) {
     if (ivfpq_check(p->columns, p->range[1].len) != p->entry.column_check)
       return vs_corrupt(err, "%s: damaged: checksum of the columns of partition %u", s->io->name, p->number);
-    flag_set(s->part_checked, p->number, 2);
+    set_checked(&p->range[1], s->part_checked, p->number, 2);
   }
   return VS_OK;
 }
 
-vs_rc ivfpq_parts_fetch(ivfpq_segment *s, int want, ivfpq_part *parts, size_t n, vs_err *err) {
+vs_rc ivfpq_parts_begin(ivfpq_segment *s, int want, ivfpq_part *parts, size_t n, vs_err *err) {
   uint64_t base = s->section[IVFPQ_SCAN].off;
   vs_range *r = calloc(2 * n + 1, sizeof *r);
   if (!r) return vs_nomem(err);
@@ -311,18 +362,29 @@ vs_rc ivfpq_parts_fetch(ivfpq_segment *s, int want, ivfpq_part *parts, size_t n,
     r[2 * i + 1].off = base + e->off + ivfpq_round(code_bytes, 8);
     r[2 * i + 1].len = want & IVFPQ_WANT_COLUMNS ? e->column_bytes : 0;
   }
-  vs_rc rc = vs_io_fetch(s->io, r, 2 * n, err);
+  vs_rc rc = vs_io_begin(s->io, r, 2 * n, err);
+  for (size_t i = 0; i < n && !rc; i++) memcpy(parts[i].range, r + 2 * i, sizeof parts[i].range);
+  free(r);
+  return rc;
+}
+
+vs_rc ivfpq_parts_wait(ivfpq_segment *s, ivfpq_part *parts, size_t n, vs_err *err) {
+  vs_rc rc = VS_OK;
   for (size_t i = 0; i < n && !rc; i++) {
     ivfpq_part *p = &parts[i];
-    p->range[0] = r[2 * i], p->range[1] = r[2 * i + 1];
+    if ((rc = vs_io_wait(s->io, p->range, 2, err))) break;
     p->codes = p->range[0].ptr;
     p->terms = (const uint16_t *)(p->codes + ivfpq_round(p->entry.n_rows, 64) * s->params.m);
     p->columns = p->range[1].len ? p->range[1].ptr : NULL;
     rc = check_part(s, p, err);
-    if (rc) vs_io_release(s->io, r, 2 * n);
   }
-  free(r);
+  if (rc) ivfpq_parts_release(s, parts, n);
   return rc;
+}
+
+vs_rc ivfpq_parts_fetch(ivfpq_segment *s, int want, ivfpq_part *parts, size_t n, vs_err *err) {
+  vs_rc rc = ivfpq_parts_begin(s, want, parts, n, err);
+  return rc ? rc : ivfpq_parts_wait(s, parts, n, err);
 }
 
 void ivfpq_parts_release(ivfpq_segment *s, ivfpq_part *parts, size_t n) {
@@ -378,31 +440,37 @@ static unsigned char *row_flags(ivfpq_segment *s, uint32_t row) {
   return made;
 }
 
-static vs_rc check_row(ivfpq_segment *s, uint32_t row, const uint8_t *record, vs_err *err) {
+static vs_rc check_row(ivfpq_segment *s, uint32_t row, const vs_range *r, const uint8_t *record, vs_err *err) {
   unsigned char *flags = row_flags(s, row);
   uint32_t at = row % ROWS_PER_FLAGS, size = s->params.row_bytes;
-  if (flag_get(flags, at / 8, 1u << at % 8)) return VS_OK;
+  if (was_checked(r, flags, at / 8, 1u << at % 8)) return VS_OK;
   if (load_u32(record + size - 4) != ivfpq_check32(record, size - 4))
     return vs_corrupt(err, "%s: damaged: checksum of row %u", s->io->name, row);
-  flag_set(flags, at / 8, 1u << at % 8);
+  if (!r->checked) flag_set(flags, at / 8, 1u << at % 8);
   return VS_OK;
 }
 
-vs_rc ivfpq_rows_fetch(ivfpq_segment *s, const uint32_t *rows, size_t n, ivfpq_row *out, vs_err *err) {
+vs_rc ivfpq_rows_begin(ivfpq_segment *s, const uint32_t *rows, size_t n, ivfpq_row *out, vs_err *err) {
   uint64_t base = s->section[IVFPQ_ROWS].off, size = s->params.row_bytes;
   vs_range *r = calloc(n + 1, sizeof *r);
   if (!r) return vs_nomem(err);
-  for (size_t i = 0; i < n; i++) {
-    r[i].off = base + rows[i] * size;
-    r[i].len = size;
-  }
-  vs_rc rc = vs_io_fetch(s->io, r, n, err);
-  for (size_t i = 0; i < n && !rc; i++) {
-    out[i].range = r[i], out[i].record = r[i].ptr;
-    rc = check_row(s, rows[i], r[i].ptr, err);
-    if (rc) vs_io_release(s->io, r, n);
-  }
+  for (size_t i = 0; i < n; i++) r[i] = (vs_range){.off = base + rows[i] * size, .len = size};
+  vs_rc rc = vs_io_begin(s->io, r, n, err);
+  for (size_t i = 0; i < n && !rc; i++) out[i].range = r[i];
   free(r);
+  return rc;
+}
+
+vs_rc ivfpq_rows_fetch(ivfpq_segment *s, const uint32_t *rows, size_t n, ivfpq_row *out, vs_err *err) {
+  vs_rc rc = ivfpq_rows_begin(s, rows, n, out, err);
+  if (rc) return rc;
+  for (size_t i = 0; i < n && !rc; i++) {
+    if ((rc = vs_io_wait(s->io, &out[i].range, 1, err))) break;
+    out[i].record = out[i].range.ptr;
+    rc = check_row(s, rows[i], &out[i].range, out[i].record, err);
+    if (!rc && out[i].range.checked) set_checked(&out[i].range, NULL, 0, 0);
+  }
+  if (rc) ivfpq_rows_release(s, out, n);
   return rc;
 }
 
@@ -412,8 +480,9 @@ vs_rc ivfpq_rows_fetch_range(ivfpq_segment *s, uint32_t first, uint32_t n, ivfpq
   vs_rc rc = vs_io_fetch(s->io, &out->range, 1, err);
   if (rc) return rc;
   out->record = out->range.ptr;
-  for (uint32_t i = 0; i < n && !rc; i++) rc = check_row(s, first + i, out->record + i * size, err);
+  for (uint32_t i = 0; i < n && !rc; i++) rc = check_row(s, first + i, &out->range, out->record + i * size, err);
   if (rc) vs_io_release(s->io, &out->range, 1);
+  else if (out->range.checked) set_checked(&out->range, NULL, 0, 0);
   return rc;
 }
 

@@ -17,7 +17,7 @@ typedef struct ivfpq_segment {
   ivfpq_group *groups;          /* n_groups */
   float *group_bias, *group_centroids; /* packed, dim_padded wide */
   float *mean;                  /* dim_padded, zeros behind dim */
-  float *codebook;              /* subs x packed words */
+  float *codebook;              /* subs x packed words; NULL until ivfpq_codebook_wait first succeeded */
   unsigned char *group_checked; /* n_groups flags: the block was verified (stable io only) */
   unsigned char *part_checked;  /* nlist: bit 0 codes, bit 1 columns were verified (stable io only) */
   unsigned char **rows_checked; /* per 65,536 rows a lazily made bitmap (stable io only) */
@@ -31,12 +31,19 @@ static inline int ivfpq_is_flat(const ivfpq_segment *s) { return s->params.m == 
 /* A group block: directory entries and centroids of some partitions. */
 typedef struct ivfpq_group_view {
   vs_range range;
-  uint32_t first, n;             /* partitions */
+  uint32_t group, first, n;      /* partitions */
   const ivfpq_partition *entries; /* n, checked against the sections */
   const float *bias, *centroids; /* packed */
 } ivfpq_group_view;
 vs_rc ivfpq_groups_fetch(ivfpq_segment *s, const uint32_t *groups, size_t n, ivfpq_group_view *out, vs_err *err) VS_WARN_UNUSED;
+/* Its halves: begin starts the reads, wait completes and checks them. Between the two only _release is legal. */
+vs_rc ivfpq_groups_begin(ivfpq_segment *s, const uint32_t *groups, size_t n, ivfpq_group_view *out, vs_err *err) VS_WARN_UNUSED;
+vs_rc ivfpq_groups_wait(ivfpq_segment *s, ivfpq_group_view *views, size_t n, vs_err *err) VS_WARN_UNUSED;
 void ivfpq_groups_release(ivfpq_segment *s, ivfpq_group_view *views, size_t n);
+
+/* The codebook is large, and all that opening a segment does not need: it is read with the first groups and then stays. */
+vs_rc ivfpq_codebook_begin(ivfpq_segment *s, vs_range *r, vs_err *err) VS_WARN_UNUSED;
+vs_rc ivfpq_codebook_wait(ivfpq_segment *s, vs_range *r, vs_err *err) VS_WARN_UNUSED; /* releases r */
 
 /* One partition's bytes. */
 typedef struct ivfpq_part {
@@ -50,6 +57,8 @@ typedef struct ivfpq_part {
 enum { IVFPQ_WANT_CODES = 1, IVFPQ_WANT_COLUMNS = 2 };
 /* The caller has set number and entry of parts[0..n); fetches their bytes in one round and checks them. */
 vs_rc ivfpq_parts_fetch(ivfpq_segment *s, int want, ivfpq_part *parts, size_t n, vs_err *err) VS_WARN_UNUSED;
+vs_rc ivfpq_parts_begin(ivfpq_segment *s, int want, ivfpq_part *parts, size_t n, vs_err *err) VS_WARN_UNUSED;
+vs_rc ivfpq_parts_wait(ivfpq_segment *s, ivfpq_part *parts, size_t n, vs_err *err) VS_WARN_UNUSED;
 void ivfpq_parts_release(ivfpq_segment *s, ivfpq_part *parts, size_t n);
 
 /* One column of one partition, decoded in place: views into the fetched bytes. */
@@ -70,6 +79,9 @@ typedef struct ivfpq_row {
   const uint8_t *record;
 } ivfpq_row;
 vs_rc ivfpq_rows_fetch(ivfpq_segment *s, const uint32_t *rows, size_t n, ivfpq_row *out, vs_err *err) VS_WARN_UNUSED;
+/* Starts reading records that a later fetch will want, so that one round brings all; hold them until then with
+ * ivfpq_rows_release. They are not checked. */
+vs_rc ivfpq_rows_begin(ivfpq_segment *s, const uint32_t *rows, size_t n, ivfpq_row *out, vs_err *err) VS_WARN_UNUSED;
 void ivfpq_rows_release(ivfpq_segment *s, ivfpq_row *rows, size_t n);
 /* A stretch of consecutive records, for scans: checked, contiguous. */
 vs_rc ivfpq_rows_fetch_range(ivfpq_segment *s, uint32_t first, uint32_t n, ivfpq_row *out, vs_err *err) VS_WARN_UNUSED;

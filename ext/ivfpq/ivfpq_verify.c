@@ -168,6 +168,20 @@ static void check_finite(walk *w, const char *what, const float *v, uint64_t n) 
   if (v && !kern_get()->all_finite_f32(v, n)) fault(w, "%s: a value is NaN or infinite", what);
 }
 
+/* An object of a store is opened without it. */
+static vs_rc verify_codebook(walk *w) {
+  vs_range r;
+  vs_err why = {0};
+  if (!w->s->params.m) return VS_OK;
+  vs_rc rc = ivfpq_codebook_begin(w->s, &r, &why);
+  if (!rc) rc = ivfpq_codebook_wait(w->s, &r, &why);
+  if (rc == VS_CORRUPT) {
+    fault(w, "%s", why.text);
+    return VS_OK;
+  }
+  return rc ? vs_fail(w->err, rc, "%s", why.text) : VS_OK;
+}
+
 static void verify_floats(walk *w) {
   const ivfpq_params *p = &w->s->params;
   const float scalars[3] = {p->beta, p->term0, p->term_step};
@@ -485,6 +499,7 @@ static vs_rc verify_iddir(walk *w) {
 vs_rc ivfpq_verify(ivfpq_segment *s, ivfpq_report report, void *ctx, vs_err *err) {
   walk w = {.s = s, .report = report, .ctx = ctx, .err = err};
   vs_rc rc = verify_bytes(&w);
+  if (!rc && !w.stop) rc = verify_codebook(&w);
   if (!rc && !w.stop) verify_floats(&w);
   if (!rc && !w.stop) rc = verify_partitions(&w);
   if (!rc && !w.stop) rc = verify_rows(&w);

@@ -60,5 +60,8 @@ typedef struct s3_entry { const char *key; int is_prefix; uint64_t size; const c
 typedef vs_rc (*s3_list_fn)(void *ctx, const s3_entry *e, vs_err *err);
 vs_rc s3_list(s3_place *p, const char *prefix, const char *delimiter, const char *after, uint64_t max, s3_list_fn fn, void *ctx,
               vs_err *err) VS_WARN_UNUSED;
+/* The halves of one page, for callers that run the exchange beside others: the query (malloc'ed), and the reading of its answer. */
+char *s3_list_query(const char *prefix, const char *delimiter, uint64_t max);
+vs_rc s3_list_read(const uint8_t *body, size_t n, s3_list_fn fn, void *ctx, int *more, vs_err *err) VS_WARN_UNUSED;
 
 #endif

@@ -642,6 +642,15 @@ static void stop_at_exit(void) {
   pthread_timedjoin_np(E.thread, NULL, &until);
 }
 
+/* Waits are counted by the monotonic clock: a clock that is set must not make them long. */
+static void make_condition(void) {
+  pthread_condattr_t attr;
+  pthread_condattr_init(&attr);
+  pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+  pthread_cond_init(&E.finished, &attr);
+  pthread_condattr_destroy(&attr);
+}
+
 static void before_fork(void) { pthread_mutex_lock(&E.lock); }
 static void in_parent(void) { pthread_mutex_unlock(&E.lock); }
 /* Jobs and curl's memory of the parent are left alone: taking them down would speak to the parent's servers. */
@@ -649,17 +658,13 @@ static void in_child(void) {
   for (size_t i = 0; i < E.n_sockets; i++) close(E.sockets[i]);
   E.n_sockets = 0, E.queue = NULL, E.running = 0, E.cancels = 0, E.multi = NULL;
   memset(&T, 0, sizeof T);
-  pthread_cond_init(&E.finished, NULL);
+  make_condition();
   pthread_mutex_unlock(&E.lock);
 }
 
 static void init(void) {
-  pthread_condattr_t attr;
   init_failed = curl_global_init(CURL_GLOBAL_DEFAULT) != CURLE_OK;
-  pthread_condattr_init(&attr);
-  pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-  pthread_cond_init(&E.finished, &attr);
-  pthread_condattr_destroy(&attr);
+  make_condition();
   pthread_atfork(before_fork, in_parent, in_child);
   atexit(stop_at_exit); /* after curl_global_init, so that it runs before OpenSSL's own exit handler */
 }

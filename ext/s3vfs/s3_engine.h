@@ -78,7 +78,7 @@ int64_t s3_clock_ms(void); /* monotonic */
 
 /* ---- places: what the engine needs to know of s3_place ---- */
 
-typedef struct s3_attempt { char *url, *host, *path, *origin, *ca_bundle; char *headers[8]; size_t n_headers; int is_plain; } s3_attempt;
+typedef struct s3_attempt { char *url, *path, *ca_bundle; char *headers[8]; size_t n_headers; int is_plain; } s3_attempt;
 /* URL and signed headers for one attempt, with the credentials and region of this moment. */
 vs_rc s3_place_sign(s3_place *p, const s3_job *j, s3_attempt *out, vs_err *err) VS_WARN_UNUSED;
 void s3_attempt_reset(s3_attempt *a);
@@ -86,5 +86,7 @@ int s3_place_new_region(s3_place *p, const char *region); /* 1: it was another o
 int s3_place_new_credentials(s3_place *p);                /* 1: they changed */
 int s3_place_set_clock(s3_place *p, int64_t server_time); /* 1: it was off by more than a minute */
 int s3_place_knows(const s3_place *p, const char *text);  /* does the text hold a secret of ours? */
+/* Tells objects of different stores apart: for caches, never for messages. malloc'ed. */
+char *s3_place_identity(const s3_place *p, const char *key);
 
 #endif

@@ -1,8 +1,11 @@
 /* shard_search.c - the query executor: many segments of many shards, one ranking.
  *
- * Phase 1 scans every segment (in parallel over segments), each keeping its best k*refine estimates. The estimates of all
- * segments are merged, the best k*refine of them stay. Phase 2 reads those rows and computes true distances. Exact searches
- * have one phase, and their result is what sorting the shards' own results together would give.
+ * Phase 1 scans every segment (in parallel over segments), each keeping its best k*refine estimates. The scans of segments in
+ * a store go step by step, each step of all of them before the next of any: so their reads share rounds. The estimates of all
+ * segments are merged, the best k*refine of them stay. Phase 2 reads those rows, in one round, and computes true distances.
+ * Exact searches have one phase, and their result is what sorting the shards' own results together would give.
+ *
+ * Bytes that fail their check may have been damaged on their way: a search that met some is run once more with fresh ones.
  */
 #include <math.h>
 #include <pthread.h>
@@ -10,6 +13,7 @@
 #include <string.h>
 
 #include "../base/vs_pool.h"
+#include "../base/vs_scope.h"
 #include "../kernels/kern.h"
 #include "shard.h"
 
@@ -25,6 +29,9 @@ typedef struct segment_task {
   uint32_t shard, number;
   ivfpq_keys keys;
   ivfpq_stats stats;
+  ivfpq_query query;
+  ivfpq_scan_state *scan;
+  int more;               /* the scan has a step to go */
   vs_rc rc;
   vs_err err;
 } segment_task;
@@ -103,11 +110,26 @@ static ivfpq_query segment_query(run *r, const segment_task *t) {
                        .filter = r->q->filters ? r->q->filters[t->shard] : NULL, .stop = poll_stop, .stop_ctx = r};
 }
 
-static void scan_task(void *ctx, size_t i) {
+static void step_task(void *ctx, size_t i) {
+  segment_task *t = &((run *)ctx)->tasks[i];
+  if (!t->more) return;
+  t->rc = ivfpq_scan_step(t->scan, &t->more, &t->err);
+  if (t->rc) t->more = 0;
+}
+
+static void open_task(void *ctx, size_t i) {
   run *r = ctx;
   segment_task *t = &r->tasks[i];
-  ivfpq_query q = segment_query(r, t);
-  t->rc = ivfpq_scan(t->segment, &q, &t->keys, &t->stats, &t->err);
+  t->query = segment_query(r, t);
+  t->rc = ivfpq_scan_open(t->segment, &t->query, &t->keys, &t->stats, &t->scan, &t->err);
+  t->more = !t->rc;
+  if (t->segment->io->local) step_task(ctx, i);
+}
+
+static int any_more(const run *r) {
+  for (size_t i = 0; i < r->n_tasks; i++)
+    if (r->tasks[i].more) return 1;
+  return 0;
 }
 
 /* The keys of this segment that lie at or before `after`. */
@@ -121,6 +143,17 @@ static vs_rc first_error(run *r, vs_err *err) {
   for (size_t i = 0; i < r->n_tasks; i++)
     if (r->tasks[i].rc) return vs_fail(err, r->tasks[i].rc, "%s", r->tasks[i].err.text);
   return VS_OK;
+}
+
+static vs_rc run_scans(run *r, vs_err *err) {
+  vs_rc rc;
+  vs_pool_run(r->n_tasks, r->q->threads, open_task, r);
+  while (!(rc = first_error(r, err)) && any_more(r)) vs_pool_run(r->n_tasks, r->q->threads, step_task, r);
+  for (size_t i = 0; i < r->n_tasks; i++) {
+    ivfpq_scan_close(r->tasks[i].scan);
+    r->tasks[i].scan = NULL;
+  }
+  return rc;
 }
 
 static vs_rc run_exact(run *r, vs_err *err) {
@@ -205,10 +238,51 @@ static void refine_task(void *ctx, size_t i) {
   pthread_mutex_unlock(&j->lock);
 }
 
+/* Starts reading all rows that lie in stores, a stretch of hits of one segment at a time; *held are to be released. */
+static vs_rc begin_rows(run *r, const shard_hit *hits, size_t n, ivfpq_row *held, uint32_t *rows, vs_err *err) {
+  vs_rc rc = VS_OK;
+  for (size_t at = 0, m; at < n && !rc; at += m) {
+    const shard_hit *h = hits + at;
+    for (m = 0; at + m < n && h[m].shard == h->shard && h[m].segment == h->segment; m++) rows[m] = h[m].row;
+    ivfpq_segment *s = r->q->shards[h->shard]->segments[h->segment];
+    if (!s->io->local) rc = ivfpq_rows_begin(s, rows, m, held + at, err);
+  }
+  return rc;
+}
+
+static void release_rows(run *r, const shard_hit *hits, size_t n, ivfpq_row *held) {
+  for (size_t i = 0; i < n; i++)
+    if (held[i].range.len) ivfpq_rows_release(r->q->shards[hits[i].shard]->segments[hits[i].segment], &held[i], 1);
+}
+
+static int all_local(const run *r) {
+  for (size_t i = 0; i < r->n_tasks; i++)
+    if (!r->tasks[i].segment->io->local) return 0;
+  return 1;
+}
+
+static void refine_slices(refine_job *j) {
+  vs_pool_run((j->n + REFINE_SLICE - 1) / REFINE_SLICE, j->r->q->threads, refine_task, j);
+}
+
+/* Rows in stores are held while the slices look at them, which so find them in the cache. */
+static vs_rc refine_remote(refine_job *j, vs_err *err) {
+  ivfpq_row *held = calloc(j->n + 1, sizeof *held);
+  uint32_t *rows = malloc((j->n + 1) * sizeof *rows);
+  vs_rc rc = held && rows ? begin_rows(j->r, j->hits, j->n, held, rows, err) : vs_nomem(err);
+  if (!rc) refine_slices(j);
+  if (held) release_rows(j->r, j->hits, j->n, held);
+  free(held), free(rows);
+  return rc;
+}
+
 static vs_rc refine(run *r, shard_hit *hits, size_t n, vs_err *err) {
   refine_job j = {.r = r, .hits = hits, .n = n, .lock = PTHREAD_MUTEX_INITIALIZER};
+  vs_rc rc = VS_OK;
   qsort(hits, n, sizeof *hits, storage_order);
-  vs_pool_run((n + REFINE_SLICE - 1) / REFINE_SLICE, r->q->threads, refine_task, &j);
+  if (all_local(r)) refine_slices(&j);
+  else rc = refine_remote(&j, err);
+  if (rc) return rc;
   if (j.rc) return vs_fail(err, j.rc, "%s", j.err.text);
   qsort(hits, n, sizeof *hits, hit_order);
   return VS_OK;
@@ -278,17 +352,19 @@ static size_t skip_until(const shard_hit *after, shard_hit *hits, size_t n) {
   return n - at;
 }
 
-vs_rc shard_search_run(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) {
+static vs_rc search_once(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) {
   run r = {.q = q, .caller = pthread_self()};
+  vs_scope *outer = vs_scope_current(), inner = outer ? *outer : (vs_scope){0};
   *hits = NULL, *n = 0;
   memset(stats, 0, sizeof *stats);
+  inner.stop = poll_stop, inner.stop_ctx = &r;
+  vs_scope_enter(&inner);
   vs_rc rc = prepare(&r, err);
   if (!rc && r.k && q->exact) {
     rc = run_exact(&r, err);
     if (!rc) rc = collect(&r, r.k, hits, n, err);
   } else if (!rc && r.k) {
-    vs_pool_run(r.n_tasks, q->threads, scan_task, &r);
-    rc = first_error(&r, err);
+    rc = run_scans(&r, err);
     if (!rc) rc = collect(&r, r.n_candidates, hits, n, err);
     stats->refined = *n;
     if (!rc) rc = refine(&r, *hits, *n, err);
@@ -296,6 +372,8 @@ vs_rc shard_search_run(const shard_search *q, shard_hit **hits, size_t *n, shard
     if (!rc && q->after) *n = skip_until(q->after, *hits, *n);
   }
   if (!rc) rc = order_ties(q, *hits, *n, err);
+  vs_scope_enter(outer);
+  if (outer) outer->traffic = inner.traffic;
   for (size_t i = 0; i < r.n_tasks; i++) {
     stats->partitions += r.tasks[i].stats.partitions, stats->rows += r.tasks[i].stats.rows;
     ivfpq_keys_reset(&r.tasks[i].keys);
@@ -303,4 +381,26 @@ vs_rc shard_search_run(const shard_search *q, shard_hit **hits, size_t *n, shard
   free(r.tasks);
   if (rc) free(*hits), *hits = NULL, *n = 0;
   return rc;
+}
+
+/* 1: some of it lies in a store, and will be read anew. */
+static int forget_remote(const shard_search *q) {
+  int any = 0;
+  for (size_t i = 0; i < q->n_shards; i++)
+    for (size_t g = 0; g < q->shards[i]->manifest.n_segments; g++) {
+      vs_io *io = q->shards[i]->segments[g]->io;
+      if (io->forget) vs_io_forget(io), any = 1;
+    }
+  return any;
+}
+
+vs_rc shard_search_run(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) {
+  vs_err why = {0};
+  vs_rc rc = search_once(q, hits, n, stats, &why);
+  if (rc == VS_CORRUPT && forget_remote(q)) {
+    vs_err_reset(&why);
+    rc = search_once(q, hits, n, stats, &why);
+    if (rc == VS_CORRUPT) forget_remote(q);
+  }
+  return rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
 }
