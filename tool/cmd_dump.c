@@ -7,7 +7,7 @@
 
 #include "../ext/ivfpq/ivfpq_segment.h"
 #include "../ext/s3vfs/io_local.h"
-#include "../ext/shard/shard_manifest.h"
+#include "../ext/shard/shard_files.h"
 #include "options.h"
 #include "source.h"
 
@@ -142,41 +142,52 @@ static vs_rc print_rows(ivfpq_segment *s, uint64_t n, vs_err *err) {
   return rc;
 }
 
-static tool_status dump_segment(const char *path, const dump_options *o) {
-  vs_io *io = NULL;
+/* Takes the io. */
+static vs_rc dump_io(vs_io *io, const dump_options *o, vs_err *err) {
   ivfpq_segment *s = NULL;
-  vs_err err = {0};
-  printf("segment  %s\n", path);
-  vs_rc rc = io_local_open(path, -1, &io, &err);
-  if (!rc) rc = ivfpq_segment_open(io, &s, &err);
-  if (!rc) rc = print_header(s, &err);
+  vs_rc rc = ivfpq_segment_open(io, &s, err);
+  if (!rc) rc = print_header(s, err);
   if (!rc) {
     print_sections(s);
     print_params(s);
     print_columns(s);
-    rc = print_groups(s, &err);
+    rc = print_groups(s, err);
   }
-  if (!rc) rc = print_rows(s, (uint64_t)o->rows, &err);
-  if (s) ivfpq_segment_close(s);
-  return tool_report(&err);
+  if (!rc) rc = print_rows(s, (uint64_t)o->rows, err);
+  ivfpq_segment_close(s);
+  return rc;
 }
 
-static tool_status dump_shard(const char *folder, const dump_options *o) {
-  shard_manifest m = {0};
+static tool_status dump_file(const char *path, const dump_options *o) {
+  vs_io *io;
+  vs_err err = {0};
+  printf("segment  %s\n", path);
+  vs_rc rc = io_local_open(path, -1, &io, &err);
+  if (!rc) rc = dump_io(io, o, &err);
+  return rc ? tool_report(&err) : TOOL_DONE;
+}
+
+static tool_status dump_segment(const shard_files *f, size_t i, const dump_options *o) {
+  vs_io *io;
+  vs_err err = {0};
+  printf("segment  %s/%s\n", f->path, f->manifest.segments[i].file);
+  vs_rc rc = shard_files_segment(f, i, &io, &err);
+  if (!rc) rc = dump_io(io, o, &err);
+  return rc ? tool_report(&err) : TOOL_DONE;
+}
+
+static tool_status dump_shard(const char *path, const dump_options *o) {
+  shard_files f = {0};
   char *json = NULL;
   vs_err err = {0};
-  tool_status status;
-  vs_rc rc = shard_manifest_read(folder, 0, &m, &err);
-  if (!rc) rc = shard_manifest_print(&m, &json, &err);
-  if (!rc) printf("shard    %s\nmanifest %s\n", folder, json);
-  status = tool_report(&err);
-  for (size_t i = 0; !rc && i < m.n_segments && !tool_stop(NULL); i++) {
-    char *path = tool_format("%s/%s", folder, m.segments[i].file);
-    if (dump_segment(path, o)) status = TOOL_FAILED;
-    free(path);
-  }
+  vs_rc rc = shard_files_open(path, &f, &err);
+  if (!rc) rc = shard_manifest_print(&f.manifest, &json, &err);
+  if (!rc) printf("shard    %s\nmanifest %s\n", path, json);
+  tool_status status = tool_report(&err);
+  for (size_t i = 0; !rc && i < f.manifest.n_segments && !tool_stop(NULL); i++)
+    if (dump_segment(&f, i, o)) status = TOOL_FAILED;
   free(json);
-  shard_manifest_reset(&m);
+  shard_files_reset(&f);
   return status;
 }
 
@@ -185,7 +196,7 @@ static tool_status dump_source(const char *source, const dump_options *o) {
   tool_status status = TOOL_DONE;
   struct stat st;
   vs_err err = {0};
-  if (!stat(source, &st) && S_ISREG(st.st_mode)) return dump_segment(source, o);
+  if (!stat(source, &st) && S_ISREG(st.st_mode)) return dump_file(source, o);
   if (source_expand(source, &folders, &err)) status = tool_report(&err);
   for (size_t i = 0; !err.rc && i < folders.n && !tool_stop(NULL); i++)
     if (dump_shard(folders.items[i], o)) status = TOOL_FAILED;

@@ -121,8 +121,7 @@ static vs_rc run_query(query_job *j, uint64_t number, const float *vector, uint8
                     .nprobe = j->o->nprobe,
                     .refine = j->o->refine,
                     .exact = j->o->exact,
-                    .threads = (int)j->o->threads,
-                    .stop = tool_stop};
+                    .threads = (int)j->o->threads};
   shard_hit *hits = NULL;
   shard_stats stats;
   vs_err why = {0};

@@ -4,26 +4,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../ext/shard/shard_manifest.h"
+#include "../ext/shard/shard_files.h"
 #include "json.h"
 
 static vs_rc expand_path(const char *path, tool_list *folders, vs_err *err) {
-  char **names;
-  size_t n, len = strlen(path);
-  while (len > 1 && path[len - 1] == '/') len--;
-  char *folder = tool_format("%.*s", (int)len, path);
-  vs_rc rc = VS_OK;
-  if (shard_dir_is_shard(folder)) tool_list_add(folders, folder);
-  else if (!(rc = shard_dir_list(folder, &names, &n, err))) {
-    if (!n) rc = vs_fail(err, VS_NOTFOUND, "%s: is no shard and holds none; vecshard build makes one", folder);
-    for (size_t i = 0; i < n; i++) {
-      char *child = tool_format("%s/%s", folder, names[i]);
-      tool_list_add(folders, child);
-      free(child);
-    }
-    shard_names_free(names, n);
-  }
-  free(folder);
+  char **paths;
+  size_t n;
+  vs_rc rc = shard_paths(path, &paths, &n, err);
+  for (size_t i = 0; i < n; i++) tool_list_add(folders, paths[i]);
+  shard_names_free(paths, n);
   return rc;
 }
 

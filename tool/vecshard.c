@@ -14,6 +14,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "../ext/base/vs_scope.h"
 #include "../ext/input/input.h"
 #include "../ext/vecshard.h"
 #include "progress.h"
@@ -143,6 +144,8 @@ int main(int argc, char **argv) {
   }
   input_skip_exit_cleanup();
   catch_signals();
+  vs_scope scope = {.stop = tool_stop, .max_bytes = UINT64_MAX}; /* who starts a tool means what it reads */
+  vs_scope_enter(&scope);
   if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) print_usage(stdout);
   else if (!strcmp(argv[1], "--version")) puts("vecshard " VECSHARD_VERSION);
   else status = run_command(argc, argv);

@@ -22,7 +22,8 @@ enum {
   STRETCH_BYTES = 16 << 20,     /* of stored vectors between two looks at `stop` in a brute-force search */
   EXACT_SLICE = 512,            /* rows per task */
   ROWS_PER_ROUND = 4096,
-  PARTS_BYTES = 64 << 20        /* of partitions held at once */
+  PARTS_BYTES = 64 << 20,       /* of partitions held at once */
+  ALL_GROUPS_BYTES = 32 << 20   /* centroids: up to here all are ranked */
 };
 
 uint32_t ivfpq_default_nprobe(uint32_t nlist) {
@@ -133,11 +134,13 @@ static void prepare_query(scan *c) {
 
 /* ---- ranking ---- */
 
-/* All groups into c->order and how many of them to read at first: all of a mapped file, whose centroids lie there ready to
- * use; else the nearest ones until they hold several times the partitions that will be probed. */
+/* All groups into c->order, and how many of them to read at first. Groups are rough: on two clustered sets (1,000,000 x 128 and
+ * 300,000 x 960, nprobe 20) the nearest half of the centroids holds .997 of the recall that all of them give, a quarter .96. So
+ * all are read while that is cheap, the nearest half or more else. The same for files and stores: they give the same rows. */
 static vs_rc choose_groups(scan *c, size_t *n, vs_err *err) {
   const ivfpq_params *p = &c->s->params;
-  uint64_t lanes = ivfpq_round(p->n_groups, 16), enough = (uint64_t)c->q->nprobe * 8 + 64, have = 0;
+  uint64_t lanes = ivfpq_round(p->n_groups, 16), enough = (uint64_t)c->q->nprobe * 32 + 64, have = 0;
+  int all = c->s->section[IVFPQ_GROUPS].size <= ALL_GROUPS_BYTES || c->q->n_candidates > p->n_rows / 8;
   float *score = malloc(lanes * sizeof *score + 64);
   uint64_t *key = malloc(2 * (p->n_groups + 1) * sizeof *key);
   *n = 0;
@@ -145,13 +148,13 @@ static vs_rc choose_groups(scan *c, size_t *n, vs_err *err) {
     free(score), free(key);
     return vs_nomem(err);
   }
-  kern_get()->scores_f32(c->x, p->dim_padded, c->s->group_centroids, c->s->group_bias, p->n_groups, score);
-  for (uint32_t g = 0; g < p->n_groups; g++) key[g] = kern_key(-score[g], g);
-  if (!c->s->io->stable) kern_sort_u64(key, p->n_groups, key + p->n_groups + 1);
-  if (enough < p->nlist / 8) enough = p->nlist / 8;
+  if (!all) kern_get()->scores_f32(c->x, p->dim_padded, c->s->group_centroids, c->s->group_bias, p->n_groups, score);
+  for (uint32_t g = 0; g < p->n_groups; g++) key[g] = all ? g : kern_key(-score[g], g);
+  if (!all) kern_sort_u64(key, p->n_groups, key + p->n_groups + 1);
+  if (enough < p->nlist / 2) enough = p->nlist / 2;
   for (uint32_t g = 0; g < p->n_groups; g++) {
-    c->order[g] = kern_key_number(key[g]);
-    if (c->s->io->stable || have < enough || c->q->n_candidates > p->n_rows / 8) ++*n;
+    c->order[g] = all ? g : kern_key_number(key[g]);
+    if (all || have < enough) ++*n;
     have += c->s->groups[c->order[g]].n;
   }
   free(score), free(key);

@@ -399,7 +399,7 @@ static extent *claim(const s3_io *io, const vs_range *r, int *is_new) {
   const uint8_t *have = primed(io, r);
   if (!made) return NULL;
   if (have) memcpy(made->data, have, r->len);
-  if (have || !r->len) made->state = READY;
+  if (have || !r->len) made->state = READY, made->round = 0;
   pthread_mutex_lock(&C.lock);
   if (!(e = lookup(&like)) && insert(made)) {
     e = made;

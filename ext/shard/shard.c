@@ -1,9 +1,10 @@
-/* shard.c - handles of open shards, shared by the whole process, and sets of them; see shard.h.
+/* shard.c - handles of open shards, shared by the whole process; see shard.h.
  *
  * The list of handles is guarded by one mutex, never held over I/O: a shard is read first and then put into the list, where a
- * handle that another thread made in the meantime wins. A folder's stamp (device, inode, mtime) tells whether it may have a
- * new version; a stamp younger than STAMP_SETTLE_NS at the time it was taken proves nothing, because a second change within
- * one clock tick leaves the mtime as it is, so such a folder is listed again.
+ * handle that another thread made in the meantime wins if it reads the very same files. A folder's stamp (device, inode, mtime)
+ * tells whether it may have a new version; a stamp younger than STAMP_SETTLE_NS at the time it was taken proves nothing, because
+ * a second change within one clock tick leaves the mtime as it is, so such a folder is listed again. A shard in a store is known
+ * by URI and the ETag of its manifest, and is asked about again when it was last looked at some time ago.
  */
 #include "shard.h"
 
@@ -16,16 +17,22 @@
 #include <time.h>
 
 #include "../s3vfs/io_local.h"
+#include "../s3vfs/s3_config.h"
+#include "../s3vfs/s3_engine.h"
 #include "shard_int.h"
-#include "sqlite3ext.h"
-SQLITE_EXTENSION_INIT3
+#include "shard_remote.h"
 
 #define STAMP_SETTLE_NS 50000000ll
+enum { REFRESH_MS = 5000 };
 
 typedef struct handle {
-  shard s; /* first: a shard is its handle */
-  char *real_path;
-  shard_stamp stamp;
+  shard s;               /* first: a shard is its handle */
+  char *key;             /* real path, or URI */
+  shard_stamp stamp;     /* of a local folder */
+  shard_stamp *files;    /* of its segments */
+  s3_place *place;       /* of a shard in a store */
+  char etag[S3_ETAG_MAX];
+  int64_t checked_ms;    /* when the store was last asked for a newer version; 0: opened by its number, never fresh */
   int refs;
   struct handle *next;
 } handle;
@@ -46,7 +53,7 @@ int shard_stamp_take(const char *path, shard_stamp *out) {
   if (stat(path, &st)) return 0;
   clock_gettime(CLOCK_REALTIME, &now);
   out->device = st.st_dev, out->inode = st.st_ino;
-  out->mtime_ns = st.st_mtim.tv_sec * 1000000000ll + st.st_mtim.tv_nsec;
+  out->mtime_ns = st.st_mtim.tv_sec * 1000000000ll + st.st_mtim.tv_nsec, out->size = st.st_size;
   out->settled = now.tv_sec * 1000000000ll + now.tv_nsec - out->mtime_ns > STAMP_SETTLE_NS;
   return 1;
 }
@@ -59,33 +66,33 @@ int shard_stamp_holds(const char *path, const shard_stamp *then) {
 
 static void free_handle(handle *h) {
   for (size_t i = 0; h->s.segments && i < h->s.manifest.n_segments; i++) ivfpq_segment_close(h->s.segments[i]);
-  free(h->s.segments), free(h->s.path), free(h->real_path);
+  free(h->s.segments), free(h->s.path), free(h->key), free(h->files);
+  s3_place_close(h->place);
   shard_manifest_reset(&h->s.manifest);
   free(h);
 }
 
-/* Call with the lock held. */
-static handle *find(const char *real_path, uint64_t version) {
-  for (handle *h = handles; h; h = h->next)
-    if (h->s.manifest.version == version && !strcmp(h->real_path, real_path)) return h;
-  return NULL;
-}
-
-/* The newest cached handle of a folder whose stamp still holds, counted. */
-static handle *find_fresh(const char *real_path) {
+/* The newest cached handle of a key, or that of a version; counted. Of several of one version the last that was opened. */
+static handle *find(const char *key, uint64_t version) {
   handle *best = NULL;
-  shard_stamp stamp = {0};
   pthread_mutex_lock(&lock);
   for (handle *h = handles; h; h = h->next)
-    if (!strcmp(h->real_path, real_path) && (!best || h->s.manifest.version > best->s.manifest.version)) best = h;
-  if (best) best->refs++, stamp = best->stamp;
+    if (!strcmp(h->key, key) && (version ? h->s.manifest.version == version && !best
+                                         : !best || h->s.manifest.version > best->s.manifest.version))
+      best = h;
+  if (best) best->refs++;
   pthread_mutex_unlock(&lock);
-  if (best && !shard_stamp_holds(real_path, &stamp)) shard_close(&best->s), best = NULL;
   return best;
 }
 
-/* What the manifest promises of a segment must be what the segment says. */
-static vs_rc check_segment(const shard_manifest *m, const shard_segment_ref *ref, const ivfpq_segment *s, vs_err *err) {
+/* The newest cached handle of a folder whose stamp still holds, counted. */
+static handle *find_fresh(const char *key) {
+  handle *best = find(key, 0);
+  if (best && !shard_is_fresh(&best->s)) shard_close(&best->s), best = NULL;
+  return best;
+}
+
+vs_rc shard_check_segment(const shard_manifest *m, const shard_segment_ref *ref, const ivfpq_segment *s, vs_err *err) {
   const ivfpq_params *p = &s->params;
   const char *what = NULL;
   if (s->io->size != ref->n_bytes) what = "size";
@@ -103,40 +110,55 @@ static vs_rc check_segment(const shard_manifest *m, const shard_segment_ref *ref
 static vs_rc open_segments(handle *h, vs_err *err) {
   const shard_manifest *m = &h->s.manifest;
   vs_rc rc = VS_OK;
-  if (!(h->s.segments = calloc(m->n_segments + 1, sizeof *h->s.segments))) return vs_nomem(err);
+  h->s.segments = calloc(m->n_segments + 1, sizeof *h->s.segments);
+  h->files = calloc(m->n_segments + 1, sizeof *h->files);
+  if (!h->s.segments || !h->files) return vs_nomem(err);
   for (size_t i = 0; i < m->n_segments && !rc; i++) {
     char path[4400];
     vs_io *io;
     if (snprintf(path, sizeof path, "%s/%s", h->s.path, m->segments[i].file) >= (int)sizeof path)
       return vs_fail(err, VS_INVALID, "%s: path too long", h->s.path);
+    shard_stamp_take(path, &h->files[i]);
     rc = io_local_open(path, -1, &io, err);
     if (!rc) rc = ivfpq_segment_open(io, &h->s.segments[i], err);
-    if (!rc) rc = check_segment(m, &m->segments[i], h->s.segments[i], err);
+    if (!rc) rc = shard_check_segment(m, &m->segments[i], h->s.segments[i], err);
   }
   return rc;
+}
+
+static int same_file(const shard_stamp *a, const shard_stamp *b) {
+  return a->device == b->device && a->inode == b->inode && a->size == b->size && a->mtime_ns == b->mtime_ns;
+}
+
+/* Do both read the same files? A shard that was damaged, then repaired or built anew, has the same version in other ones. */
+static int same_shard(const handle *a, const handle *b) {
+  const shard_manifest *x = &a->s.manifest, *y = &b->s.manifest;
+  if (x->version != y->version || strcmp(a->key, b->key) || strcmp(x->uuid, y->uuid) || x->n_segments != y->n_segments) return 0;
+  if (!a->files || !b->files) return !a->files == !b->files && !strcmp(a->etag, b->etag);
+  for (size_t i = 0; i < x->n_segments; i++)
+    if (!same_file(&a->files[i], &b->files[i])) return 0;
+  return 1;
 }
 
 /* Puts a finished handle into the list, or takes the one that is already there. */
 static handle *publish_handle(handle *made) {
   pthread_mutex_lock(&lock);
-  handle *have = find(made->real_path, made->s.manifest.version);
-  if (have && !strcmp(have->s.manifest.uuid, made->s.manifest.uuid)) {
+  handle *have = handles;
+  while (have && !same_shard(have, made)) have = have->next;
+  if (have) {
     have->refs++;
     if (made->stamp.settled) have->stamp = made->stamp;
+    if (made->checked_ms > have->checked_ms) have->checked_ms = made->checked_ms;
   } else {
     made->refs = 1, made->next = handles, handles = made;
     have = made;
   }
   pthread_mutex_unlock(&lock);
+  if (have != made) free_handle(made);
   return have;
 }
 
-static int is_remote(const char *path) { return strstr(path, "://") != NULL; }
-
-vs_rc shard_open(const char *path, uint64_t version, shard **out, vs_err *err) {
-  *out = NULL;
-  if (is_remote(path)) return vs_fail(err, VS_UNSUPPORTED, "%s: this version opens local paths only", path);
-  pthread_once(&fork_once, guard_fork);
+static vs_rc open_local(const char *path, uint64_t version, shard **out, vs_err *err) {
   char *real = realpath(path, NULL);
   if (!real) {
     if (errno == ENOMEM) return vs_nomem(err);
@@ -153,7 +175,7 @@ vs_rc shard_open(const char *path, uint64_t version, shard **out, vs_err *err) {
     free(real);
     return vs_nomem(err);
   }
-  made->real_path = real;
+  made->key = real;
   shard_stamp_take(real, &made->stamp); /* before the listing: a later change makes it stale, never the other way round */
   vs_rc rc = (made->s.path = strdup(path)) ? shard_manifest_read(path, version, &made->s.manifest, err) : vs_nomem(err);
   if (version) made->stamp.settled = 0; /* says nothing about the newest version */
@@ -162,10 +184,20 @@ vs_rc shard_open(const char *path, uint64_t version, shard **out, vs_err *err) {
     free_handle(made);
     return rc;
   }
-  h = publish_handle(made);
-  if (h != made) free_handle(made);
-  *out = &h->s;
+  *out = &publish_handle(made)->s;
   return VS_OK;
+}
+
+vs_rc shard_open(const char *path, uint64_t version, shard **out, vs_err *err) {
+  *out = NULL;
+  pthread_once(&fork_once, guard_fork);
+  if (!s3_is_uri(path)) return open_local(path, version, out, err);
+  remote_shard r = {0}, *at = &r;
+  vs_rc rc = remote_shard_init(&r, path, NULL, err);
+  r.want = version;
+  if (!rc) rc = shard_open_remote(&at, 1, 0, out, err);
+  remote_shard_reset(&r);
+  return rc;
 }
 
 void shard_close(shard *s) {
@@ -191,10 +223,11 @@ shard *shard_share(shard *s) {
 
 int shard_is_fresh(const shard *s) {
   const handle *h = (const handle *)s;
+  if (h->place) return shard_remote_fresh((shard *const *)&s, 1, NULL, 0);
   pthread_mutex_lock(&lock);
   shard_stamp stamp = h->stamp;
   pthread_mutex_unlock(&lock);
-  return shard_stamp_holds(h->real_path, &stamp);
+  return shard_stamp_holds(h->key, &stamp);
 }
 
 vs_rc shard_find(shard *s, const ivfpq_id *id, uint32_t *segment, uint32_t *row, int *found, vs_err *err) {
@@ -207,165 +240,144 @@ vs_rc shard_find(shard *s, const ivfpq_id *id, uint32_t *segment, uint32_t *row,
   return VS_OK;
 }
 
-/* ---- sets ---- */
+/* ---- shards in stores ---- */
 
-int shard_source_is_path(const char *source) { return source[0] == '[' || strpbrk(source, "/:") != NULL; }
-
-static vs_rc grow(shard_set *set, vs_err *err) {
-  shard **shards = realloc(set->shards, (set->n + 1) * sizeof *shards);
-  if (shards) set->shards = shards;
-  char **names = realloc(set->names, (set->n + 1) * sizeof *names);
-  if (names) set->names = names;
-  return shards && names ? VS_OK : vs_nomem(err);
+int shard_recently(int64_t checked_ms) {
+  const char *text = getenv("VECSHARD_REFRESH_MS");
+  char *end;
+  long long ms = text && *text ? strtoll(text, &end, 10) : REFRESH_MS;
+  if (text && *text && (*end || ms < 0)) ms = REFRESH_MS;
+  return checked_ms && s3_clock_ms() - checked_ms < ms;
 }
 
-static const char *last_part(const char *path, size_t *n) {
-  size_t end = strlen(path);
-  while (end > 1 && path[end - 1] == '/') end--;
-  size_t at = end;
-  while (at > 0 && path[at - 1] != '/') at--;
-  *n = end - at;
-  return path + at;
+static int64_t checked_ms(const handle *h) {
+  pthread_mutex_lock(&lock);
+  int64_t t = h->checked_ms;
+  pthread_mutex_unlock(&lock);
+  return t;
 }
 
-static vs_rc add_shard(shard_set *set, const char *path, vs_err *err) {
-  size_t n;
-  const char *name = last_part(path, &n);
-  vs_rc rc = grow(set, err);
-  if (rc) return rc;
-  if (!(set->names[set->n] = strndup(name, n))) return vs_nomem(err);
-  rc = shard_open(path, 0, &set->shards[set->n], err);
-  if (rc) free(set->names[set->n]);
-  else set->n++;
-  return rc;
+static void set_checked(handle *h, int64_t now) {
+  pthread_mutex_lock(&lock);
+  if (h->checked_ms) h->checked_ms = now;
+  pthread_mutex_unlock(&lock);
 }
 
-static vs_rc remember_folder(shard_set *set, const char *path, vs_err *err) {
-  shard_folder *f = realloc(set->folders, (set->n_folders + 1) * sizeof *f);
-  if (!f) return vs_nomem(err);
-  set->folders = f;
-  f += set->n_folders;
-  shard_stamp_take(path, &f->stamp);
-  if (!(f->path = strdup(path))) return vs_nomem(err);
-  set->n_folders++;
+/* A cached handle that needs no network: the newest one if it was looked at recently, or the version asked for. */
+static shard *cached(const remote_shard *r) {
+  handle *h = find(r->uri, r->want);
+  if (h && (r->want || shard_recently(checked_ms(h)))) return &h->s;
+  if (h) shard_close(&h->s);
+  return NULL;
+}
+
+/* A cached handle of what was just found. */
+static shard *cached_version(const remote_shard *r, int64_t now) {
+  handle *h = find(r->uri, r->version);
+  if (h && !strcmp(h->etag, r->etag)) {
+    set_checked(h, now);
+    return &h->s;
+  }
+  if (h) shard_close(&h->s);
+  return NULL;
+}
+
+/* Makes a handle of what was loaded. */
+static vs_rc adopt(remote_shard *r, int64_t now, shard **out, vs_err *err) {
+  handle *made = calloc(1, sizeof *made);
+  if (!made || !(made->key = strdup(r->uri)) || !(made->s.path = strdup(r->uri))) {
+    if (made) free_handle(made);
+    return vs_nomem(err);
+  }
+  made->s.manifest = r->manifest, made->s.segments = r->segments;
+  memset(&r->manifest, 0, sizeof r->manifest), r->segments = NULL;
+  strcpy(made->etag, r->etag);
+  made->place = s3_place_share(r->place);
+  made->checked_ms = r->want ? 0 : now;
+  *out = &publish_handle(made)->s;
   return VS_OK;
 }
 
-/* A shard, or a folder of shards. */
-static vs_rc add_path(shard_set *set, const char *path, vs_err *err) {
-  char **names = NULL;
-  size_t n = 0;
-  if (is_remote(path)) return vs_fail(err, VS_UNSUPPORTED, "%s: this version opens local paths only", path);
-  if (shard_dir_is_shard(path)) return add_shard(set, path, err);
-  vs_rc rc = remember_folder(set, path, err);
-  if (!rc) rc = shard_dir_list(path, &names, &n, err);
-  if (!rc && !n)
-    rc = vs_fail(err, VS_NOTFOUND, "%s holds no shard: build one with `vecshard build FILES --out %s/NAME`", path, path);
+/* Loads those without a shard yet. */
+static vs_rc load_rest(remote_shard **at, size_t n, int optional, int64_t now, shard **out, vs_err *err) {
+  remote_shard **todo = malloc((n + 1) * sizeof *todo);
+  size_t m = 0;
+  vs_rc rc = todo ? VS_OK : vs_nomem(err);
   for (size_t i = 0; i < n && !rc; i++) {
-    size_t room = strlen(path) + strlen(names[i]) + 2;
-    char *child = malloc(room);
-    if (!child) rc = vs_nomem(err);
-    else {
-      snprintf(child, room, "%s/%s", path, names[i]);
-      rc = add_shard(set, child, err);
-    }
-    free(child);
+    if (out[i] || (!at[i]->version && (optional || at[i]->look_below))) continue;
+    if (!at[i]->version) rc = remote_no_shard(at[i]->uri, err);
+    else todo[m++] = at[i];
   }
-  shard_names_free(names, n);
+  if (!rc) rc = remote_load(todo, m, err);
+  for (size_t i = 0; i < n && !rc; i++)
+    if (!out[i] && at[i]->version) rc = adopt(at[i], now, &out[i], err);
+  free(todo);
   return rc;
 }
 
-static vs_rc add_name(char ***names, size_t *n, const char *name, vs_err *err) {
-  char **grown = realloc(*names, (*n + 1) * sizeof *grown);
-  if (!grown) return vs_nomem(err);
-  *names = grown;
-  if (!(grown[*n] = strdup(name))) return vs_nomem(err);
-  ++*n;
-  return VS_OK;
-}
-
-static vs_rc split_list(const char *json, char ***paths, size_t *n, vs_err *err) {
-  sqlite3 *db = NULL;
-  sqlite3_stmt *stmt = NULL;
-  vs_rc rc = VS_OK;
-  int step = SQLITE_ERROR;
-  if (sqlite3_open_v2(":memory:", &db, SQLITE_OPEN_READWRITE, NULL) ||
-      sqlite3_prepare_v2(db, "SELECT type, value FROM json_each(?1)", -1, &stmt, NULL) ||
-      sqlite3_bind_text(stmt, 1, json, -1, SQLITE_STATIC))
-    rc = vs_nomem(err);
-  while (!rc && (step = sqlite3_step(stmt)) == SQLITE_ROW) {
-    const char *type = (const char *)sqlite3_column_text(stmt, 0), *path = (const char *)sqlite3_column_text(stmt, 1);
-    if (!type || !path || strcmp(type, "text")) rc = vs_fail(err, VS_INVALID, "source %.100s: a list of paths as JSON texts is needed", json);
-    else rc = add_name(paths, n, path, err);
+vs_rc shard_open_remote(remote_shard **at, size_t n, int optional, shard **out, vs_err *err) {
+  remote_shard **todo = malloc((n + 1) * sizeof *todo);
+  size_t m = 0;
+  int64_t now = s3_clock_ms();
+  if (!todo) return vs_nomem(err);
+  pthread_once(&fork_once, guard_fork);
+  for (size_t i = 0; i < n; i++) {
+    out[i] = cached(at[i]);
+    if (!out[i]) todo[m++] = at[i];
   }
-  if (!rc && step != SQLITE_DONE) rc = vs_fail(err, VS_INVALID, "source %.100s: not valid JSON: write it as [\"db/a\",\"db/b\"]", json);
-  if (!rc && !*n) rc = vs_fail(err, VS_INVALID, "source %.100s names no shard", json);
-  sqlite3_finalize(stmt);
-  sqlite3_close(db);
+  vs_rc rc = remote_find(todo, m, 1, err);
+  for (size_t i = 0; i < n && !rc; i++)
+    if (!out[i] && at[i]->version) out[i] = cached_version(at[i], now);
+  if (!rc) rc = load_rest(at, n, optional, now, out, err);
+  for (size_t i = 0; rc && i < n; i++) shard_close(out[i]), out[i] = NULL;
+  free(todo);
   return rc;
 }
 
-vs_rc shard_source_split(const char *source, char ***paths, size_t *n, vs_err *err) {
-  *paths = NULL, *n = 0;
-  vs_rc rc = source[0] == '[' ? split_list(source, paths, n, err) : add_name(paths, n, source, err);
-  if (rc) shard_names_free(*paths, *n), *paths = NULL, *n = 0;
-  return rc;
+static int same_names(char **a, size_t n_a, char **b, size_t n_b) {
+  for (size_t i = 0; n_a == n_b && i < n_a; i++)
+    if (strcmp(a[i], b[i])) return 0;
+  return n_a == n_b;
 }
 
-/* Where two shards would have one name, both get their paths. */
-static vs_rc tell_apart(shard_set *set, vs_err *err) {
-  unsigned char *twice = calloc(set->n + 1, 1);
-  vs_rc rc = twice ? VS_OK : vs_nomem(err);
-  for (size_t i = 0; i < set->n && !rc; i++)
-    for (size_t j = i + 1; j < set->n; j++)
-      if (!strcmp(set->names[i], set->names[j])) twice[i] = twice[j] = 1;
-  for (size_t i = 0; i < set->n && !rc; i++) {
-    char *path = twice[i] ? strdup(set->shards[i]->path) : NULL;
-    if (!twice[i]) continue;
-    if (!path) rc = vs_nomem(err);
-    else free(set->names[i]), set->names[i] = path;
+/* Everything that was not looked at recently, to be asked about; 0 without memory. */
+static int gather(shard *const *shards, size_t n, shard_folder *folders, size_t n_folders, remote_shard *r, remote_shard **at, size_t *m) {
+  vs_err ignored = {0};
+  for (size_t i = 0; i < n; i++) {
+    const handle *h = (const handle *)shards[i];
+    if (!h->place || shard_recently(checked_ms(h))) continue;
+    if (remote_shard_init(&r[i], h->key, h->place, &ignored)) return 0;
+    at[(*m)++] = &r[i];
   }
-  free(twice);
-  return rc;
-}
-
-vs_rc shard_set_check(shard *const *shards, size_t n, vs_err *err) {
-  for (size_t i = 1; i < n; i++) {
-    const shard_manifest *a = &shards[0]->manifest, *b = &shards[i]->manifest;
-    if (a->dim != b->dim)
-      return vs_fail(err, VS_INVALID, "%s has %u dimensions, %s has %u: they cannot be searched together", shards[0]->path, a->dim,
-                     shards[i]->path, b->dim);
-    if (a->metric != b->metric || a->id_text != b->id_text)
-      return vs_fail(err, VS_INVALID, "%s and %s differ in %s: they cannot be searched together", shards[0]->path, shards[i]->path,
-                     a->metric != b->metric ? "metric" : "id type");
+  for (size_t i = 0; i < n_folders; i++) {
+    remote_shard *x = &r[n + i];
+    if (!folders[i].checked_ms || shard_recently(folders[i].checked_ms)) continue;
+    if (remote_shard_init(x, folders[i].path, NULL, &ignored)) return 0;
+    x->look_below = 1, at[(*m)++] = x;
   }
-  return VS_OK;
-}
-
-vs_rc shard_set_open(const char *source, shard_set *out, vs_err *err) {
-  char **paths;
-  size_t n;
-  memset(out, 0, sizeof *out);
-  vs_rc rc = shard_source_split(source, &paths, &n, err);
-  for (size_t i = 0; i < n && !rc; i++) rc = add_path(out, paths[i], err);
-  shard_names_free(paths, n);
-  if (!rc) rc = shard_set_check(out->shards, out->n, err);
-  if (!rc) rc = tell_apart(out, err);
-  if (rc) shard_set_reset(out);
-  return rc;
-}
-
-int shard_set_is_fresh(const shard_set *set) {
-  for (size_t i = 0; i < set->n_folders; i++)
-    if (!shard_stamp_holds(set->folders[i].path, &set->folders[i].stamp)) return 0;
-  for (size_t i = 0; i < set->n; i++)
-    if (!shard_is_fresh(set->shards[i])) return 0;
   return 1;
 }
 
-void shard_set_reset(shard_set *set) {
-  for (size_t i = 0; i < set->n; i++) shard_close(set->shards[i]), free(set->names[i]);
-  for (size_t i = 0; i < set->n_folders; i++) free(set->folders[i].path);
-  free(set->shards), free(set->names), free(set->folders);
-  memset(set, 0, sizeof *set);
+int shard_remote_fresh(shard *const *shards, size_t n, shard_folder *folders, size_t n_folders) {
+  remote_shard *r = calloc(n + n_folders + 1, sizeof *r), **at = calloc(n + n_folders + 1, sizeof *at);
+  size_t m = 0;
+  vs_err ignored = {0};
+  int64_t now = s3_clock_ms();
+  int fresh = r && at && gather(shards, n, folders, n_folders, r, at, &m);
+  if (fresh && m) fresh = remote_find(at, m, 0, &ignored) == VS_OK;
+  for (size_t i = 0; fresh && m && i < n; i++) {
+    handle *h = (handle *)shards[i];
+    if (!r[i].uri) continue;
+    fresh = r[i].version == h->s.manifest.version && !strcmp(r[i].etag, h->etag);
+    if (fresh) set_checked(h, now);
+  }
+  for (size_t i = 0; fresh && m && i < n_folders; i++) {
+    const remote_shard *x = &r[n + i];
+    if (!x->uri) continue;
+    fresh = !x->version && same_names(x->children, x->n_children, folders[i].children, folders[i].n_children);
+    if (fresh) folders[i].checked_ms = now;
+  }
+  for (size_t i = 0; r && i < n + n_folders; i++) remote_shard_reset(&r[i]);
+  free(r), free(at);
+  return fresh;
 }

@@ -1,13 +1,15 @@
 /* shard.h - open shards and sets of shards, and the query executor over them.
  *
  * A shard handle is one version, immutable, shared by every connection and thread of the process: shard_open hands out the
- * same handle while the folder's newest version is the same, and reopens when a newer one was committed. Handles are counted;
+ * same handle while the folder's newest version is the same, and reopens when a newer one was committed. A store is asked for
+ * a newer version at most every VECSHARD_REFRESH_MS milliseconds (default 5,000; 0: with each statement). Handles are counted;
  * the last close of an old version closes its files.
  *
- * A source is what users name: the path of a shard, of a database (a folder of shards), or a JSON list of such paths.
+ * A source is what users name: the path or URI of a shard, of a database (a folder of shards), or a JSON list of such.
  */
 #ifndef SHARD_H
 #define SHARD_H
+#include "../base/vs_scope.h"
 #include "../ivfpq/ivfpq_search.h"
 #include "shard_manifest.h"
 
@@ -23,8 +25,9 @@ void shard_close(shard *s); /* NULL is legal */
 shard *shard_share(shard *s); /* one more owner */
 int shard_is_fresh(const shard *s); /* 0: the folder may have a newer version */
 
-typedef struct shard_stamp { uint64_t device, inode; int64_t mtime_ns; int settled; } shard_stamp;
-typedef struct shard_folder { char *path; shard_stamp stamp; } shard_folder;
+typedef struct shard_stamp { uint64_t device, inode; int64_t mtime_ns, size; int settled; } shard_stamp;
+/* A folder that was listed: of the file system with its stamp, of a store with its children's names and the time. */
+typedef struct shard_folder { char *path; shard_stamp stamp; char **children; size_t n_children; int64_t checked_ms; } shard_folder;
 
 typedef struct shard_set {
   shard **shards;
@@ -33,7 +36,7 @@ typedef struct shard_set {
   shard_folder *folders; /* databases that were listed */
   size_t n_folders;
 } shard_set;
-/* Opens every shard of a source, in ascending name order within a database, in the given order for a list. All have one
+/* Opens every shard of a source (those in stores at the same time), in ascending name order within a database, in the given order for a list. All have one
  * dimension, metric and id type, else VS_INVALID naming two that differ. */
 vs_rc shard_set_open(const char *source, shard_set *out, vs_err *err) VS_WARN_UNUSED;
 int shard_set_is_fresh(const shard_set *s); /* 0: open it again for the newest versions */
@@ -64,14 +67,18 @@ typedef struct shard_search {
   const ivfpq_filter *const *filters; /* per shard; NULL or NULL entries: every row */
   const shard_hit *after;  /* only hits behind this one in (distance, shard, segment, row) order; NULL: all */
   int threads;             /* 0: vs_threads() */
-  int (*stop)(void *ctx);  /* called on the caller's thread only */
-  void *stop_ctx;
 } shard_search;
 
-typedef struct shard_stats { uint64_t partitions, rows, refined; } shard_stats;
+typedef struct shard_stats {
+  uint64_t partitions, rows; /* probed and scanned */
+  uint64_t refined;          /* rows compared by their stored vectors */
+  vs_traffic refine;         /* what that read; the scope has the sum */
+  int64_t refine_us;
+} shard_stats;
 
 /* The k nearest, ascending by (distance, shard, id). *hits is malloc'ed. Without `exact`, estimates of all shards are merged
- * first and only the best k*refine of them are compared by stored vectors. */
+ * first and only the best k*refine of them are compared by stored vectors. Ends with VS_INTERRUPT when the thread's vs_scope is
+ * stopped; whether it is, is asked on this thread only. */
 vs_rc shard_search_run(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) VS_WARN_UNUSED;
 
 /* ---- single rows ---- */

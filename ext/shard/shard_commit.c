@@ -16,8 +16,7 @@
 
 #include "shard_manifest.h"
 
-/* The version in an exact manifest name; 0: it is none. */
-static uint64_t version_of(const char *name) {
+uint64_t shard_manifest_version(const char *name) {
   uint64_t inverted = 0;
   if (strncmp(name, "manifest-", 9) || strlen(name) != 34 || strcmp(name + 29, ".json")) return 0;
   for (int i = 9; i < 29; i++) {
@@ -48,7 +47,7 @@ static vs_rc find_newest(const char *dir, uint64_t *version, vs_err *err) {
   *version = 0;
   if (!d) return cannot_list(dir, " is not a shard", err);
   for (struct dirent *e; (e = next_entry(d, dir, &rc, err));) {
-    uint64_t v = version_of(e->d_name);
+    uint64_t v = shard_manifest_version(e->d_name);
     if (v > *version) *version = v;
   }
   closedir(d);
@@ -178,7 +177,7 @@ int shard_dir_is_shard(const char *dir) {
   DIR *d = opendir(dir);
   int found = 0;
   if (!d) return 0;
-  for (struct dirent *e; !found && (e = readdir(d));) found = version_of(e->d_name) != 0;
+  for (struct dirent *e; !found && (e = readdir(d));) found = shard_manifest_version(e->d_name) != 0;
   closedir(d);
   return found;
 }
@@ -190,9 +189,9 @@ void shard_names_free(char **names, size_t n) {
 
 static int by_name(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
-static vs_rc add_child(const char *dir, const char *name, char ***names, size_t *n, vs_err *err) {
+static vs_rc add_child(const char *dir, const char *name, int shards_only, char ***names, size_t *n, vs_err *err) {
   char path[4400];
-  if (snprintf(path, sizeof path, "%s/%s", dir, name) >= (int)sizeof path || !shard_dir_is_shard(path)) return VS_OK;
+  if (snprintf(path, sizeof path, "%s/%s", dir, name) >= (int)sizeof path || (shards_only && !shard_dir_is_shard(path))) return VS_OK;
   char **grown = realloc(*names, (*n + 1) * sizeof *grown), *copy = strdup(name);
   if (grown) *names = grown;
   if (!grown || !copy) {
@@ -203,15 +202,18 @@ static vs_rc add_child(const char *dir, const char *name, char ***names, size_t 
   return VS_OK;
 }
 
-vs_rc shard_dir_list(const char *dir, char ***names, size_t *n, vs_err *err) {
+static vs_rc list_children(const char *dir, int shards_only, char ***names, size_t *n, vs_err *err) {
   *names = NULL, *n = 0;
   DIR *d = opendir(dir);
   vs_rc rc = VS_OK;
   if (!d) return cannot_list(dir, "", err);
   for (struct dirent *e; (e = next_entry(d, dir, &rc, err));)
-    if (e->d_name[0] != '.' && e->d_type != DT_REG) rc = add_child(dir, e->d_name, names, n, err);
+    if (e->d_name[0] != '.' && e->d_type != DT_REG) rc = add_child(dir, e->d_name, shards_only, names, n, err);
   closedir(d);
   if (rc) shard_names_free(*names, *n), *names = NULL, *n = 0;
   else if (*n) qsort(*names, *n, sizeof **names, by_name);
   return rc;
 }
+
+vs_rc shard_dir_list(const char *dir, char ***names, size_t *n, vs_err *err) { return list_children(dir, 1, names, n, err); }
+vs_rc shard_dir_children(const char *dir, char ***names, size_t *n, vs_err *err) { return list_children(dir, 0, names, n, err); }

@@ -60,6 +60,7 @@ vs_rc shard_manifest_parse(const char *json, size_t n_bytes, const char *name, s
 /* The JSON text of m, malloc'ed, NUL terminated. */
 vs_rc shard_manifest_print(const shard_manifest *m, char **json, vs_err *err) VS_WARN_UNUSED;
 void shard_manifest_file(uint64_t version, char name[64]); /* "manifest-....json" */
+uint64_t shard_manifest_version(const char *name);         /* of exactly such a name; 0: it is none */
 
 /* Reads the newest version of a local shard (version 0), or the one asked for. VS_NOTFOUND when the folder is missing or has
  * no manifest ("... is not a shard: ..."), with what to do. */
@@ -73,6 +74,8 @@ int shard_dir_is_shard(const char *dir);
 /* The child folders of dir that are shards, in ascending byte order: *names is malloc'ed, as is each name. VS_NOTFOUND when dir
  * is missing or not a folder. n may be 0. */
 vs_rc shard_dir_list(const char *dir, char ***names, size_t *n, vs_err *err) VS_WARN_UNUSED;
+/* The same of all child folders, and whatever else may be one. */
+vs_rc shard_dir_children(const char *dir, char ***names, size_t *n, vs_err *err) VS_WARN_UNUSED;
 void shard_names_free(char **names, size_t n);
 
 #endif

@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "../base/vs_pool.h"
 #include "../base/vs_scope.h"
@@ -42,12 +43,13 @@ typedef struct run {
   segment_task *tasks;
   size_t n_tasks;
   pthread_t caller;
+  vs_scope *outer; /* of the caller's thread: asked there only, because it may ask SQLite */
   int stop; /* set once by the caller's thread, read by all */
 } run;
 
 static int poll_stop(void *ctx) {
   run *r = ctx;
-  if (r->q->stop && pthread_equal(pthread_self(), r->caller) && r->q->stop(r->q->stop_ctx))
+  if (pthread_equal(pthread_self(), r->caller) && r->outer && r->outer->stop && r->outer->stop(r->outer->stop_ctx))
     __atomic_store_n(&r->stop, 1, __ATOMIC_RELAXED);
   return __atomic_load_n(&r->stop, __ATOMIC_RELAXED);
 }
@@ -288,6 +290,23 @@ static vs_rc refine(run *r, shard_hit *hits, size_t n, vs_err *err) {
   return VS_OK;
 }
 
+static int64_t now_us(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+}
+
+static vs_rc refine_counted(run *r, shard_hit *hits, size_t n, shard_stats *stats, vs_err *err) {
+  const vs_traffic before = vs_scope_current()->traffic, *now = &vs_scope_current()->traffic;
+  int64_t start = now_us();
+  vs_rc rc = refine(r, hits, n, err);
+  stats->refined = n, stats->refine_us = now_us() - start;
+  stats->refine = (vs_traffic){.requests = now->requests - before.requests, .retries = now->retries - before.retries,
+                               .rounds = now->rounds - before.rounds, .bytes = now->bytes - before.bytes,
+                               .hits = now->hits - before.hits};
+  return rc;
+}
+
 /* ---- ties ---- */
 
 typedef struct tied { shard_hit hit; ivfpq_id id; } tied;
@@ -353,8 +372,8 @@ static size_t skip_until(const shard_hit *after, shard_hit *hits, size_t n) {
 }
 
 static vs_rc search_once(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) {
-  run r = {.q = q, .caller = pthread_self()};
   vs_scope *outer = vs_scope_current(), inner = outer ? *outer : (vs_scope){0};
+  run r = {.q = q, .caller = pthread_self(), .outer = outer};
   *hits = NULL, *n = 0;
   memset(stats, 0, sizeof *stats);
   inner.stop = poll_stop, inner.stop_ctx = &r;
@@ -366,8 +385,7 @@ static vs_rc search_once(const shard_search *q, shard_hit **hits, size_t *n, sha
   } else if (!rc && r.k) {
     rc = run_scans(&r, err);
     if (!rc) rc = collect(&r, r.n_candidates, hits, n, err);
-    stats->refined = *n;
-    if (!rc) rc = refine(&r, *hits, *n, err);
+    if (!rc) rc = refine_counted(&r, *hits, *n, stats, err);
     if (!rc && *n > r.k) *n = (size_t)r.k;
     if (!rc && q->after) *n = skip_until(q->after, *hits, *n);
   }

@@ -19,6 +19,13 @@ struct conn_table {
 enum { CONN_SOURCES = 4 };
 typedef struct conn_source { char *name; shard_set set; uint64_t used; } conn_source;
 
+/* What the last search of a connection did, phase by phase: the rows of shard_trace. */
+typedef enum conn_phase { PHASE_OPEN, PHASE_SCAN, PHASE_REFINE, PHASE_ROWS, N_PHASES } conn_phase;
+typedef struct conn_trace {
+  uint64_t partitions, rows, requests, retries, rounds, bytes, hits;
+  int64_t us;
+} conn_trace;
+
 typedef struct conn {
   sqlite3 *db;
   int refs;
@@ -28,6 +35,9 @@ typedef struct conn {
   size_t n_allowed;
   conn_source sources[CONN_SOURCES];  /* kept open between statements, least recently used goes first */
   uint64_t clock;
+  int64_t timeout_ms;                 /* of a network operation; 0: VECSHARD_TIMEOUT_MS */
+  uint64_t max_bytes;                 /* that a statement may read from stores; 0: VECSHARD_MAX_BYTES */
+  struct { conn_trace phases[N_PHASES]; } trace;
 } conn;
 
 conn *conn_new(sqlite3 *db);

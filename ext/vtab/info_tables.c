@@ -4,6 +4,7 @@
  *   SELECT * FROM shard_info('./db');        -- per segment: shard, segment, rows, deleted, unindexed, nlist, M, bits, bytes, version
  *   SELECT * FROM shard_partitions('./db');  -- per partition: shard, segment, partition, rows, row0, code_bytes, column_bytes
  *   SELECT * FROM shard_verify('./db');      -- shard (its path), segment, fault: no row when sound
+ *   SELECT * FROM shard_trace;               -- what the connection's last search did, phase by phase, and in all
  *
  * All results are computed when the query starts and then handed out. They read any path that SQL names: SQLITE_DIRECTONLY.
  */
@@ -12,10 +13,11 @@
 
 #include "../shard/shard_verify.h"
 #include "modules.h"
+#include "statement.h"
 SQLITE_EXTENSION_INIT3
 
 enum { MAX_CELLS = 10 };
-typedef struct cell { char *text; sqlite3_int64 i; } cell; /* text NULL: the integer */
+typedef struct cell { char *text; sqlite3_int64 i; double r; int is_real; } cell; /* text NULL: a number */
 
 typedef struct rows { cell *cells; size_t n, room; int width; } rows;
 
@@ -34,7 +36,7 @@ static void rows_reset(rows *r) {
   *r = (rows){.width = r->width};
 }
 
-/* format: one letter per cell, t text, i sqlite3_int64. */
+/* format: one letter per cell, t text, i sqlite3_int64, r double. */
 static vs_rc add_row(rows *r, vs_err *err, const char *format, ...) {
   va_list ap;
   vs_rc rc = VS_OK;
@@ -49,6 +51,7 @@ static vs_rc add_row(rows *r, vs_err *err, const char *format, ...) {
   va_start(ap, format);
   for (int i = 0; format[i]; i++) {
     if (format[i] == 'i') out[i].i = va_arg(ap, sqlite3_int64);
+    else if (format[i] == 'r') out[i].r = va_arg(ap, double), out[i].is_real = 1;
     else if (!(out[i].text = strdup(va_arg(ap, const char *)))) rc = vs_nomem(err);
   }
   va_end(ap);
@@ -115,14 +118,42 @@ static vs_rc fill_partitions(conn *c, const char *source, rows *out, vs_err *err
   return rc;
 }
 
-typedef struct verify_ctx { rows *out; conn_stop stop; vs_err *err; vs_rc rc; } verify_ctx;
+/* ---- the last search ---- */
+
+/* What Amazon asks for 1,000 GET requests in us-east-1 (S3 Standard, 2024); reading within the region costs nothing more. */
+#define DOLLARS_PER_1000_GETS 0.0004
+
+static vs_rc add_phase(rows *out, const char *phase, const conn_trace *t, vs_err *err) {
+  return add_row(out, err, "tiiiiiiirr", phase, (sqlite3_int64)t->partitions, (sqlite3_int64)t->rows, (sqlite3_int64)t->requests,
+                 (sqlite3_int64)t->retries, (sqlite3_int64)t->rounds, (sqlite3_int64)t->bytes, (sqlite3_int64)t->hits,
+                 (double)t->us / 1000, (double)t->requests * DOLLARS_PER_1000_GETS / 1000);
+}
+
+static vs_rc fill_trace(conn *c, const char *source, rows *out, vs_err *err) {
+  static const char *const names[N_PHASES] = {"open", "scan", "refine", "rows"};
+  conn_trace sum = {0};
+  vs_rc rc = VS_OK;
+  (void)source;
+  for (int i = 0; i < N_PHASES && !rc; i++) {
+    const conn_trace *t = &c->trace.phases[i];
+    rc = add_phase(out, names[i], t, err);
+    sum.partitions += t->partitions, sum.requests += t->requests, sum.retries += t->retries, sum.rounds += t->rounds;
+    sum.rows += t->rows, sum.bytes += t->bytes, sum.hits += t->hits, sum.us += t->us;
+  }
+  return rc ? rc : add_phase(out, "total", &sum, err);
+}
+
+typedef struct verify_ctx { rows *out; vs_err *err; vs_rc rc; } verify_ctx;
 
 static int add_fault(void *ctx, const char *path, const char *segment, const char *text) {
   verify_ctx *v = ctx;
   v->rc = add_row(v->out, v->err, "ttt", path, segment, text);
   return v->rc != VS_OK;
 }
-static int verify_stop(void *ctx) { return conn_stop_poll(&((verify_ctx *)ctx)->stop); }
+static int verify_stop(void *ctx) {
+  (void)ctx;
+  return vs_scope_stopped();
+}
 
 static vs_rc fill_verify(conn *c, const char *source, rows *out, vs_err *err) {
   verify_ctx v = {.out = out, .err = err};
@@ -132,9 +163,7 @@ static vs_rc fill_verify(conn *c, const char *source, rows *out, vs_err *err) {
   size_t n = 0;
   int named = !shard_source_is_path(source); /* paths are not opened here: a shard that does not open is a fault, not an error */
   vs_rc rc = named ? conn_any_open(c, source, &set, err) : shard_source_split(source, &paths, &n, err);
-  conn_stop_init(&v.stop, c->db);
   for (size_t i = 0; i < (named ? set.n : n) && !rc; i++) rc = shard_verify(named ? set.shards[i]->path : paths[i], &verifier, err);
-  conn_stop_reset(&v.stop);
   shard_names_free(paths, n);
   shard_set_reset(&set);
   return rc ? rc : v.rc;
@@ -150,6 +179,9 @@ static const info_kind kinds[] = {
      "shard TEXT, segment TEXT, partition INTEGER, rows INTEGER, row0 INTEGER, code_bytes INTEGER, column_bytes INTEGER", 7,
      fill_partitions},
     {"shard_verify", "shard TEXT, segment TEXT, fault TEXT", 3, fill_verify},
+    {"shard_trace",
+     "phase TEXT, partitions INTEGER, rows INTEGER, requests INTEGER, retries INTEGER, rounds INTEGER, bytes INTEGER, "
+     "cache_hits INTEGER, ms REAL, dollars REAL", 10, fill_trace},
 };
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
 
@@ -191,6 +223,7 @@ static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
     info->estimatedCost = 100;
     return SQLITE_OK;
   }
+  if (((info_table *)v)->kind->fill == fill_trace) return SQLITE_OK;
   return SQLITE_CONSTRAINT;
 }
 
@@ -213,11 +246,19 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   info_cursor *c = (info_cursor *)v;
   info_table *t = (info_table *)v->pVtab;
   vs_err err = {0};
-  (void)idx_num, (void)idx_str, (void)argc;
+  (void)idx_num, (void)idx_str;
   rows_reset(&c->rows);
   c->rows.width = t->kind->width, c->at = 0;
-  const char *source = (const char *)sqlite3_value_text(argv[0]);
+  const char *source = argc ? (const char *)sqlite3_value_text(argv[0]) : "";
+  conn_trace last[N_PHASES]; /* of the search before: this is none */
+  statement s;
+  memcpy(last, t->c->trace.phases, sizeof last);
+  statement_open(&s, t->c);
+  statement_enter(&s, PHASE_OPEN);
   vs_rc rc = source ? t->kind->fill(t->c, source, &c->rows, &err) : VS_OK;
+  statement_leave(&s);
+  statement_close(&s);
+  memcpy(t->c->trace.phases, last, sizeof last);
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 
@@ -232,6 +273,7 @@ static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
   if (column >= c->rows.width) return SQLITE_OK; /* source */
   const cell *x = &c->rows.cells[c->at * (size_t)c->rows.width + (size_t)column];
   if (x->text) sqlite3_result_text(ctx, x->text, -1, SQLITE_TRANSIENT);
+  else if (x->is_real) sqlite3_result_double(ctx, x->r);
   else sqlite3_result_int64(ctx, x->i);
   return SQLITE_OK;
 }

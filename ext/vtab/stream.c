@@ -16,7 +16,7 @@ enum {
 static shard_search search_of(stream *s, uint64_t k) {
   return (shard_search){.shards = s->shards, .n_shards = s->n_shards, .query = s->query, .dim = s->opt.dim, .k = k,
                         .nprobe = s->opt.nprobe, .refine = s->opt.refine, .exact = s->opt.exact, .filters = s->filters,
-                        .threads = s->opt.threads, .stop = conn_stop_poll, .stop_ctx = &s->stop};
+                        .threads = s->opt.threads};
 }
 
 static int search_order(const shard_hit *a, const shard_hit *b) {
@@ -30,7 +30,9 @@ static vs_rc run(stream *s, const shard_search *q, vs_err *err) {
   shard_stats stats;
   free(s->hits), s->hits = NULL;
   s->at = s->n = 0;
-  return shard_search_run(q, &s->hits, &s->n, &stats, err);
+  vs_rc rc = shard_search_run(q, &s->hits, &s->n, &stats, err);
+  statement_trace_search(s->statement, &stats);
+  return rc;
 }
 
 /* ---- rows given out, for streams that promised no order ---- */
@@ -129,7 +131,7 @@ static vs_rc search_named(stream *s, const filter_term *ids, vs_err *err) {
   for (uint32_t i = 0; i < s->n_shards; i++)
     for (size_t v = 0; v < ids->n && !rc; v++) {
       rc = add_named(s, &ids->values[v], i, &room, err);
-      if (!rc && conn_stop_poll(&s->stop)) rc = vs_fail(err, VS_INTERRUPT, "interrupted");
+      if (!rc && vs_scope_stopped()) rc = vs_fail(err, VS_INTERRUPT, "interrupted");
     }
   size_t n = 0;
   if (s->n) qsort(s->hits, s->n, sizeof *s->hits, nearest_first);
@@ -167,10 +169,10 @@ static vs_rc skip_below(stream *s, vs_err *err) {
   return rc;
 }
 
-vs_rc stream_open(stream *s, sqlite3 *db, shard *const *shards, size_t n_shards, const stream_options *opt, vs_err *err) {
+vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_shards, const stream_options *opt, vs_err *err) {
   memset(s, 0, sizeof *s);
   s->shards = shards, s->n_shards = n_shards, s->opt = *opt;
-  conn_stop_init(&s->stop, db);
+  s->statement = owner;
   for (size_t i = 0; i < n_shards; i++) s->n_rows += shards[i]->manifest.n_rows;
   s->query = malloc(opt->dim * sizeof *s->query + 1);
   if (!s->query) return vs_nomem(err);
@@ -221,7 +223,6 @@ vs_rc stream_row(stream *s, ivfpq_segment **segment, const uint8_t **record, vs_
 
 void stream_reset(stream *s) {
   drop_row(s);
-  conn_stop_reset(&s->stop);
   free(s->hits), free(s->query), free(s->filters), free(s->seen);
   memset(s, 0, sizeof *s);
 }

@@ -10,6 +10,7 @@
 #define VTAB_STREAM_H
 #include "conn.h"
 #include "filter.h"
+#include "statement.h"
 
 typedef struct stream_options {
   const float *query;
@@ -31,7 +32,7 @@ typedef struct stream {
   stream_options opt;
   float *query;           /* own copy */
   const ivfpq_filter **filters;
-  conn_stop stop;
+  statement *statement;   /* entered by the caller of every function here */
   uint64_t n_rows;
   shard_hit *hits;
   size_t n, at;
@@ -50,8 +51,8 @@ typedef struct stream {
   int has_row;
 } stream;
 
-/* shards must outlive the stream. Searches at once; at the end when stream_eof. */
-vs_rc stream_open(stream *s, sqlite3 *db, shard *const *shards, size_t n_shards, const stream_options *opt, vs_err *err) VS_WARN_UNUSED;
+/* shards and the owner must outlive the stream. Searches at once; at the end when stream_eof. */
+vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_shards, const stream_options *opt, vs_err *err) VS_WARN_UNUSED;
 vs_rc stream_next(stream *s, vs_err *err) VS_WARN_UNUSED;
 static inline int stream_eof(const stream *s) { return s->at >= s->n; }
 static inline const shard_hit *stream_hit(const stream *s) { return &s->hits[s->at]; }

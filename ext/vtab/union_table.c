@@ -41,6 +41,7 @@ typedef struct ranked_hit { shard_hit hit; uint32_t query_no; size_t rank; } ran
 
 typedef struct union_cursor {
   sqlite3_vtab_cursor base;
+  statement statement;
   shard_set set;
   plan_search plan;
   vec_batch batch;
@@ -323,9 +324,9 @@ static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
 
 static int x_open(sqlite3_vtab *v, sqlite3_vtab_cursor **out) {
   union_cursor *c = sqlite3_malloc64(sizeof *c);
-  (void)v;
   if (!c) return SQLITE_NOMEM;
   memset(c, 0, sizeof *c);
+  statement_open(&c->statement, ((union_table *)v)->c);
   *out = &c->base;
   return SQLITE_OK;
 }
@@ -349,6 +350,7 @@ static void cursor_reset(union_cursor *c) {
 
 static int x_close(sqlite3_vtab_cursor *v) {
   cursor_reset((union_cursor *)v);
+  statement_close(&((union_cursor *)v)->statement);
   sqlite3_free(v);
   return SQLITE_OK;
 }
@@ -386,7 +388,7 @@ static vs_rc search_many(union_cursor *c, union_table *t, int sorted, vs_err *er
   for (uint32_t i = 0; i < c->batch.n && !rc; i++) {
     stream_options o = options_of(c, t, i, 1);
     stream s = {0};
-    rc = stream_open(&s, t->c->db, c->set.shards, c->set.n, &o, err);
+    rc = stream_open(&s, &c->statement, c->set.shards, c->set.n, &o, err);
     if (!rc) rc = add_results(c, &s, i, err);
     stream_reset(&s);
   }
@@ -416,7 +418,7 @@ static vs_rc search(union_cursor *c, union_table *t, int idx_num, vs_err *err) {
   if (c->batch.dim != dim) return vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", c->batch.dim, c->set.shards[0]->path, dim);
   if (c->batch.n > 1) return search_many(c, t, (idx_num & PLAN_SORTED) != 0, err);
   stream_options o = options_of(c, t, 0, (idx_num & PLAN_ORDERED) != 0);
-  vs_rc rc = stream_open(&c->hits, t->c->db, c->set.shards, c->set.n, &o, err);
+  vs_rc rc = stream_open(&c->hits, &c->statement, c->set.shards, c->set.n, &o, err);
   c->eof = stream_eof(&c->hits);
   return rc;
 }
@@ -428,13 +430,17 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   cursor_reset(c);
   vs_rc rc = plan_decode(idx_str, argc, argv, column_type, t, &c->plan, &err);
   const char *source = t->source;
+  statement_enter(&c->statement, PHASE_OPEN);
+  statement_trace_begin(&c->statement);
   if (!rc && c->plan.source) source = (const char *)sqlite3_value_text(c->plan.source);
   if (!rc && source && sqlite3_value_type(c->plan.query) != SQLITE_NULL) {
     rc = vec_batch_from_value(c->plan.query, &c->batch, &err);
     if (!rc) rc = c->plan.source ? conn_any_open(t->c, source, &c->set, &err) : open_stored(t, &c->set, &err);
     if (!rc && c->plan.shard) keep_shard(&c->set, (const char *)sqlite3_value_text(c->plan.shard));
+    statement_phase(&c->statement, PHASE_SCAN);
     if (!rc && c->batch.n && c->set.n) rc = search(c, t, idx_num, &err);
   }
+  statement_leave(&c->statement);
   c->plan.query = c->plan.source = c->plan.shard = NULL;
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
@@ -447,7 +453,10 @@ static int x_next(sqlite3_vtab_cursor *v) {
     c->eof = ++c->at >= c->n_all;
     return SQLITE_OK;
   }
-  if (stream_next(&c->hits, &err)) return conn_error(&err, &v->pVtab->zErrMsg);
+  statement_enter(&c->statement, PHASE_SCAN);
+  vs_rc rc = stream_next(&c->hits, &err);
+  statement_leave(&c->statement);
+  if (rc) return conn_error(&err, &v->pVtab->zErrMsg);
   c->eof = stream_eof(&c->hits);
   return SQLITE_OK;
 }
@@ -525,7 +534,11 @@ static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
   else if (column == COL_DISTANCE) sqlite3_result_double(ctx, current(c)->distance);
   else if (column == COL_QUERY_NO) sqlite3_result_int64(ctx, query_no);
   else if (column == COL_QUERY_KEY) vec_batch_key(&c->batch, query_no, ctx);
-  else rc = row_column(c, ctx, column, &err);
+  else {
+    statement_enter(&c->statement, PHASE_ROWS);
+    rc = row_column(c, ctx, column, &err);
+    statement_leave(&c->statement);
+  }
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 

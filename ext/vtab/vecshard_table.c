@@ -38,6 +38,7 @@ typedef struct table {
 
 typedef struct cursor {
   sqlite3_vtab_cursor base;
+  statement statement;
   shard *s;
   int kind;            /* PLAN_... */
   plan_search plan;
@@ -329,6 +330,7 @@ static int x_open(sqlite3_vtab *v, sqlite3_vtab_cursor **out) {
   (void)v;
   if (!c) return SQLITE_NOMEM;
   memset(c, 0, sizeof *c);
+  statement_open(&c->statement, table_of(v)->c);
   *out = &c->base;
   return SQLITE_OK;
 }
@@ -343,6 +345,7 @@ static void cursor_reset(cursor *c) {
 
 static int x_close(sqlite3_vtab_cursor *v) {
   cursor_reset((cursor *)v);
+  statement_close(&((cursor *)v)->statement);
   sqlite3_free(v);
   return SQLITE_OK;
 }
@@ -362,7 +365,7 @@ static vs_rc start_search(cursor *c, table *t, int sorted, vs_err *err) {
                         .has_floor = c->plan.has_floor, .floor_open = c->plan.floor_open, .floor = c->plan.floor,
                         .threads = t->c->threads};
     if (dim != t->m.dim) rc = vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", dim, t->entry.name, t->m.dim);
-    if (!rc) rc = stream_open(&c->hits, t->c->db, &c->s, 1, &o, err);
+    if (!rc) rc = stream_open(&c->hits, &c->statement, &c->s, 1, &o, err);
   }
   sqlite3_free(query);
   c->eof = !rc && (stream_eof(&c->hits) || beyond_limit(c));
@@ -415,10 +418,14 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   c->kind = idx_num & PLAN_KIND;
   c->segment = c->row = 0;
   vs_rc rc = plan_decode(idx_str, argc, argv, column_type, &t->m, &c->plan, &err);
+  statement_enter(&c->statement, PHASE_OPEN);
+  if (c->kind == PLAN_SEARCH) statement_trace_begin(&c->statement);
   if (!rc) rc = table_open(&t->entry, &c->s, &err);
+  statement_phase(&c->statement, PHASE_SCAN);
   if (!rc && c->kind == PLAN_SEARCH) rc = start_search(c, t, (idx_num & PLAN_ORDERED) != 0, &err);
   else if (!rc && c->kind == PLAN_SCAN) settle_scan(c);
   else if (!rc) rc = start_lookup(c, t, &err);
+  statement_leave(&c->statement);
   c->plan.query = c->plan.id = c->plan.rowid = NULL; /* SQLite owns them until xFilter returns */
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
@@ -430,7 +437,10 @@ static int x_next(sqlite3_vtab_cursor *v) {
     c->row++;
     settle_scan(c);
   } else if (c->kind == PLAN_SEARCH) {
-    if (stream_next(&c->hits, &err)) return conn_error(&err, &v->pVtab->zErrMsg);
+    statement_enter(&c->statement, PHASE_SCAN);
+    vs_rc rc = stream_next(&c->hits, &err);
+    statement_leave(&c->statement);
+    if (rc) return conn_error(&err, &v->pVtab->zErrMsg);
     c->eof = stream_eof(&c->hits) || beyond_limit(c);
   } else c->eof = 1;
   return SQLITE_OK;
@@ -467,6 +477,7 @@ static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
     hidden_column(c, ctx, hidden_of(t, column));
     return SQLITE_OK;
   }
+  statement_enter(&c->statement, PHASE_ROWS);
   if (c->kind == PLAN_SEARCH) {
     ivfpq_segment *s;
     const uint8_t *record;
@@ -481,6 +492,7 @@ static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
       ivfpq_rows_release(s, &row, 1);
     }
   }
+  statement_leave(&c->statement);
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 
@@ -495,12 +507,14 @@ static int x_rowid(sqlite3_vtab_cursor *v, sqlite3_int64 *rowid) {
   ivfpq_row row;
   ivfpq_id id;
   ivfpq_segment *s = c->s->segments[segment];
+  statement_enter(&c->statement, PHASE_ROWS);
   vs_rc rc = ivfpq_rows_fetch(s, &number, 1, &row, &err);
   if (!rc) {
     rc = ivfpq_row_id(s, row.record, &id, &err);
     *rowid = id.i;
     ivfpq_rows_release(s, &row, 1);
   }
+  statement_leave(&c->statement);
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 
