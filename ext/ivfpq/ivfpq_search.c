@@ -454,6 +454,15 @@ static vs_rc exact_take(const exact_job *e, const ivfpq_query *q, const uint64_t
   return VS_OK;
 }
 
+/* While one stretch is compared the next one travels. */
+static vs_rc begin_stretch(ivfpq_segment *s, uint64_t first, uint32_t n, vs_range *out, vs_err *err) {
+  const ivfpq_params *p = &s->params;
+  if (s->io->local || first >= p->n_rows) return VS_OK;
+  if (n > p->n_rows - first) n = (uint32_t)(p->n_rows - first);
+  *out = (vs_range){.off = s->section[IVFPQ_ROWS].off + first * p->row_bytes, .len = (uint64_t)n * p->row_bytes};
+  return vs_io_begin(s->io, out, 1, err);
+}
+
 vs_rc ivfpq_exact(ivfpq_segment *s, const ivfpq_query *q, const uint64_t *after, int threads, ivfpq_keys *out, ivfpq_stats *stats,
                   vs_err *err) {
   const ivfpq_params *p = &s->params;
@@ -462,17 +471,26 @@ vs_rc ivfpq_exact(ivfpq_segment *s, const ivfpq_query *q, const uint64_t *after,
   uint64_t *key = malloc((size_t)stretch * sizeof *key), *bitmap = NULL, worst = UINT64_MAX;
   vs_rc rc = key ? VS_OK : vs_nomem(err);
   if (!rc && q->filter) rc = ivfpq_filter_all(s, q->filter, &bitmap, err);
+  vs_range next = {0};
   for (uint64_t at = 0; at < n_rows && !rc; at += stretch) {
     ivfpq_row rows;
+    vs_range held = next;
     exact_job e = {.s = s, .query = q->vector, .first = (uint32_t)at, .n = n_rows - at < stretch ? n_rows - (uint32_t)at : stretch,
                    .key = key};
-    if ((rc = ivfpq_rows_fetch_range(s, e.first, e.n, &rows, err))) break;
+    rc = ivfpq_rows_fetch_range(s, e.first, e.n, &rows, err);
+    if (held.owner) vs_io_release(s->io, &held, 1);
+    next = (vs_range){0};
+    if (rc || (rc = begin_stretch(s, at + stretch, stretch, &next, err))) {
+      if (rows.range.owner) ivfpq_rows_release(s, &rows, 1);
+      break;
+    }
     e.records = rows.record;
     vs_pool_run((e.n + EXACT_SLICE - 1) / EXACT_SLICE, threads, exact_slice, &e);
     ivfpq_rows_release(s, &rows, 1);
     rc = e.failed ? vs_nomem(err) : exact_take(&e, q, after, bitmap, &worst, out, err);
     if (!rc && stopped(q)) rc = interrupted(err);
   }
+  if (next.owner) vs_io_release(s->io, &next, 1);
   if (!rc) keys_cut(out, q->n_candidates);
   stats->rows += n_rows;
   free(key), free(bitmap);
@@ -572,17 +590,20 @@ static void place_bits(uint64_t *all, uint64_t row0, const uint64_t *part, uint3
 
 static vs_rc filter_group(ivfpq_segment *s, const ivfpq_filter *f, const ivfpq_group_view *v, uint64_t *all, uint64_t *part_bits,
                           vs_err *err) {
-  vs_rc rc = VS_OK;
+  ivfpq_part *parts = calloc(v->n + 1, sizeof *parts);
+  if (!parts) return vs_nomem(err);
+  for (uint32_t i = 0; i < v->n; i++) parts[i].number = v->first + i, parts[i].entry = v->entries[i];
+  vs_rc rc = ivfpq_parts_fetch(s, IVFPQ_WANT_COLUMNS, parts, v->n, err);
+  int held = !rc;
   for (uint32_t i = 0; i < v->n && !rc; i++) {
-    ivfpq_part part = {.number = v->first + i, .entry = v->entries[i]};
-    uint32_t n = part.entry.n_rows;
+    uint32_t n = parts[i].entry.n_rows;
     if (!n) continue;
-    if ((rc = ivfpq_parts_fetch(s, IVFPQ_WANT_COLUMNS, &part, 1, err))) break;
     memset(part_bits, 0, ivfpq_round(n, 64) / 8);
-    rc = f->eval(f->ctx, s, &part, part_bits, err);
-    if (!rc) place_bits(all, part.entry.row0, part_bits, n);
-    ivfpq_parts_release(s, &part, 1);
+    rc = f->eval(f->ctx, s, &parts[i], part_bits, err);
+    if (!rc) place_bits(all, parts[i].entry.row0, part_bits, n);
   }
+  if (held) ivfpq_parts_release(s, parts, v->n);
+  free(parts);
   return rc;
 }
 

@@ -564,6 +564,24 @@ vs_rc ivfpq_row_columns(ivfpq_segment *s, const uint8_t *record, ivfpq_value *va
   return rc;
 }
 
+void ivfpq_row_extras(const ivfpq_segment *s, const uint8_t *record, vs_range out[2]) {
+  const ivfpq_section *columns = &s->section[IVFPQ_COLUMNS], *heap = &s->section[IVFPQ_IDHEAP];
+  const uint8_t *slot = record + s->params.row_bytes - 16, *id = record + ivfpq_vector_bytes(s);
+  uint64_t off;
+  memset(out, 0, 2 * sizeof *out);
+  if (s->params.n_columns) {
+    uint32_t size = load_u32(slot + 8);
+    memcpy(&off, slot, 8);
+    if (off <= columns->size && size <= columns->size - off) out[0] = (vs_range){.off = columns->off + off, .len = size};
+  }
+  if (s->params.id_text && load_u32(id) > s->params.id_width) {
+    uint64_t size = load_u32(id) + 4ull;
+    memcpy(&off, id + 4, 8);
+    if (off <= heap->size && size <= heap->size - off && size <= IVFPQ_MAX_TEXT + 4ull)
+      out[1] = (vs_range){.off = heap->off + off, .len = size};
+  }
+}
+
 /* ---- the id directory ---- */
 
 /* Reads page `at` of the level that starts at page `level0` and checks it. */

@@ -110,6 +110,10 @@ typedef struct ivfpq_value {
 } ivfpq_value;
 vs_rc ivfpq_row_columns(ivfpq_segment *s, const uint8_t *record, ivfpq_value *values, uint8_t **buf, vs_err *err) VS_WARN_UNUSED;
 
+/* Where what a record refers to lies in the file: its column values, its long id. Ranges of length 0 where there is none (or where
+ * the record is damaged, which its reader reports). For vs_io_begin. */
+void ivfpq_row_extras(const ivfpq_segment *s, const uint8_t *record, vs_range out[2]);
+
 /* Rows whose id equals the given one: *row, *found. (Ids are unique in a segment.) */
 vs_rc ivfpq_find_id(ivfpq_segment *s, const ivfpq_id *id, uint32_t *row, int *found, vs_err *err) VS_WARN_UNUSED;
 

@@ -16,6 +16,7 @@
 #include "../base/vs_pool.h"
 #include "../base/vs_scope.h"
 #include "../kernels/kern.h"
+#include "../s3vfs/io_s3.h"
 #include "shard.h"
 
 enum {
@@ -158,7 +159,21 @@ static vs_rc run_scans(run *r, vs_err *err) {
   return rc;
 }
 
+/* Brute force over shards in stores that cannot end well is refused before it reads a byte. */
+static vs_rc check_exact_bytes(const run *r, vs_err *err) {
+  uint64_t bytes = 0;
+  for (size_t i = 0; i < r->n_tasks; i++)
+    if (!r->tasks[i].segment->io->local) bytes += r->tasks[i].segment->section[IVFPQ_ROWS].size;
+  if (bytes <= io_s3_max_bytes()) return VS_OK;
+  return vs_fail(err, VS_INVALID,
+                 "exact = 1 would read %llu MB from the store, more than the limit of %llu MB: raise VECSHARD_MAX_BYTES, or "
+                 "vecshard_config('max_bytes', n), if that is meant; or leave exact out",
+                 (unsigned long long)(bytes >> 20), (unsigned long long)(io_s3_max_bytes() >> 20));
+}
+
 static vs_rc run_exact(run *r, vs_err *err) {
+  vs_rc allowed = check_exact_bytes(r, err);
+  if (allowed) return allowed;
   for (size_t i = 0; i < r->n_tasks; i++) {
     segment_task *t = &r->tasks[i];
     ivfpq_query q = segment_query(r, t);

@@ -3,7 +3,12 @@
  *   SELECT vecshard_config('threads', 4);        -- threads a query may use; 0: all that the machine gives this process
  *   SELECT vecshard_config('threads');           -- the value in force
  *   SELECT vecshard_config('allow', '/data/');   -- path prefix that a stored table may name although trusted_schema is off
+ *   SELECT vecshard_config('cache_mb', 256);     -- RAM that what was read from stores may take, in the whole process
+ *   SELECT vecshard_config('timeout_ms', 10000); -- for one network operation with its retries; 0: VECSHARD_TIMEOUT_MS, else 60,000
+ *   SELECT vecshard_config('max_bytes', 1000000000);    -- that a statement may read from stores; 0: no limit
  */
+#include "../s3vfs/io_s3.h"
+#include "../s3vfs/s3_engine.h"
 #include "conn.h"
 
 #include <stdio.h>
@@ -257,10 +262,45 @@ static void config_allow(conn *c, sqlite3_context *ctx, sqlite3_value *value) {
   sqlite3_result_int64(ctx, (sqlite3_int64)c->n_allowed);
 }
 
+/* A whole number from 0 to max; -1, with an error as result, for anything else. */
+static sqlite3_int64 config_number(sqlite3_context *ctx, sqlite3_value *value, const char *name, sqlite3_int64 max) {
+  sqlite3_int64 n = sqlite3_value_int64(value);
+  if (sqlite3_value_numeric_type(value) == SQLITE_INTEGER && n >= 0 && n <= max) return n;
+  char *text = sqlite3_mprintf("vecshard_config: %s must be an integer from 0 to %lld", name, max);
+  sqlite3_result_error(ctx, text ? text : "vecshard_config: out of range", -1);
+  sqlite3_free(text);
+  return -1;
+}
+
+/* The RAM cache is the process's: this setting holds for every connection. */
+static void config_cache(conn *c, sqlite3_context *ctx, sqlite3_value *value) {
+  sqlite3_int64 mb = value ? config_number(ctx, value, "cache_mb", 1 << 30) : 0;
+  (void)c;
+  if (mb < 0) return;
+  if (value) io_s3_cache_limit((uint64_t)mb << 20);
+  sqlite3_result_int64(ctx, (sqlite3_int64)(io_s3_cache_state().limit >> 20));
+}
+
+static void config_timeout(conn *c, sqlite3_context *ctx, sqlite3_value *value) {
+  sqlite3_int64 ms = value ? config_number(ctx, value, "timeout_ms", 86400000) : 0;
+  if (ms < 0) return;
+  if (value) c->timeout_ms = ms;
+  sqlite3_result_int64(ctx, c->timeout_ms ? c->timeout_ms : s3_timeout_ms());
+}
+
+static void config_max_bytes(conn *c, sqlite3_context *ctx, sqlite3_value *value) {
+  sqlite3_int64 n = value ? config_number(ctx, value, "max_bytes", INT64_MAX) : 0;
+  if (n < 0) return;
+  if (value) c->max_bytes = n ? (uint64_t)n : UINT64_MAX;
+  uint64_t now = c->max_bytes ? c->max_bytes : io_s3_max_bytes();
+  sqlite3_result_int64(ctx, now == UINT64_MAX ? 0 : (sqlite3_int64)now);
+}
+
 static const struct {
   const char *name;
   void (*apply)(conn *, sqlite3_context *, sqlite3_value *); /* value NULL: only read */
-} settings[] = {{"threads", config_threads}, {"allow", config_allow}};
+} settings[] = {{"threads", config_threads}, {"allow", config_allow}, {"cache_mb", config_cache},
+                {"timeout_ms", config_timeout}, {"max_bytes", config_max_bytes}};
 
 static void config(sqlite3_context *ctx, int argc, sqlite3_value **argv) {
   const char *name = (const char *)sqlite3_value_text(argv[0]);
@@ -269,7 +309,7 @@ static void config(sqlite3_context *ctx, int argc, sqlite3_value **argv) {
       settings[i].apply(sqlite3_user_data(ctx), ctx, argc > 1 ? argv[1] : NULL);
       return;
     }
-  sqlite3_result_error(ctx, "vecshard_config: unknown setting; known are threads, allow", -1);
+  sqlite3_result_error(ctx, "vecshard_config: unknown setting; known are threads, allow, cache_mb, timeout_ms, max_bytes", -1);
 }
 
 int conn_config_register(conn *c) {

@@ -28,6 +28,7 @@ static int search_order(const shard_hit *a, const shard_hit *b) {
 
 static vs_rc run(stream *s, const shard_search *q, vs_err *err) {
   shard_stats stats;
+  ahead_reset(&s->ahead);
   free(s->hits), s->hits = NULL;
   s->at = s->n = 0;
   vs_rc rc = shard_search_run(q, &s->hits, &s->n, &stats, err);
@@ -209,8 +210,12 @@ vs_rc stream_next(stream *s, vs_err *err) {
   return step(s, err);
 }
 
-vs_rc stream_row(stream *s, ivfpq_segment **segment, const uint8_t **record, vs_err *err) {
+static const shard_hit *hit_at(void *ctx, size_t i) { return &((stream *)ctx)->hits[i]; }
+
+vs_rc stream_row(stream *s, int with_columns, ivfpq_segment **segment, const uint8_t **record, vs_err *err) {
   const shard_hit *h = stream_hit(s);
+  vs_rc ready = ahead_want(&s->ahead, s->shards, hit_at, s, s->at, s->n, with_columns, err);
+  if (ready) return ready;
   s->segment = s->shards[h->shard]->segments[h->segment];
   if (!s->has_row) {
     vs_rc rc = ivfpq_rows_fetch(s->segment, &h->row, 1, &s->row, err);
@@ -223,6 +228,7 @@ vs_rc stream_row(stream *s, ivfpq_segment **segment, const uint8_t **record, vs_
 
 void stream_reset(stream *s) {
   drop_row(s);
+  ahead_reset(&s->ahead);
   free(s->hits), free(s->query), free(s->filters), free(s->seen);
   memset(s, 0, sizeof *s);
 }

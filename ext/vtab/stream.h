@@ -9,6 +9,7 @@
 #ifndef VTAB_STREAM_H
 #define VTAB_STREAM_H
 #include "conn.h"
+#include "ahead.h"
 #include "filter.h"
 #include "statement.h"
 
@@ -49,6 +50,7 @@ typedef struct stream {
   ivfpq_segment *segment;
   ivfpq_row row;
   int has_row;
+  ahead ahead;
 } stream;
 
 /* shards and the owner must outlive the stream. Searches at once; at the end when stream_eof. */
@@ -56,8 +58,8 @@ vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_sh
 vs_rc stream_next(stream *s, vs_err *err) VS_WARN_UNUSED;
 static inline int stream_eof(const stream *s) { return s->at >= s->n; }
 static inline const shard_hit *stream_hit(const stream *s) { return &s->hits[s->at]; }
-/* The record of the current row, until the next call of stream_next. */
-vs_rc stream_row(stream *s, ivfpq_segment **segment, const uint8_t **record, vs_err *err) VS_WARN_UNUSED;
+/* The record of the current row, until the next call of stream_next; its metadata columns will be wanted, too. */
+vs_rc stream_row(stream *s, int with_columns, ivfpq_segment **segment, const uint8_t **record, vs_err *err) VS_WARN_UNUSED;
 void stream_reset(stream *s); /* legal on a zeroed stream */
 
 #endif

@@ -52,6 +52,7 @@ typedef struct union_cursor {
   ivfpq_segment *segment; /* the current row, read on demand */
   ivfpq_row row;
   int has_row;
+  ahead ahead;
 } union_cursor;
 
 /* ---- connecting ---- */
@@ -338,6 +339,7 @@ static void drop_row(union_cursor *c) {
 
 static void cursor_reset(union_cursor *c) {
   drop_row(c);
+  ahead_reset(&c->ahead);
   stream_reset(&c->hits);
   plan_search_reset(&c->plan);
   vec_batch_free(&c->batch);
@@ -465,9 +467,18 @@ static int x_eof(sqlite3_vtab_cursor *v) { return ((union_cursor *)v)->eof; }
 
 static const shard_hit *current(const union_cursor *c) { return c->many ? &c->all[c->at].hit : stream_hit(&c->hits); }
 
-static vs_rc need_row(union_cursor *c, vs_err *err) {
+static const shard_hit *many_hit(void *ctx, size_t i) { return &((union_cursor *)ctx)->all[i].hit; }
+
+static vs_rc need_row(union_cursor *c, int with_columns, vs_err *err) {
   const shard_hit *h = current(c);
-  if (c->has_row) return VS_OK;
+  const uint8_t *unused;
+  if (!c->many) { /* the stream reads ahead, and keeps the row */
+    vs_rc rc = stream_row(&c->hits, with_columns, &c->segment, &unused, err);
+    c->row = c->hits.row;
+    return rc;
+  }
+  vs_rc ready = ahead_want(&c->ahead, c->set.shards, many_hit, c, c->at, c->n_all, with_columns, err);
+  if (ready || c->has_row) return ready;
   c->segment = c->set.shards[h->shard]->segments[h->segment];
   vs_rc rc = ivfpq_rows_fetch(c->segment, &h->row, 1, &c->row, err);
   c->has_row = !rc;
@@ -500,7 +511,7 @@ static vs_rc result_row(sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *r
 }
 
 static vs_rc row_column(union_cursor *c, sqlite3_context *ctx, int column, vs_err *err) {
-  vs_rc rc = need_row(c, err);
+  vs_rc rc = need_row(c, column == COL_ROW || column >= N_FIXED, err);
   if (rc) return rc;
   int ok = 1;
   if (column == COL_ID) ok = result_id(ctx, c->segment, c->row.record, err);

@@ -18,11 +18,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../s3vfs/s3_config.h"
 #include "modules.h"
 #include "plan.h"
 #include "schema.h"
 #include "vec_value.h"
 SQLITE_EXTENSION_INIT3
+
+enum { SCAN_BYTES = 1 << 20 }; /* of a scan in a store, read at once */
 
 typedef struct table {
   sqlite3_vtab base; /* first: SQLite's view */
@@ -44,6 +47,8 @@ typedef struct cursor {
   plan_search plan;
   stream hits;
   uint32_t segment, row; /* scan and look-up */
+  ivfpq_row stretch;     /* records read for them: stretch_rows from stretch_first on */
+  uint32_t stretch_segment, stretch_first, stretch_rows;
   int eof;
 } cursor;
 
@@ -149,8 +154,11 @@ static vs_rc table_open(conn_table *entry, shard **out, vs_err *err) {
 static vs_rc create(table *t, int argc, const char *const *argv, vs_err *err) {
   schema_def def;
   shard *s = NULL;
+  statement st;
   vs_rc rc = schema_parse(argc, argv, &def, err);
   if (rc) return rc;
+  statement_open(&st, t->c);
+  statement_enter(&st, PHASE_OPEN);
   t->path = def.path, def.path = NULL;
   t->version = def.version;
   rc = resolve_path(t, err);
@@ -166,8 +174,12 @@ static vs_rc create(table *t, int argc, const char *const *argv, vs_err *err) {
   }
   t->open = s;
   schema_reset(&def);
+  statement_leave(&st);
+  statement_close(&st);
   return rc;
 }
+
+static int is_remote(const table *t) { return t->path && s3_is_uri(t->path); }
 
 static int connect_table(sqlite3 *db, void *aux, int argc, const char *const *argv, sqlite3_vtab **out, char **message, int creating) {
   vs_err err = {0};
@@ -188,6 +200,7 @@ static int connect_table(sqlite3 *db, void *aux, int argc, const char *const *ar
   if (!rc && creating) rc = config_write(t, &err);
   if (!rc && sqlite3_declare_vtab(db, sql)) rc = sql_failed(db, &err);
   sqlite3_free(sql);
+  if (!rc && is_remote(t)) sqlite3_vtab_config(db, SQLITE_VTAB_DIRECTONLY);
   if (rc) {
     table_free(t);
     int changed = err.rc == VS_IO && sqlite3_errcode(db) == SQLITE_SCHEMA; /* by another connection: SQLite reads it and tries again */
@@ -335,7 +348,10 @@ static int x_open(sqlite3_vtab *v, sqlite3_vtab_cursor **out) {
   return SQLITE_OK;
 }
 
+static void drop_stretch(cursor *c);
+
 static void cursor_reset(cursor *c) {
+  drop_stretch(c);
   stream_reset(&c->hits);
   plan_search_reset(&c->plan);
   shard_close(c->s);
@@ -468,6 +484,27 @@ static void hidden_column(cursor *c, sqlite3_context *ctx, int hidden) {
   }
 }
 
+static void drop_stretch(cursor *c) {
+  if (c->stretch_rows) ivfpq_rows_release(c->s->segments[c->stretch_segment], &c->stretch, 1);
+  c->stretch_rows = 0;
+}
+
+/* The record of a scan's or look-up's row, until the next call: of a scan in a store with those that follow it. */
+static vs_rc scan_row(cursor *c, const uint8_t **record, vs_err *err) {
+  ivfpq_segment *s = c->s->segments[c->segment];
+  uint32_t n = 1;
+  if (!c->stretch_rows || c->stretch_segment != c->segment || c->row < c->stretch_first || c->row - c->stretch_first >= c->stretch_rows) {
+    drop_stretch(c);
+    if (c->kind == PLAN_SCAN && !s->io->local) n = SCAN_BYTES / s->params.row_bytes + 1;
+    if (n > s->params.n_rows - c->row) n = (uint32_t)s->params.n_rows - c->row;
+    vs_rc rc = ivfpq_rows_fetch_range(s, c->row, n, &c->stretch, err);
+    if (rc) return rc;
+    c->stretch_segment = c->segment, c->stretch_first = c->row, c->stretch_rows = n;
+  }
+  *record = c->stretch.record + (size_t)(c->row - c->stretch_first) * s->params.row_bytes;
+  return VS_OK;
+}
+
 static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
   cursor *c = (cursor *)v;
   table *t = table_of(v->pVtab);
@@ -481,16 +518,12 @@ static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
   if (c->kind == PLAN_SEARCH) {
     ivfpq_segment *s;
     const uint8_t *record;
-    rc = stream_row(&c->hits, &s, &record, &err);
+    rc = stream_row(&c->hits, column > 1, &s, &record, &err);
     if (!rc) rc = stored_column(c, ctx, s, record, column, &err);
   } else {
-    ivfpq_segment *s = c->s->segments[c->segment];
-    ivfpq_row row;
-    rc = ivfpq_rows_fetch(s, &c->row, 1, &row, &err);
-    if (!rc) {
-      rc = stored_column(c, ctx, s, row.record, column, &err);
-      ivfpq_rows_release(s, &row, 1);
-    }
+    const uint8_t *record;
+    rc = scan_row(c, &record, &err);
+    if (!rc) rc = stored_column(c, ctx, c->s->segments[c->segment], record, column, &err);
   }
   statement_leave(&c->statement);
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
@@ -504,16 +537,13 @@ static int x_rowid(sqlite3_vtab_cursor *v, sqlite3_int64 *rowid) {
   *rowid = (sqlite3_int64)((uint64_t)segment << 32 | number);
   if (t->m.id_text) return SQLITE_OK;
   vs_err err = {0};
-  ivfpq_row row;
   ivfpq_id id;
   ivfpq_segment *s = c->s->segments[segment];
   statement_enter(&c->statement, PHASE_ROWS);
-  vs_rc rc = ivfpq_rows_fetch(s, &number, 1, &row, &err);
-  if (!rc) {
-    rc = ivfpq_row_id(s, row.record, &id, &err);
-    *rowid = id.i;
-    ivfpq_rows_release(s, &row, 1);
-  }
+  const uint8_t *record;
+  vs_rc rc = c->kind == PLAN_SEARCH ? stream_row(&c->hits, 0, &s, &record, &err) : scan_row(c, &record, &err);
+  if (!rc) rc = ivfpq_row_id(s, record, &id, &err);
+  if (!rc) *rowid = id.i;
   statement_leave(&c->statement);
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
