@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, rgw
 from s3.client import S3Error
 from s3.fault_proxy import Entry, longest_chain
-from s3.rgw import born
+from s3.rgw import MARK, born
 
 SEED = 5
 BODY = random.Random(SEED).randbytes(300_000)
@@ -53,6 +53,8 @@ def test_objects(s3, bucket):
     refused(404, "NoSuchBucket", c.get, "no-such-bucket-here", "none")
     refused(416, "InvalidRange", c.get, bucket, "small", 10, 5)
     refused(412, "PreconditionFailed", c.get, bucket, "small", headers={"If-Match": '"00000000000000000000000000000000"'})
+    c.put(bucket, "k" * 1000, b"long")
+    assert c.get(bucket, "k" * 1000) == b"long"
     for key in ("a b", "pl+us", "pct%20", "uni-é漢", "eq=1&x?#", "quo'te(1)!*~", "dou//ble"):
         c.put(bucket, "odd/" + key, key.encode())
         assert c.get(bucket, "odd/" + key) == key.encode()
@@ -61,6 +63,16 @@ def test_objects(s3, bucket):
     c.copy(bucket, "odd/a b", "odd/copy é")
     c.delete(bucket, "odd/a b")
     assert "odd/a b" not in c.list(bucket, "odd/") and c.get(bucket, "odd/copy é") == b"a b"
+
+
+def test_multipart(s3, bucket):
+    c, parts = s3.client, [BODY[:5] * (1 << 20), b"tail"]
+    begun = c.checked("POST", bucket, "parts", query={"uploads": ""}).xml().findtext("{*}UploadId")
+    assert c.uploads(bucket) == [("parts", begun)]
+    etags = [c.checked("PUT", bucket, "parts", query={"partNumber": i, "uploadId": begun}, body=b).headers["etag"] for i, b in enumerate(parts, 1)]
+    body = "".join("<Part><PartNumber>%d</PartNumber><ETag>%s</ETag></Part>" % p for p in enumerate(etags, 1))
+    c.checked("POST", bucket, "parts", query={"uploadId": begun}, body=("<CompleteMultipartUpload>%s</CompleteMultipartUpload>" % body).encode())
+    assert c.get(bucket, "parts", len(parts[0]) - 2) == parts[0][-2:] + b"tail" and c.uploads(bucket) == []
 
 
 def test_exclusive_put_has_one_winner(s3, bucket):
@@ -133,7 +145,7 @@ def test_bytes_pass_unchanged_and_are_counted(proxy, bucket):
 
 
 def test_rounds(proxy, bucket):
-    proxy.faults(latency_ms=40)
+    proxy.faults(latency_ms=150)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for n in (1, 8, 3):  # each waits for the one before
             list(pool.map(lambda i: proxy.client.get(bucket, "data", i, 10), range(n)))
@@ -149,7 +161,7 @@ def test_hundreds_of_connections(proxy, bucket):
     """Far more at once than the store has threads."""
     url = urllib.parse.urlsplit(proxy.client.presign("GET", bucket, "small"))
     request = ("GET %s?%s HTTP/1.1\r\nHost: %s\r\n\r\n" % (url.path, url.query, url.netloc)).encode()
-    proxy.faults(latency_ms=300)
+    proxy.faults(latency_ms=600)
     sockets = [socket.create_connection(("127.0.0.1", proxy.port)) for _ in range(300)]
     for s in sockets:
         s.sendall(request)
@@ -208,13 +220,13 @@ def test_latency_and_pace(proxy, bucket):
         assert proxy.client.get(bucket, "data") == BODY
         return time.monotonic() - start
     proxy.faults(latency_ms=150)
-    assert 0.15 <= took() < 0.6
+    assert 0.15 <= took() < 3
     proxy.clear()
     proxy.faults(bytes_per_s=1e6)
-    assert 0.28 <= took() < 0.9
+    assert 0.28 <= took() < 3
     start = time.monotonic()
     proxy.client.put(bucket, "paced", BODY)
-    assert 0.28 <= time.monotonic() - start < 1
+    assert 0.28 <= time.monotonic() - start < 3
 
 
 def test_broken_connections(proxy, bucket):
@@ -242,17 +254,18 @@ def test_broken_connections(proxy, bucket):
 
 
 def test_stall(proxy, bucket):
-    proxy.faults(stall_ms=400, next=2)
+    proxy.faults(stall_ms=300, next=1)
     start = time.monotonic()
-    assert proxy.client.get(bucket, "data") == BODY and 0.4 <= time.monotonic() - start < 1
+    assert proxy.client.get(bucket, "data") == BODY and time.monotonic() - start >= 0.3
+    proxy.clear()
+    proxy.faults(stall_ms=60_000)
     impatient = proxy.client
     impatient.timeout_s = 0.1
     impatient.close()
     with pytest.raises(TimeoutError):
         impatient.get(bucket, "data")
-    for _ in range(100):
-        if len(proxy.log) == 2:
-            break
+    until = time.monotonic() + 10
+    while len(proxy.log) < 2 and time.monotonic() < until:
         time.sleep(0.01)
     assert proxy.log[1].injected == "stall_ms+left" and proxy.stats()["in_flight"] == 0
 
@@ -337,10 +350,13 @@ def test_without_a_store(proxy, bucket):
 
 # ---- the script that starts the store ----
 
-def test_start_finds_it_running(s3, tmp_path):
-    """And ends nothing that it did not start: a recorded number that belongs to another process by now."""
+def test_only_its_own_is_ended_and_removed(tmp_path):
+    """Not a process whose number was recorded for another before, nor a folder that holds no store."""
     assert rgw("env", tmp_path).returncode == 1
     os.makedirs(tmp_path / "run")
+    assert rgw("start", tmp_path).returncode == 1  # not in a folder of somebody's
+    assert rgw("stop", tmp_path, "--remove").returncode == 0 and tmp_path.exists()
+    (tmp_path / MARK).touch()
     other = subprocess.Popen(["sleep", "60"])
     try:
         (tmp_path / "run/rgw.pid").write_text("%d %d\n" % (other.pid, born(other.pid) - 1))

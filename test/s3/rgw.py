@@ -36,6 +36,7 @@ DNS_NAME = "s3.localhost"
 USERS = {"main": ("VECSHARDTESTMAIN", "vecshardTestSecretMain"), "other": ("VECSHARDTESTOTHER", "vecshardTestSecretOther")}
 DISK_GIB = 16  # the sparse file's nominal size
 START_S, STOP_S = 120, 20
+MARK = "vecshard-test-store"  # a file in DIR: what it is, so that nothing else is ever removed
 MISSING = 3  # exit status: packages are not installed
 
 # Without authentication there is no key to encrypt with, and clients insist on encryption towards a monitor: hence
@@ -85,8 +86,6 @@ bluestore_block_db_create = false
 bluestore_block_wal_create = false
 bluestore_fsck_on_mount = false
 osd_memory_target = 1073741824
-osd_max_object_name_len = 256
-osd_max_object_namespace_len = 64
 [client.rgw.a]
 rgw_frontends = beast endpoint=127.0.0.1:{rgw_port} tcp_nodelay=1
 rgw_data = {dir}/rgw
@@ -298,7 +297,12 @@ def start(folder, owner=None):
         raise Trouble("%s is not installed: run tool/install-deps test" % ", ".join(lacks), MISSING)
     for name in ("CEPH_ARGS", "CEPH_CONF", "CEPH_KEYRING", "LD_PRELOAD"):  # LD_PRELOAD: a sanitizer's library is meant for Python
         os.environ.pop(name, None)
-    for name in ("run", "log", "rgw"):
+    os.makedirs(folder, exist_ok=True)
+    if not is_store(folder):
+        if os.listdir(folder):
+            raise Trouble("%s holds something else: name an empty or new folder" % folder)
+        open(os.path.join(folder, MARK), "w").close()
+    for name in ("log", "rgw"):
         os.makedirs(os.path.join(folder, name), exist_ok=True)
     with locked(folder):
         if owner and pid_of(folder, "keeper") is None:
@@ -319,8 +323,12 @@ def end_all(folder, gently=True):
         end(folder, name, gently)
 
 
+def is_store(folder):
+    return os.path.exists(os.path.join(folder, MARK))
+
+
 def stop(folder, remove=False):
-    if not os.path.isdir(os.path.join(folder, "run")):
+    if not is_store(folder):
         return
     with locked(folder):
         end(folder, "keeper")
@@ -332,6 +340,7 @@ def stop(folder, remove=False):
 @contextlib.contextmanager
 def locked(folder):
     """Of two that start or stop the same store, the second waits."""
+    os.makedirs(os.path.join(folder, "run"), exist_ok=True)
     with open(os.path.join(folder, "run", "lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
