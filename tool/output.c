@@ -168,3 +168,10 @@ vs_rc output_check_space(const char *out, uint64_t n_out, const char *temp, uint
     return no_space(temp, n_temp, "for temporary files", temp_free, "--tmpdir names another disk", err);
   return VS_OK;
 }
+
+uint64_t output_allocated(const char *path) {
+  struct stat st;
+  if (stat(path, &st)) return 0;
+  uint64_t blocks = (uint64_t)st.st_blocks * 512, size = (uint64_t)st.st_size;
+  return blocks < size ? blocks : size; /* a file that is not filled yet has holes */
+}
