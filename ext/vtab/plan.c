@@ -43,6 +43,22 @@ int plan_filter(plan *p, int i, int column, shard_type type) {
   return 1;
 }
 
+int plan_bound(plan *p, int i) {
+  static const struct { int op; const char *entry; } bounds[] = {
+      {SQLITE_INDEX_CONSTRAINT_LT, "d<"}, {SQLITE_INDEX_CONSTRAINT_LE, "d{"}, {SQLITE_INDEX_CONSTRAINT_GT, "b>"}, {SQLITE_INDEX_CONSTRAINT_GE, "b}"}};
+  for (size_t b = 0; b < sizeof bounds / sizeof *bounds; b++)
+    if (p->info->aConstraint[i].op == bounds[b].op) {
+      plan_use(p, i, 0, bounds[b].entry);
+      return 1;
+    }
+  return 0;
+}
+
+int plan_by_distance(sqlite3_index_info *info, int first, int column) {
+  const struct sqlite3_index_orderby *o = info->aOrderBy + first;
+  return info->nOrderBy == first + 1 && o->iColumn == column && !o->desc && sqlite3_vtab_distinct(info) == 0;
+}
+
 /* ---- decoding ---- */
 
 /* A whole number >= 0; beyond 64 bits it means all. NULL: not given (-1). */
@@ -74,8 +90,9 @@ static void decode_bound(const char *entry, sqlite3_value *v, plan_search *s) {
   int type = sqlite3_value_numeric_type(v), open = entry[1] == '<' || entry[1] == '>';
   if (type != SQLITE_INTEGER && type != SQLITE_FLOAT) return;
   double d = sqlite3_value_double(v);
-  if (*entry == 'd' && (!s->has_limit || d < s->limit || (d == s->limit && open))) s->has_limit = 1, s->limit = d, s->limit_open = open;
-  if (*entry == 'b' && (!s->has_floor || d > s->floor || (d == s->floor && open))) s->has_floor = 1, s->floor = d, s->floor_open = open;
+  stream_bound *b = *entry == 'd' ? &s->limit : &s->floor;
+  int tighter = *entry == 'd' ? d < b->at : d > b->at;
+  if (!b->given || tighter || (d == b->at && open)) *b = (stream_bound){1, open, d};
 }
 
 static vs_rc decode_one(const char *e, sqlite3_value *v, shard_type (*type_of)(void *, int), void *ctx, plan_search *s, vs_err *err) {

@@ -285,13 +285,12 @@ static void use_constraint(plan *p, union_table *t, int i) {
   else if (c->iColumn >= N_FIXED && h < 0) plan_filter(p, i, c->iColumn - N_FIXED, column_type(t, c->iColumn - N_FIXED));
 }
 
-/* Rows come by query, then distance. */
-static int consumes_order(const sqlite3_index_info *info, int *sorted) {
+/* Rows come by query, then distance; *sorted: by distance alone. */
+static int consumes_order(sqlite3_index_info *info, int *sorted) {
   const struct sqlite3_index_orderby *o = info->aOrderBy;
-  *sorted = info->nOrderBy == 1 && o[0].iColumn == COL_DISTANCE && !o[0].desc;
-  int natural = info->nOrderBy >= 1 && info->nOrderBy <= 2 && o[0].iColumn == COL_QUERY_NO && !o[0].desc &&
-                (info->nOrderBy == 1 || (o[1].iColumn == COL_DISTANCE && !o[1].desc));
-  return *sorted || natural;
+  *sorted = plan_by_distance(info, 0, COL_DISTANCE);
+  int by_query = info->nOrderBy >= 1 && o[0].iColumn == COL_QUERY_NO && !o[0].desc;
+  return *sorted || (by_query && (info->nOrderBy == 1 || plan_by_distance(info, 1, COL_DISTANCE)));
 }
 
 static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
@@ -318,7 +317,7 @@ static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
   for (int i = 0; i < info->nConstraint; i++)
     if (info->aConstraint[i].usable) use_constraint(&p, t, i);
   info->orderByConsumed = consumes_order(info, &sorted);
-  return plan_end(&p, PLAN_SEARCH | (sorted ? PLAN_SORTED : 0) | (info->orderByConsumed ? PLAN_ORDERED : 0), PLAN_SEARCH_COST, 10);
+  return plan_end(&p, PLAN_SEARCH | (sorted ? PLAN_SORTED : 0), PLAN_SEARCH_COST, 10);
 }
 
 /* ---- cursors ---- */
@@ -357,10 +356,10 @@ static int x_close(sqlite3_vtab_cursor *v) {
   return SQLITE_OK;
 }
 
-static stream_options options_of(union_cursor *c, const union_table *t, uint32_t query_no, int sorted) {
+static stream_options options_of(union_cursor *c, const union_table *t, uint32_t query_no) {
   return (stream_options){.query = c->batch.vectors + (size_t)query_no * c->batch.dim, .dim = c->batch.dim, .has_k = c->plan.has_k,
                           .k = c->plan.k, .nprobe = c->plan.nprobe, .refine = c->plan.refine, .exact = c->plan.exact,
-                          .ordered = sorted, .filter = &c->plan.filter, .threads = t->c->threads};
+                          .filter = &c->plan.filter, .threads = t->c->threads};
 }
 
 static vs_rc add_results(union_cursor *c, stream *s, uint32_t query_no, vs_err *err) {
@@ -388,7 +387,7 @@ static vs_rc search_many(union_cursor *c, union_table *t, int sorted, vs_err *er
   c->many = 1;
   if (!c->plan.has_k) return vs_fail(err, VS_INVALID, "several queries at once need k");
   for (uint32_t i = 0; i < c->batch.n && !rc; i++) {
-    stream_options o = options_of(c, t, i, 1);
+    stream_options o = options_of(c, t, i);
     stream s = {0};
     rc = stream_open(&s, &c->statement, c->set.shards, c->set.n, &o, err);
     if (!rc) rc = add_results(c, &s, i, err);
@@ -419,7 +418,7 @@ static vs_rc search(union_cursor *c, union_table *t, int idx_num, vs_err *err) {
   }
   if (c->batch.dim != dim) return vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", c->batch.dim, c->set.shards[0]->path, dim);
   if (c->batch.n > 1) return search_many(c, t, (idx_num & PLAN_SORTED) != 0, err);
-  stream_options o = options_of(c, t, 0, (idx_num & PLAN_ORDERED) != 0);
+  stream_options o = options_of(c, t, 0);
   vs_rc rc = stream_open(&c->hits, &c->statement, c->set.shards, c->set.n, &o, err);
   c->eof = stream_eof(&c->hits);
   return rc;

@@ -278,12 +278,9 @@ static void use_search_argument(plan *p, table *t, int i) {
   static const char *const entries[] = {"q", "k", "n", "r", "R", "x"};
   const struct sqlite3_index_constraint *c = &p->info->aConstraint[i];
   int h = hidden_of(t, c->iColumn);
-  char bound[3] = {'d', c->op == SQLITE_INDEX_CONSTRAINT_LT ? '<' : '{', 0};
-  char floor[3] = {'b', c->op == SQLITE_INDEX_CONSTRAINT_GT ? '>' : '}', 0};
   if (is_query(t, c)) plan_use(p, i, 1, "q");
   else if (is_search_column(t, c->iColumn) && c->op == SQLITE_INDEX_CONSTRAINT_EQ) plan_use(p, i, 1, entries[h]);
-  else if (h == HIDDEN_DISTANCE && (c->op == SQLITE_INDEX_CONSTRAINT_LT || c->op == SQLITE_INDEX_CONSTRAINT_LE)) plan_use(p, i, 0, bound);
-  else if (h == HIDDEN_DISTANCE && (c->op == SQLITE_INDEX_CONSTRAINT_GT || c->op == SQLITE_INDEX_CONSTRAINT_GE)) plan_use(p, i, 0, floor);
+  else if (h == HIDDEN_DISTANCE) plan_bound(p, i);
   else if (c->iColumn == 0 || (c->iColumn == -1 && !t->m.id_text)) plan_filter(p, i, FILTER_ID, column_type(&t->m, FILTER_ID));
   else if (c->iColumn >= 2 && c->iColumn < 2 + (int)t->m.n_columns)
     plan_filter(p, i, c->iColumn - 2, column_type(&t->m, c->iColumn - 2));
@@ -291,16 +288,14 @@ static void use_search_argument(plan *p, table *t, int i) {
 
 static int plan_search_query(table *t, sqlite3_index_info *info) {
   plan p;
-  int sorted = 0;
   for (int i = 0; i < info->nConstraint; i++)
     if (hidden_of(t, info->aConstraint[i].iColumn) == HIDDEN_K && sqlite3_vtab_in(info, i, -1))
       return plan_refuse(&t->base, "k IN (...): one k per search");
   plan_begin(&p, info);
   for (int i = 0; i < info->nConstraint; i++)
     if (info->aConstraint[i].usable) use_search_argument(&p, t, i);
-  if (info->nOrderBy == 1 && hidden_of(t, info->aOrderBy[0].iColumn) == HIDDEN_DISTANCE && !info->aOrderBy[0].desc)
-    sorted = info->orderByConsumed = 1;
-  return plan_end(&p, PLAN_SEARCH | (sorted ? PLAN_SORTED | PLAN_ORDERED : 0), PLAN_SEARCH_COST, 10);
+  info->orderByConsumed = plan_by_distance(info, 0, 2 + (int)t->m.n_columns + HIDDEN_DISTANCE);
+  return plan_end(&p, PLAN_SEARCH | (info->orderByConsumed ? PLAN_SORTED : 0), PLAN_SEARCH_COST, 10);
 }
 
 static int plan_without_query(table *t, sqlite3_index_info *info) {
@@ -366,25 +361,19 @@ static int x_close(sqlite3_vtab_cursor *v) {
   return SQLITE_OK;
 }
 
-static int beyond_limit(const cursor *c) {
-  double d = stream_hit(&c->hits)->distance;
-  return c->plan.has_limit && (c->plan.limit_open ? d >= c->plan.limit : d > c->plan.limit);
-}
-
-static vs_rc start_search(cursor *c, table *t, int sorted, vs_err *err) {
+static vs_rc start_search(cursor *c, table *t, vs_err *err) {
   float *query = NULL;
   uint32_t dim;
   vs_rc rc = vec_from_value(c->plan.query, &query, &dim, err);
   if (!rc && query) {
     stream_options o = {.query = query, .dim = dim, .has_k = c->plan.has_k, .k = c->plan.k, .nprobe = c->plan.nprobe,
-                        .refine = c->plan.refine, .exact = c->plan.exact, .ordered = sorted, .filter = &c->plan.filter,
-                        .has_floor = c->plan.has_floor, .floor_open = c->plan.floor_open, .floor = c->plan.floor,
-                        .threads = t->c->threads};
+                        .refine = c->plan.refine, .exact = c->plan.exact, .filter = &c->plan.filter, .floor = c->plan.floor,
+                        .limit = c->plan.limit, .threads = t->c->threads};
     if (dim != t->m.dim) rc = vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", dim, t->entry.name, t->m.dim);
     if (!rc) rc = stream_open(&c->hits, &c->statement, &c->s, 1, &o, err);
   }
   sqlite3_free(query);
-  c->eof = !rc && (stream_eof(&c->hits) || beyond_limit(c));
+  c->eof = !rc && stream_eof(&c->hits);
   return rc;
 }
 
@@ -438,7 +427,7 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   if (c->kind == PLAN_SEARCH) statement_trace_begin(&c->statement);
   if (!rc) rc = table_open(&t->entry, &c->s, &err);
   statement_phase(&c->statement, PHASE_SCAN);
-  if (!rc && c->kind == PLAN_SEARCH) rc = start_search(c, t, (idx_num & PLAN_ORDERED) != 0, &err);
+  if (!rc && c->kind == PLAN_SEARCH) rc = start_search(c, t, &err);
   else if (!rc && c->kind == PLAN_SCAN) settle_scan(c);
   else if (!rc) rc = start_lookup(c, t, &err);
   statement_leave(&c->statement);
@@ -457,7 +446,7 @@ static int x_next(sqlite3_vtab_cursor *v) {
     vs_rc rc = stream_next(&c->hits, &err);
     statement_leave(&c->statement);
     if (rc) return conn_error(&err, &v->pVtab->zErrMsg);
-    c->eof = stream_eof(&c->hits) || beyond_limit(c);
+    c->eof = stream_eof(&c->hits);
   } else c->eof = 1;
   return SQLITE_OK;
 }
