@@ -244,6 +244,35 @@ def test_table_form(db, folder):
     assert db.execute("SELECT id FROM every WHERE embedding MATCH ? AND k = 3 AND source = '/elsewhere'", (QB,)).fetchall() == []
 
 
+def test_distance_bounds(db, folder):
+    """They hold before k is cut: with one query, with several, with named ids, with and without k."""
+    path, shards = folder
+    db.execute("CREATE VIRTUAL TABLE every USING shard_union(source='%s')" % path)
+    want = truth(shards, Q, 60)
+    d = [r[0] for r in db.execute("SELECT distance FROM shard_union(?, ?, 60) WHERE exact = 1", (path, QB))]
+    for source in ("shard_union('%s', :q)" % path, "every('%s', :q)" % path):
+        for op, first in ((">", 20), (">=", 19)):
+            got = db.execute("SELECT shard, id FROM %s WHERE exact = 1 AND k = 10 AND distance %s :d" % (source, op), {"q": QB, "d": d[19]}).fetchall()
+            assert got == want[first:first + 10]
+        got = db.execute("SELECT shard, id FROM %s WHERE exact = 1 AND k = 50 AND distance > :a AND distance <= :b" % source, {"q": QB, "a": d[19], "b": d[29]})
+        assert got.fetchall() == want[20:30]
+        for k in ("", "AND k = 40"):
+            got = db.execute("SELECT shard, id FROM %s WHERE exact = 1 AND distance < :d %s ORDER BY distance" % (source, k), {"q": QB, "d": d[29]}).fetchall()
+            assert got == want[:29]
+        got = db.execute("SELECT shard, id FROM %s WHERE distance > :d ORDER BY distance LIMIT 10" % source, {"q": QB, "d": d[19]}).fetchall()
+        assert len(set(got) & set(want[20:30])) >= 9
+    ids = sorted({i for _, i in want[:9]})
+    named = [h for h in truth(shards, Q, 4500) if h[1] in ids]
+    got = db.execute("SELECT shard, id FROM every WHERE embedding MATCH ? AND k = 2 AND distance > ? AND id IN (%s)" % ",".join(map(str, ids)), (QB, d[0])).fetchall()
+    assert got == named[1:3]
+    other = shards[1].x[5] + np.float32(.1)
+    pack = db.execute("SELECT vec_pack(column1) FROM (VALUES(?), (?))", (QB, blob(other))).fetchone()[0]
+    got = db.execute("SELECT query_no, shard, id, distance FROM shard_union(?, ?, 5) WHERE exact = 1 AND distance > ? AND distance < ?", (path, pack, d[19], d[59])).fetchall()
+    assert [r[1:3] for r in got if r[0] == 0] == want[20:25]
+    all_other = db.execute("SELECT shard, id, distance FROM shard_union(?, ?) WHERE exact = 1", (path, blob(other))).fetchall()
+    assert [r[1:] for r in got if r[0] == 1] == [r for r in all_other if d[19] < r[2] < d[59]][:5]
+
+
 def test_two_searches_with_or(db, folder):
     """Rows of two searches are told apart by what they are, not by their rank."""
     path, shards = folder

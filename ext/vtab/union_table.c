@@ -281,6 +281,7 @@ static void use_constraint(plan *p, union_table *t, int i) {
   else if (h >= 0 && eq && !(h == HID_SOURCE && t->source)) plan_use(p, i, 1, entries[h]); /* a table has one source */
   else if (c->iColumn == COL_SHARD && eq && !sqlite3_vtab_in(p->info, i, -1) && !sqlite3_stricmp(sqlite3_vtab_collation(p->info, i), "BINARY"))
     plan_use(p, i, 0, "S");
+  else if (c->iColumn == COL_DISTANCE) plan_bound(p, i);
   else if (t->source && c->iColumn == COL_ID) plan_filter(p, i, FILTER_ID, column_type(t, FILTER_ID));
   else if (c->iColumn >= N_FIXED && h < 0) plan_filter(p, i, c->iColumn - N_FIXED, column_type(t, c->iColumn - N_FIXED));
 }
@@ -359,7 +360,7 @@ static int x_close(sqlite3_vtab_cursor *v) {
 static stream_options options_of(union_cursor *c, const union_table *t, uint32_t query_no) {
   return (stream_options){.query = c->batch.vectors + (size_t)query_no * c->batch.dim, .dim = c->batch.dim, .has_k = c->plan.has_k,
                           .k = c->plan.k, .nprobe = c->plan.nprobe, .refine = c->plan.refine, .exact = c->plan.exact,
-                          .filter = &c->plan.filter, .threads = t->c->threads};
+                          .filter = &c->plan.filter, .floor = c->plan.floor, .limit = c->plan.limit, .threads = t->c->threads};
 }
 
 static vs_rc add_results(union_cursor *c, stream *s, uint32_t query_no, vs_err *err) {
