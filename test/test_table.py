@@ -264,8 +264,15 @@ def test_limits_of_k(t):
     ("embedding MATCH :q AND k IN (SELECT 1 UNION SELECT 2)", "one k per search"),
     ("embedding MATCH :q AND embedding MATCH :q AND k = 3", "two queries"),
     ("embedding MATCH :q AND t = :q AND k = 3", "two queries"),
-    ("k = 3", ""),
-    ("exact = 1 AND k = 3", ""),
+    ("k = 3", "k needs a query: embedding MATCH"),
+    ("exact = 1", "exact needs a query: embedding MATCH"),
+    ("exact = 1 AND k = 3", "needs a query: embedding MATCH"),
+    ("k = 3 AND id = 300", "k needs a query"),
+    ("k = 3 AND length > 5 ORDER BY distance", "k needs a query"),
+    *[("embedding MATCH :q AND " + c, "%s takes only `%s = n`" % ((c.split()[0],) * 2)) for c in (
+        "k > 5", "k < 5", "k >= 5", "k <= 5", "k <> 5", "k BETWEEN 1 AND 9", "k LIKE '5'", "k GLOB 5", "nprobe > 1", "refine BETWEEN 1 AND 9",
+        "recall > .9", "recall >= .9", "exact > 0", "exact <> 0", "k > (SELECT 5)")],
+    ("embedding MATCH :q AND k = 3 AND nprobe BETWEEN 1 AND 9", "nprobe takes only"),
 ])
 def test_errors(t, where, says):
     bad = Q.copy()
@@ -276,6 +283,22 @@ def test_errors(t, where, says):
         t.execute("SELECT id FROM t WHERE " + where, {"q": QB, "nan": blob(bad), "inf": blob(worse)}).fetchall()
     assert says in str(e.value)
     assert column(t, "SELECT id FROM t(?, 1)", QB) != []  # the table still works
+
+
+def test_k_and_its_like_as_plain_columns(t, ints):
+    """What is no mistake stays: IS means =, other comparisons beside a =, and anything without a query."""
+    want = ints.nearest(Q, 5)
+    for where in ("k IS 5", "k IS 5.0 AND nprobe IS NULL", "k = 5 AND k < 9", "k = 5 AND k BETWEEN 1 AND 9", "k = 5 AND nprobe IS NULL", "k = 5 AND k IS NOT NULL",
+                  "k = 5 AND exact IS 0", "k = 5 AND exact IS 1 AND exact > 0", "k = 5 AND k IS NOT 7", "k = 5 AND recall IS NULL"):
+        assert column(t, "SELECT id FROM t WHERE embedding MATCH ? AND " + where, QB) == want, where
+    assert column(t, "SELECT id FROM t WHERE t IS ? AND k = 5", QB) == want
+    assert len(column(t, "SELECT id FROM t WHERE embedding MATCH ? AND k IS NULL ORDER BY distance LIMIT 20", QB)) == 20
+    assert len(column(t, "SELECT id FROM t WHERE embedding MATCH ? AND k IS ? ORDER BY distance LIMIT 20", QB, None)) == 20
+    for where, n in (("k IS NULL", N), ("k IS NOT NULL", 0), ("k > 5", 0), ("nprobe BETWEEN 1 AND 9", 0), ("exact IS NULL", N), ("k IS 5", 0), ("k IS NOT 5", N)):
+        assert column(t, "SELECT count(*) FROM t WHERE " + where) == [n], where
+    assert column(t, "SELECT count(*) FROM t WHERE k = 3 AND 0") == [0]
+    both = column(t, "SELECT id FROM t WHERE k = 5 AND (embedding MATCH ?1 OR embedding MATCH ?2)", QB, blob(ints.x[900]))
+    assert sorted(both) == sorted(set(want) | set(ints.nearest(ints.x[900], 5)))
 
 
 def test_zero_vector_only_fails_under_cosine(db, texts, dots):
@@ -518,8 +541,11 @@ def test_k_holds_per_outer_row(queries, ints):
     assert got == [("q%d" % i, r) for i in range(6) for r in ints.nearest(ints.x[i * 50], 4)]
     assert queries.execute("SELECT q.name, t.id FROM queries q, t(q.e, 4) ORDER BY q.rowid, distance").fetchall() == got
     assert queries.execute("SELECT q.name, t.id FROM t, queries q WHERE t.embedding MATCH q.e AND k = 4 ORDER BY q.rowid, distance").fetchall() == got
-    counts = queries.execute("SELECT q.name, count(t.id) FROM queries q JOIN t ON t.embedding MATCH q.e AND t.k = q.n GROUP BY q.name").fetchall()
-    assert counts == [("q%d" % i, i) for i in range(1, 6)]  # k from the outer row
+    for op in ("=", "IS"):
+        counts = queries.execute("SELECT q.name, count(t.id) FROM queries q JOIN t ON t.embedding MATCH q.e AND t.k %s q.n GROUP BY q.name" % op).fetchall()
+        assert counts == [("q%d" % i, i) for i in range(1, 6)]  # k from the outer row
+    fails(queries, "SELECT count(*) FROM queries q JOIN t ON t.embedding MATCH q.e AND t.k < q.n", says="k takes only")
+    fails(queries, "SELECT count(*) FROM queries q JOIN t ON t.k = q.n", says="k needs a query")
 
 
 def test_left_join_and_conditions_on_both_sides(queries):

@@ -90,8 +90,10 @@ def test_unknown_sources(db, folder, tmp_path, no_credentials):
         fails(db, "SELECT * FROM shard_union(?, ?, 3)", source, QB, says=says)
     assert db.execute("SELECT * FROM shard_union(NULL, ?, 3)", (QB,)).fetchall() == []
     assert db.execute("SELECT * FROM shard_union(?, NULL, 3)", (path,)).fetchall() == []
-    fails(db, "SELECT * FROM shard_union", says="")
-    fails(db, "SELECT * FROM shard_union(?)", path, says="")
+    fails(db, "SELECT * FROM shard_union", says="shard_union(source, query, k)")
+    fails(db, "SELECT * FROM shard_union(?)", path, says="needs a query")
+    fails(db, "SELECT * FROM shard_union WHERE k = 3", says="shard_union(source, query, k)")
+    fails(db, "SELECT * FROM shard_union WHERE embedding MATCH ? AND k = 3", QB, says="shard_union(source, query, k)")
 
 
 def test_arguments(db, folder):
@@ -103,6 +105,10 @@ def test_arguments(db, folder):
     fails(db, "SELECT * FROM shard_union(?, ?, 3) WHERE recall = .9", path, QB, says="no calibration")
     fails(db, "SELECT * FROM shard_union(?, ?) WHERE k IN (1, 2)", path, QB, says="one k")
     fails(db, "SELECT * FROM shard_union(?, ?, 3) WHERE embedding MATCH ?", path, QB, QB, says="two queries")
+    for column in ("k", "nprobe", "refine", "recall", "exact"):
+        for op in ("> 1", "<> 1", "BETWEEN 0 AND 1", "LIKE 1"):
+            fails(db, "SELECT * FROM shard_union(?, ?) WHERE %s %s" % (column, op), path, QB, says="%s takes only" % column)
+    assert db.execute("SELECT shard, id FROM shard_union(?, ?) WHERE k IS 3 AND k < 9 AND nprobe IS NULL AND source IS ?1", (path, QB)).fetchall() == truth(shards, Q, 3)
     fails(db, "SELECT * FROM shard_union(?, '[1,2]', 3)", path, says=["2 dimensions", "12"])
     assert db.execute("SELECT shard, id FROM shard_union(?, ?, 3)", (path, json.dumps([float(v) for v in Q]))).fetchall() == truth(shards, Q, 3)
 
@@ -239,7 +245,9 @@ def test_table_form(db, folder):
     for row in db.execute("SELECT shard, id, kind, size, score, note FROM every WHERE embedding MATCH ? AND k = 5", (QB,)):
         s = shards["abc".index(row[0])]
         assert row[2:] == tuple(s.value(c, s.at[row[1]]) for c in s.columns)
-    fails(db, "SELECT * FROM every", says="")
+    fails(db, "SELECT * FROM every", says="every needs a query: WHERE embedding MATCH")
+    fails(db, "SELECT * FROM every WHERE k = 3 AND size = 5 ORDER BY distance", says="every needs a query")
+    fails(db, "SELECT * FROM every WHERE embedding MATCH ? AND k > 3", QB, says="k takes only")
     assert db.execute("SELECT DISTINCT source FROM every WHERE embedding MATCH ? AND k = 3", (QB,)).fetchall() == [(path,)]
     assert db.execute("SELECT id FROM every WHERE embedding MATCH ? AND k = 3 AND source = '/elsewhere'", (QB,)).fetchall() == []
 

@@ -43,6 +43,55 @@ int plan_filter(plan *p, int i, int column, shard_type type) {
   return 1;
 }
 
+int plan_gives(const struct sqlite3_index_constraint *c) {
+  return c->op == SQLITE_INDEX_CONSTRAINT_EQ || c->op == SQLITE_INDEX_CONSTRAINT_IS;
+}
+
+static int compares(int op) {
+  switch (op) {
+    case SQLITE_INDEX_CONSTRAINT_LT:
+    case SQLITE_INDEX_CONSTRAINT_LE:
+    case SQLITE_INDEX_CONSTRAINT_GT:
+    case SQLITE_INDEX_CONSTRAINT_GE:
+    case SQLITE_INDEX_CONSTRAINT_NE:
+    case SQLITE_INDEX_CONSTRAINT_LIKE:
+    case SQLITE_INDEX_CONSTRAINT_GLOB:
+    case SQLITE_INDEX_CONSTRAINT_REGEXP: return 1;
+    default: return 0;
+  }
+}
+
+static int is_given(const sqlite3_index_info *info, int column) {
+  for (int i = 0; i < info->nConstraint; i++)
+    if (info->aConstraint[i].iColumn == column && plan_gives(&info->aConstraint[i])) return 1;
+  return 0;
+}
+
+int plan_misused(sqlite3_index_info *info, int k, char **message) {
+  static const char *const names[] = {"k", "nprobe", "refine", "recall", "exact"};
+  char *text = NULL;
+  for (int i = 0; i < info->nConstraint && !text; i++) {
+    int column = info->aConstraint[i].iColumn, n = column - k;
+    if (n < 0 || n >= (int)(sizeof names / sizeof *names)) continue;
+    if (n == 0 && sqlite3_vtab_in(info, i, -1)) text = sqlite3_mprintf("k IN (...): one k per search");
+    else if (compares(info->aConstraint[i].op) && !is_given(info, column))
+      text = sqlite3_mprintf("%s takes only `%s = n`: it is an argument of the search, not a column to compare", names[n], names[n]);
+  }
+  if (!text) return 0;
+  sqlite3_free(*message);
+  *message = text;
+  return 1;
+}
+
+int plan_without(sqlite3_index_info *info, const char *column) {
+  info->idxNum = PLAN_NO_QUERY;
+  info->idxStr = sqlite3_mprintf("%s", column);
+  info->needToFreeIdxStr = 1;
+  info->estimatedCost = PLAN_NO_QUERY_COST;
+  info->estimatedRows = (sqlite3_int64)1 << 40;
+  return info->idxStr ? SQLITE_OK : SQLITE_NOMEM;
+}
+
 int plan_bound(plan *p, int i) {
   static const struct { int op; const char *entry; } bounds[] = {
       {SQLITE_INDEX_CONSTRAINT_LT, "d<"}, {SQLITE_INDEX_CONSTRAINT_LE, "d{"}, {SQLITE_INDEX_CONSTRAINT_GT, "b>"}, {SQLITE_INDEX_CONSTRAINT_GE, "b}"}};

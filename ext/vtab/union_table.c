@@ -265,7 +265,7 @@ static int hidden_of(const union_table *t, int column) { return column - N_FIXED
 
 static int is_query(const union_table *t, const struct sqlite3_index_constraint *c) {
   return (c->iColumn == COL_EMBEDDING && c->op == SQLITE_INDEX_CONSTRAINT_MATCH) ||
-         (hidden_of(t, c->iColumn) == HID_QUERY && c->op == SQLITE_INDEX_CONSTRAINT_EQ);
+         (hidden_of(t, c->iColumn) == HID_QUERY && plan_gives(c));
 }
 
 static shard_type column_type(void *ctx, int column) {
@@ -278,7 +278,7 @@ static void use_constraint(plan *p, union_table *t, int i) {
   const struct sqlite3_index_constraint *c = &p->info->aConstraint[i];
   int h = hidden_of(t, c->iColumn), eq = c->op == SQLITE_INDEX_CONSTRAINT_EQ;
   if (is_query(t, c)) plan_use(p, i, 1, "q");
-  else if (h >= 0 && eq && !(h == HID_SOURCE && t->source)) plan_use(p, i, 1, entries[h]); /* a table has one source */
+  else if (h >= 0 && plan_gives(c) && !(h == HID_SOURCE && t->source)) plan_use(p, i, 1, entries[h]); /* a table has one source */
   else if (c->iColumn == COL_SHARD && eq && !sqlite3_vtab_in(p->info, i, -1) && !sqlite3_stricmp(sqlite3_vtab_collation(p->info, i), "BINARY"))
     plan_use(p, i, 0, "S");
   else if (c->iColumn == COL_DISTANCE) plan_bound(p, i);
@@ -300,20 +300,18 @@ static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
   plan p;
   for (int i = 0; i < info->nConstraint; i++) {
     const struct sqlite3_index_constraint *c = &info->aConstraint[i];
-    int h = hidden_of(t, c->iColumn), eq = c->op == SQLITE_INDEX_CONSTRAINT_EQ;
-    if ((is_query(t, c) || (h >= 0 && eq)) && !c->usable) return SQLITE_CONSTRAINT;
+    int h = hidden_of(t, c->iColumn);
+    if ((is_query(t, c) || (h >= 0 && plan_gives(c))) && !c->usable) return SQLITE_CONSTRAINT;
     queries += is_query(t, c);
-    sources += h == HID_SOURCE && eq;
-    if (h == HID_K && sqlite3_vtab_in(info, i, -1)) {
-      v->zErrMsg = sqlite3_mprintf("k IN (...): one k per search");
-      return SQLITE_ERROR;
-    }
+    sources += h == HID_SOURCE && plan_gives(c);
   }
   if (queries > 1) {
+    sqlite3_free(v->zErrMsg);
     v->zErrMsg = sqlite3_mprintf("two queries in one search; several at once go through vec_pack()");
     return SQLITE_ERROR;
   }
-  if (!queries || !sources) return SQLITE_CONSTRAINT;
+  if (!queries || !sources) return plan_without(info, queries ? "source" : "query");
+  if (plan_misused(info, N_FIXED + (int)t->m.n_columns + HID_K, &v->zErrMsg)) return SQLITE_ERROR;
   plan_begin(&p, info);
   for (int i = 0; i < info->nConstraint; i++)
     if (info->aConstraint[i].usable) use_constraint(&p, t, i);
@@ -425,12 +423,18 @@ static vs_rc search(union_cursor *c, union_table *t, int idx_num, vs_err *err) {
   return rc;
 }
 
+static vs_rc no_query(const union_table *t, const char *missing, vs_err *err) {
+  if (t->source) return vs_fail(err, VS_INVALID, "%s needs a query: WHERE embedding MATCH :vector AND k = 10", t->name);
+  return vs_fail(err, VS_INVALID, "%s needs a %s: write shard_union(source, query, k)", t->name, missing);
+}
+
 static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, int argc, sqlite3_value **argv) {
   union_cursor *c = (union_cursor *)v;
   union_table *t = (union_table *)v->pVtab;
   vs_err err = {0};
   cursor_reset(c);
-  vs_rc rc = plan_decode(idx_str, argc, argv, column_type, t, &c->plan, &err);
+  vs_rc rc = (idx_num & PLAN_KIND) == PLAN_NO_QUERY ? no_query(t, idx_str, &err)
+                                                    : plan_decode(idx_str, argc, argv, column_type, t, &c->plan, &err);
   const char *source = t->source;
   statement_enter(&c->statement, PHASE_OPEN);
   statement_trace_begin(&c->statement);

@@ -260,7 +260,7 @@ static int is_search_column(const table *t, int column) {
 
 static int is_query(const table *t, const struct sqlite3_index_constraint *c) {
   return (c->iColumn == 1 && c->op == SQLITE_INDEX_CONSTRAINT_MATCH) ||
-         (hidden_of(t, c->iColumn) == HIDDEN_QUERY && c->op == SQLITE_INDEX_CONSTRAINT_EQ);
+         (hidden_of(t, c->iColumn) == HIDDEN_QUERY && plan_gives(c));
 }
 
 static int plan_refuse(sqlite3_vtab *v, const char *text) {
@@ -279,7 +279,7 @@ static void use_search_argument(plan *p, table *t, int i) {
   const struct sqlite3_index_constraint *c = &p->info->aConstraint[i];
   int h = hidden_of(t, c->iColumn);
   if (is_query(t, c)) plan_use(p, i, 1, "q");
-  else if (is_search_column(t, c->iColumn) && c->op == SQLITE_INDEX_CONSTRAINT_EQ) plan_use(p, i, 1, entries[h]);
+  else if (is_search_column(t, c->iColumn) && plan_gives(c)) plan_use(p, i, 1, entries[h]);
   else if (h == HIDDEN_DISTANCE) plan_bound(p, i);
   else if (c->iColumn == 0 || (c->iColumn == -1 && !t->m.id_text)) plan_filter(p, i, FILTER_ID, column_type(&t->m, FILTER_ID));
   else if (c->iColumn >= 2 && c->iColumn < 2 + (int)t->m.n_columns)
@@ -288,9 +288,12 @@ static void use_search_argument(plan *p, table *t, int i) {
 
 static int plan_search_query(table *t, sqlite3_index_info *info) {
   plan p;
-  for (int i = 0; i < info->nConstraint; i++)
-    if (hidden_of(t, info->aConstraint[i].iColumn) == HIDDEN_K && sqlite3_vtab_in(info, i, -1))
-      return plan_refuse(&t->base, "k IN (...): one k per search");
+  if (plan_misused(info, 2 + (int)t->m.n_columns + HIDDEN_K, &t->base.zErrMsg)) return SQLITE_ERROR;
+  for (int i = 0; i < info->nConstraint; i++) {
+    const struct sqlite3_index_constraint *c = &info->aConstraint[i];
+    if ((is_query(t, c) || (is_search_column(t, c->iColumn) && plan_gives(c))) && !c->usable)
+      return SQLITE_CONSTRAINT; /* another join order must come first */
+  }
   plan_begin(&p, info);
   for (int i = 0; i < info->nConstraint; i++)
     if (info->aConstraint[i].usable) use_search_argument(&p, t, i);
@@ -299,8 +302,13 @@ static int plan_search_query(table *t, sqlite3_index_info *info) {
 }
 
 static int plan_without_query(table *t, sqlite3_index_info *info) {
+  static const char *const names[] = {"", "k", "nprobe", "refine", "recall", "exact"};
   plan p;
-  (void)t;
+  for (int i = 0; i < info->nConstraint; i++) { /* they go with a query */
+    const struct sqlite3_index_constraint *c = &info->aConstraint[i];
+    if (!is_search_column(t, c->iColumn) || c->op != SQLITE_INDEX_CONSTRAINT_EQ) continue;
+    return c->usable ? plan_without(info, names[hidden_of(t, c->iColumn)]) : SQLITE_CONSTRAINT;
+  }
   plan_begin(&p, info);
   for (int i = 0; i < info->nConstraint; i++) {
     const struct sqlite3_index_constraint *c = &info->aConstraint[i];
@@ -317,18 +325,9 @@ static int plan_without_query(table *t, sqlite3_index_info *info) {
 static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
   table *t = table_of(v);
   int queries = 0;
-  for (int i = 0; i < info->nConstraint; i++) {
-    const struct sqlite3_index_constraint *c = &info->aConstraint[i];
-    int search = is_query(t, c) || (is_search_column(t, c->iColumn) && c->op == SQLITE_INDEX_CONSTRAINT_EQ);
-    if (search && !c->usable) return SQLITE_CONSTRAINT; /* another join order must come first */
-    queries += is_query(t, c);
-  }
+  for (int i = 0; i < info->nConstraint; i++) queries += is_query(t, &info->aConstraint[i]);
   if (queries > 1) return plan_refuse(v, "two queries in one search: one MATCH (or one table argument) is possible");
-  if (queries) return plan_search_query(t, info);
-  for (int i = 0; i < info->nConstraint; i++)
-    if (is_search_column(t, info->aConstraint[i].iColumn) && info->aConstraint[i].op == SQLITE_INDEX_CONSTRAINT_EQ)
-      return SQLITE_CONSTRAINT; /* they go with a query; the OR optimisation may still find one */
-  return plan_without_query(t, info);
+  return queries ? plan_search_query(t, info) : plan_without_query(t, info);
 }
 
 /* ---- cursors ---- */
@@ -422,7 +421,9 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   cursor_reset(c);
   c->kind = idx_num & PLAN_KIND;
   c->segment = c->row = 0;
-  vs_rc rc = plan_decode(idx_str, argc, argv, column_type, &t->m, &c->plan, &err);
+  vs_rc rc = c->kind == PLAN_NO_QUERY
+                 ? vs_fail(&err, VS_INVALID, "%s needs a query: %s MATCH :vector", idx_str, t->m.vector_name)
+                 : plan_decode(idx_str, argc, argv, column_type, &t->m, &c->plan, &err);
   statement_enter(&c->statement, PHASE_OPEN);
   if (c->kind == PLAN_SEARCH) statement_trace_begin(&c->statement);
   if (!rc) rc = table_open(&t->entry, &c->s, &err);
