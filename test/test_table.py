@@ -743,6 +743,77 @@ def test_rename(home, ints):
     db.close()
 
 
+@pytest.fixture
+def beside(tmp_path, ints):
+    """A folder with app.db, whose table t has its shard at the default path."""
+    shutil.copytree(ints.path, tmp_path / "app.db.vecshard" / "t")
+    db = connect(tmp_path / "app.db")
+    db.execute("CREATE VIRTUAL TABLE t USING vecshard")
+    db.close()
+    return tmp_path
+
+
+def test_rename_keeps_the_default_path(beside, ints):
+    want = ints.nearest(Q, 3)
+    db = connect(beside / "app.db")
+    db.execute("BEGIN")
+    db.execute("ALTER TABLE t RENAME TO never")
+    db.execute("ROLLBACK")
+    assert column(db, "SELECT id FROM t(?, 3)", QB) == want
+    for name in ("\"it's new\"", "u", "t", "v"):
+        old = column(db, "SELECT name FROM sqlite_schema WHERE sql LIKE 'CREATE VIRTUAL%'")[0]
+        db.execute('ALTER TABLE "%s" RENAME TO %s' % (old, name))
+        assert column(db, "SELECT id FROM %s(?, 3)" % name, QB) == want
+        db.close()
+        db = connect(beside / "app.db")  # renamed before it was ever opened, too
+        db.execute("PRAGMA trusted_schema = OFF")
+        if name != "u":
+            assert column(db, "SELECT id FROM %s(?, 3)" % name, QB) == want
+    db.close()
+    for end in ("", ".vecshard"):  # the folder still goes with the database file's name
+        os.rename(str(beside / "app.db") + end, str(beside / "other.db") + end)
+    db = connect(beside / "other.db")
+    assert column(db, "SELECT id FROM v(?, 3)", QB) == want
+    db.execute("DROP TABLE v")
+    assert column(db, "SELECT name FROM sqlite_schema") == []
+    db.close()
+
+
+def test_default_path_left_behind(beside, ints):
+    """A copy of the database file alone says what else to copy; in memory it can at least be dropped."""
+    db = connect(beside / "app.db")
+    db.execute("VACUUM INTO '%s'" % (beside / "copy.db"))
+    memory = connect()
+    db.backup(memory)
+    db.close()
+    copy = connect(beside / "copy.db")
+    for _ in range(2):
+        with pytest.raises(sqlite3.Error) as e:
+            copy.execute("SELECT * FROM t").fetchall()
+        assert all(w in str(e.value) for w in ("copy.db.vecshard/t", "copy or move the folder", "path="))
+    shutil.copytree(beside / "app.db.vecshard", beside / "copy.db.vecshard")
+    assert column(copy, "SELECT id FROM t(?, 3)", QB) == ints.nearest(Q, 3)
+    copy.close()
+    fails(memory, "SELECT * FROM t", says="in memory needs a path")
+    memory.execute("DROP TABLE t")
+    assert column(memory, "SELECT name FROM sqlite_schema") == []
+    fails(connect(beside / "new.db"), "CREATE VIRTUAL TABLE t USING vecshard()", says="path=")
+
+
+def test_a_name_leads_nowhere_else(tmp_path, ints):
+    """With trusted_schema off the default path is trusted for plain names only: a name can hold dots and slashes."""
+    shutil.copytree(ints.path, tmp_path / "elsewhere")
+    os.mkdir(tmp_path / "app.db.vecshard")
+    db = connect(tmp_path / "app.db")
+    db.execute("CREATE VIRTUAL TABLE \"../elsewhere\" USING vecshard")
+    assert db.execute("SELECT count(*) FROM \"../elsewhere\"").fetchone() == (N,)
+    db.close()
+    db = connect(tmp_path / "app.db")
+    db.execute("PRAGMA trusted_schema = OFF")
+    fails(db, "SELECT count(*) FROM \"../elsewhere\"", says="trusted_schema is off")
+    db.close()
+
+
 def test_rollback(home, ints):
     db = connect(home / "app.db")
     db.execute("BEGIN")

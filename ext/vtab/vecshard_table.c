@@ -8,7 +8,8 @@
  *
  * Schema: the id, the vector, the shard's metadata columns, then hidden: <table>, k, nprobe, refine, recall, exact, distance.
  * idxNum and idxStr: plan.h. xCreate opens the shard once and keeps its columns in the shadow table <table>_config, so that
- * xConnect touches no file of the shard: DROP and table lists work when it is gone. A statement pins the version that was the
+ * xConnect touches no file of the shard: DROP and table lists work when it is gone. Without a path the shard lies in the folder
+ * <database file>.vecshard/<table>; RENAME leaves it there and notes the old name in <table>_config. A statement pins the version that was the
  * newest when its cursor was first filtered.
  *
  * rowid: the id itself for integer ids, else segment * 2^32 + row, stable within a version.
@@ -32,8 +33,9 @@ typedef struct table {
   conn_table entry;
   conn *c;
   shard_manifest m;  /* columns only: no segments */
-  char *path;        /* as stored */
-  char *full_path;   /* resolved against the database file */
+  char *path;        /* as stored; NULL: the default one */
+  char *folder;      /* the last part of the default path, since the table was renamed; NULL: the table's name */
+  char *full_path;   /* resolved against the database file; NULL until first needed */
   uint64_t version;  /* 0: the newest */
   int from_schema;   /* xConnect: somebody else's file may have named the path */
   shard *open;       /* what the last statement used */
@@ -87,6 +89,7 @@ static vs_rc config_write(table *t, vs_err *err) {
 static vs_rc config_row(table *t, const char *key, sqlite3_stmt *stmt, vs_err *err) {
   const char *text = (const char *)sqlite3_column_text(stmt, 1);
   if (!strcmp(key, "path") && text && !(t->path = strdup(text))) return vs_nomem(err);
+  if (!strcmp(key, "folder") && text && !(t->folder = strdup(text))) return vs_nomem(err);
   if (!strcmp(key, "version")) t->version = (uint64_t)sqlite3_column_int64(stmt, 1);
   if (!strcmp(key, "columns") && text && !t->m.dim)
     return shard_manifest_parse(text, (size_t)sqlite3_column_bytes(stmt, 1), "the _config table", &t->m, err);
@@ -109,15 +112,27 @@ static vs_rc config_read(table *t, vs_err *err) {
 
 /* ---- paths ---- */
 
+static const char *folder_of(const table *t) { return t->folder ? t->folder : t->entry.name; }
+
 static vs_rc resolve_path(table *t, vs_err *err) {
   const char *file = sqlite3_db_filename(t->c->db, t->entry.schema);
+  if (t->full_path) return VS_OK;
   if (t->path) return conn_path_resolve(t->c, t->entry.schema, t->path, &t->full_path, err);
   if (!file || !*file) return vs_fail(err, VS_INVALID, "a table in memory needs a path: USING vecshard(path='db/NAME')");
-  if (asprintf(&t->full_path, "%s.vecshard/%s", file, t->entry.name) < 0) {
+  if (asprintf(&t->full_path, "%s.vecshard/%s", file, folder_of(t)) < 0) {
     t->full_path = NULL;
     return vs_nomem(err);
   }
   return VS_OK;
+}
+
+/* A database file that was copied without what lies beside it is how a default path comes to lead nowhere. */
+static vs_rc open_shard(table *t, shard **out, vs_err *err) {
+  vs_err why = {0};
+  vs_rc rc = shard_open(t->full_path, t->version, out, &why);
+  if (rc != VS_NOTFOUND || t->path || shard_dir_is_shard(t->full_path)) return rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
+  return vs_fail(err, rc, "%s. Without path= a table's shard lies there, beside the database file: copy or move the folder along "
+                 "with the file, or DROP the table and CREATE it with path='...'", why.text);
 }
 
 /* ---- connecting ---- */
@@ -126,7 +141,7 @@ static void table_free(table *t) {
   conn_table_remove(t->c, &t->entry);
   shard_close(t->open);
   shard_manifest_reset(&t->m);
-  free(t->entry.schema), free(t->entry.name), free(t->path), free(t->full_path);
+  free(t->entry.schema), free(t->entry.name), free(t->path), free(t->folder), free(t->full_path);
   conn_release(t->c);
   sqlite3_free(t);
 }
@@ -136,8 +151,9 @@ static vs_rc table_open(conn_table *entry, shard **out, vs_err *err) {
   *out = NULL;
   if (!t->open || (!t->version && !shard_is_fresh(t->open))) {
     shard *s;
-    vs_rc rc = t->from_schema && t->path ? conn_path_check_trust(t->c, t->entry.name, t->path, t->full_path, err) : VS_OK;
-    if (!rc) rc = shard_open(t->full_path, t->version, &s, err);
+    vs_rc rc = resolve_path(t, err);
+    if (!rc && t->from_schema) rc = conn_path_check_trust(t->c, t->entry.name, t->path ? t->path : folder_of(t), t->full_path, err);
+    if (!rc) rc = open_shard(t, &s, err);
     if (!rc && !schema_same(&s->manifest, &t->m)) {
       shard_close(s);
       rc = vs_fail(err, VS_INVALID, "%s: the shard now has other columns than when the table was created: DROP and create it again",
@@ -162,7 +178,7 @@ static vs_rc create(table *t, int argc, const char *const *argv, vs_err *err) {
   t->path = def.path, def.path = NULL;
   t->version = def.version;
   rc = resolve_path(t, err);
-  if (!rc) rc = shard_open(t->full_path, t->version, &s, err);
+  if (!rc) rc = open_shard(t, &s, err);
   if (!rc) rc = schema_compare(&def, &s->manifest, err);
   if (!rc) {
     shard_manifest copy = s->manifest; /* printed and parsed: a deep copy without the segments */
@@ -192,10 +208,7 @@ static int connect_table(sqlite3 *db, void *aux, int argc, const char *const *ar
   t->entry.schema = strdup(argv[1]), t->entry.name = strdup(argv[2]);
   vs_rc rc = t->entry.schema && t->entry.name ? VS_OK : vs_nomem(&err);
   if (!rc && creating) rc = create(t, argc - 3, argv + 3, &err);
-  else if (!rc) {
-    rc = config_read(t, &err);
-    if (!rc) rc = resolve_path(t, &err);
-  }
+  else if (!rc) rc = config_read(t, &err);
   if (!rc) rc = schema_declare(&t->m, t->entry.name, &sql, &err);
   if (!rc && creating) rc = config_write(t, &err);
   if (!rc && sqlite3_declare_vtab(db, sql)) rc = sql_failed(db, &err);
@@ -231,6 +244,15 @@ static int x_destroy(sqlite3_vtab *v) {
   return rc;
 }
 
+/* The shard stays where it is: a table at the default path keeps the name that the path was made from. */
+static char *rename_sql(const table *t, const char *name) {
+  sqlite3_str *s = sqlite3_str_new(t->c->db);
+  sqlite3_str_appendf(s, "ALTER TABLE \"%w\".\"%w_config\" RENAME TO \"%w_config\";", t->entry.schema, t->entry.name, name);
+  if (!t->path && !t->folder)
+    sqlite3_str_appendf(s, "INSERT OR REPLACE INTO \"%w\".\"%w_config\" VALUES('folder', %Q)", t->entry.schema, name, t->entry.name);
+  return sqlite3_str_finish(s);
+}
+
 static int x_rename(sqlite3_vtab *v, const char *name) {
   table *t = table_of(v);
   vs_err err = {0};
@@ -238,13 +260,17 @@ static int x_rename(sqlite3_vtab *v, const char *name) {
   vs_rc fit = schema_declare(&t->m, name, &declared, &err); /* the new name becomes a column, too */
   sqlite3_free(declared);
   if (fit) return conn_error(&err, &v->zErrMsg);
-  char *sql = sqlite3_mprintf("ALTER TABLE \"%w\".\"%w_config\" RENAME TO \"%w_config\"", t->entry.schema, t->entry.name, name);
-  char *copy = strdup(name);
+  char *sql = rename_sql(t, name), *copy = strdup(name);
   int rc = sql && copy ? sqlite3_exec(t->c->db, sql, NULL, NULL, NULL) : SQLITE_NOMEM;
   sqlite3_free(sql);
-  if (rc == SQLITE_OK) free(t->entry.name), t->entry.name = copy;
-  else free(copy);
-  return rc;
+  if (rc != SQLITE_OK) {
+    free(copy);
+    return rc;
+  }
+  if (!t->path && !t->folder) t->folder = t->entry.name;
+  else free(t->entry.name);
+  t->entry.name = copy;
+  return SQLITE_OK;
 }
 
 static int x_shadow_name(const char *suffix) { return !sqlite3_stricmp(suffix, "config"); }
