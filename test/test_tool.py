@@ -405,7 +405,27 @@ def test_info_and_dump(sound, tmp_path):
         assert word in text
     assert run("dump", segment(sound / "db" / "one")).stdout in run("dump", sound / "db" / "one").stdout
     run("info", tmp_path, want=1), run("dump", tmp_path / "x", want=1)
-    assert "metric" in run("info", sound / "db", want=1).stderr  # cosine and l2 are no set
+
+
+def test_info_lists_shards_that_are_no_set(sound, tmp_path):
+    """Of other metrics, dimensions and id types: not to be searched together, but to be listed."""
+    np.save(tmp_path / "x.npy", vectors(30, 5))
+    run("build", tmp_path / "x.npy", "--out", tmp_path / "db" / "one")
+    shutil.copytree(sound / "db" / "two", tmp_path / "db" / "two")
+    d = info(str(tmp_path / "db") + "/")
+    assert d["rows"] == 5030
+    assert [(s["name"], s["path"], s["dim"], s["metric"], s["id"]) for s in d["shards"]] == \
+        [("one", str(tmp_path / "db" / "one"), 5, "cosine", "integer"), ("two", str(tmp_path / "db" / "two"), 16, "l2", "text")]
+    text = run("info", tmp_path / "db").stdout
+    assert "one " in text and "two " in text and "5030 rows in 2 shards" in text
+    twice = info(json.dumps([str(tmp_path / "db" / "one"), str(sound / "db")]))  # folders that share a name are told apart
+    assert [s["name"] for s in twice["shards"]] == [str(tmp_path / "db" / "one"), str(sound / "db" / "one"), "two"]
+    assert "metric" in run("query", sound / "db", "--queries", tmp_path / "x.npy", "-k", 1, want=1).stderr
+    assert "JSON" in run("info", '["a"', want=1).stderr
+    shutil.rmtree(tmp_path / "db" / "two")
+    (tmp_path / "db" / "two").mkdir()
+    (tmp_path / "db" / "two" / "manifest-18446744073709551614.json").write_text("{")
+    assert "two" in run("info", tmp_path / "db", want=1).stderr
 
 
 # ---- query ----

@@ -356,6 +356,17 @@ def test_mixed_shards_are_refused(db, make_shard, what, options):
     db.execute("CREATE VIRTUAL TABLE y USING vecshard(path='%s')" % b.path)
     for source in (os.path.dirname(a.path), json.dumps([a.path, b.path]), "x,y"):
         fails(db, "SELECT * FROM shard_union(?, '[1,2,3,4]', 3)", source, says=[a.path, b.path, what])
+        names = ["x", "y"] if source == "x,y" else ["a", "b"]
+        dims = [(names[0], 10, 4), (names[1], 10, 5 if what == "dimensions" else 4)]  # but they can be listed
+        for _ in range(2):
+            assert db.execute("SELECT shard, rows, dim FROM shard_list(?)", (source,)).fetchall() == dims
+        assert db.execute("SELECT shard, rows FROM shard_info(?)", (source,)).fetchall() == [d[:2] for d in dims]
+        assert db.execute("SELECT shard, sum(rows) FROM shard_partitions(?) GROUP BY shard", (source,)).fetchall() == [d[:2] for d in dims]
+        assert db.execute("SELECT * FROM shard_verify(?)", (source,)).fetchall() == []
+    same = json.dumps([a.path, b.path, a.path, os.path.dirname(a.path) + "//"])
+    paths = [a.path, b.path, a.path, a.path, b.path]
+    assert db.execute("SELECT shard, path FROM shard_list(?)", (same,)).fetchall() == list(zip(paths, paths))
+    fails(db, "SELECT * FROM shard_list(?)", json.dumps([a.path, b.path, "/none"]), says="/none")
 
 
 def test_duplicate_names(db, make_shard):

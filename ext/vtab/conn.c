@@ -17,6 +17,7 @@
 #include <time.h>
 
 #include "../base/vs_pool.h"
+#include "../shard/shard_files.h"
 SQLITE_EXTENSION_INIT3
 
 enum { POLL_MS = 5 };
@@ -180,13 +181,83 @@ static vs_rc open_tables(conn *c, const char *names, shard_set *out, vs_err *err
     names += names[n] ? n + 1 : n;
   }
   if (!rc && !out->n) rc = vs_fail(err, VS_INVALID, "the source is empty: give a folder, a JSON list of paths, or table names");
-  if (!rc) rc = shard_set_check(out->shards, out->n, err);
   if (rc) shard_set_reset(out);
   return rc;
 }
 
 vs_rc conn_any_open(conn *c, const char *source, shard_set *out, vs_err *err) {
-  return shard_source_is_path(source) ? open_path(c, source, out, err) : open_tables(c, source, out, err);
+  if (shard_source_is_path(source)) return open_path(c, source, out, err);
+  vs_rc rc = open_tables(c, source, out, err);
+  if (!rc) rc = shard_set_check(out->shards, out->n, err);
+  if (rc) shard_set_reset(out);
+  return rc;
+}
+
+/* Opens one shard as a set of its own, which gives it its name, and moves it to the others. */
+static vs_rc add_alone(shard_set *all, const char *path, vs_err *err) {
+  shard_set one;
+  vs_rc rc = shard_set_open(path, &one, err);
+  if (rc) return rc;
+  shard **shards = realloc(all->shards, (all->n + 1) * sizeof *shards);
+  if (shards) all->shards = shards;
+  char **names = realloc(all->names, (all->n + 1) * sizeof *names);
+  if (names) all->names = names;
+  if (!shards || !names) rc = vs_nomem(err);
+  else {
+    shards[all->n] = shard_share(one.shards[0]), names[all->n++] = one.names[0];
+    one.names[0] = NULL;
+  }
+  shard_set_reset(&one);
+  return rc;
+}
+
+/* Where two shards have one name, all of that name get their paths. */
+static vs_rc tell_apart(shard_set *set, vs_err *err) {
+  for (size_t i = 0; i < set->n; i++) {
+    char *name = set->names[i];
+    int twice = 0;
+    for (size_t j = i + 1; j < set->n; j++) {
+      if (strcmp(name, set->names[j])) continue;
+      char *path = strdup(set->shards[j]->path);
+      if (!path) return vs_nomem(err);
+      free(set->names[j]), set->names[j] = path;
+      twice = 1;
+    }
+    if (!twice) continue;
+    if (!(set->names[i] = strdup(set->shards[i]->path))) {
+      set->names[i] = name;
+      return vs_nomem(err);
+    }
+    free(name);
+  }
+  return VS_OK;
+}
+
+static vs_rc open_each_path(const char *source, shard_set *out, vs_err *err) {
+  char **paths = NULL;
+  size_t n = 0;
+  memset(out, 0, sizeof *out);
+  vs_rc rc = shard_source_split(source, &paths, &n, err);
+  for (size_t i = 0; i < n && !rc; i++) {
+    char **below = NULL;
+    size_t n_below = 0;
+    rc = shard_paths(paths[i], &below, &n_below, err);
+    for (size_t j = 0; j < n_below && !rc; j++) rc = add_alone(out, below[j], err);
+    shard_names_free(below, n_below);
+  }
+  shard_names_free(paths, n);
+  if (!rc) rc = tell_apart(out, err);
+  if (rc) shard_set_reset(out);
+  return rc;
+}
+
+/* All at once first: what lies in stores is then opened in the same rounds, and stays open. */
+vs_rc conn_each_open(conn *c, const char *source, shard_set *out, vs_err *err) {
+  vs_err why = {0};
+  if (!shard_source_is_path(source)) return open_tables(c, source, out, err);
+  vs_rc rc = open_path(c, source, out, &why);
+  if (rc == VS_INVALID) return open_each_path(source, out, err);
+  return rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
 }
 
 /* ---- stopping ---- */
