@@ -70,6 +70,9 @@ def test_folder_list_and_tables(db, folder):
     for source, names in sources.items():
         got = db.execute("SELECT shard, id FROM shard_union(?, ?, 15) WHERE exact = 1", (source, QB)).fetchall()
         assert got == want, source
+    for source in (path + "/", path + "//", json.dumps([path + "//"]), shards[0].path + "//"):
+        shown = [r[0] for r in db.execute("SELECT path FROM shard_list(?)", (source,))]
+        assert shown == ([s.path for s in shards] if "database" == os.path.basename(source.strip('[]"').rstrip("/")) else [shards[0].path]), source
     named = {"a": "a", "other.b b": "b", "b b": "b", "A": "a", "main.a": "a", " a ": "a"}
     for source, name in named.items():
         got = db.execute("SELECT shard, id FROM shard_union(?, ?, 5)", (source, QB)).fetchall()
@@ -83,11 +86,15 @@ def test_unknown_sources(db, folder, tmp_path, no_credentials):
     path, _ = folder
     db.execute("CREATE TABLE ordinary(x)")
     for source, says in [("nothing", "nothing is not a vecshard table"), ("main.nothing", "not a vecshard table"), ("ordinary", "not a vecshard table"),
-                         ("a,,b", "not a vecshard table"), ("", "source is empty"), ("no\"quote", "not a vecshard table"), ("no.such.name", "not a vecshard table"),
+                         ("a,,b", "a is not a vecshard table"), ("", "source is empty"), (",", "name is missing"), (" , ", "name is missing"), (",nothing", "name is missing"),
+                         (" ", "source is empty"), ("no\"quote", "not a vecshard table"), ("no.such.name", "not a vecshard table"),
                          ("[", "not valid JSON"), ("[]", "names no shard"), ("[1]", "JSON texts"), ('["a"', "not valid JSON"), ("[null]", "JSON texts"),
                          (str(tmp_path / "none"), "none"), (str(tmp_path), "holds no shard"), ("s3://bucket/x", "no credentials"),
                          (json.dumps([path, "s3://b/c"]), "no name of a bucket"), (json.dumps([path, str(tmp_path)]), "holds no shard")]:
         fails(db, "SELECT * FROM shard_union(?, ?, 3)", source, QB, says=says)
+    db.execute("CREATE VIRTUAL TABLE a USING vecshard(path='%s/a')" % path)
+    for source in ("a,,a", "a, ,a", ",a", "a,,", "a,"):
+        fails(db, "SELECT * FROM shard_union(?, ?, 3)", source, QB, says=["name is missing", "'%s'" % source])
     assert db.execute("SELECT * FROM shard_union(NULL, ?, 3)", (QB,)).fetchall() == []
     assert db.execute("SELECT * FROM shard_union(?, NULL, 3)", (path,)).fetchall() == []
     fails(db, "SELECT * FROM shard_union", says="shard_union(source, query, k)")

@@ -114,7 +114,11 @@ static vs_rc open_each(const char *source, shard_set *set, vs_err *err) {
 /* All at once first: what lies in stores is then opened in the same rounds. */
 static vs_rc open_source(const char *source, shard_set *set, vs_err *err) {
   vs_err why = {0};
-  vs_rc rc = shard_set_open(source, set, &why);
+  size_t n = strlen(source);
+  while (n > 1 && source[n - 1] == '/' && !strstr(source, "://")) n--; /* as it will be shown */
+  char *shown = tool_format("%.*s", (int)n, source);
+  vs_rc rc = shard_set_open(shown, set, &why);
+  free(shown);
   if (rc == VS_INVALID) return open_each(source, set, err);
   return rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
 }

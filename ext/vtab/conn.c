@@ -134,7 +134,7 @@ static vs_rc copy_set(const shard_set *from, shard_set *out, vs_err *err) {
   return VS_OK;
 }
 
-static vs_rc open_path(conn *c, const char *source, shard_set *out, vs_err *err) {
+static vs_rc open_kept(conn *c, const char *source, shard_set *out, vs_err *err) {
   conn_source *slot = &c->sources[0];
   memset(out, 0, sizeof *out);
   for (int i = 0; i < CONN_SOURCES; i++) {
@@ -159,28 +159,53 @@ static vs_rc open_path(conn *c, const char *source, shard_set *out, vs_err *err)
   return copy_set(&slot->set, out, err);
 }
 
+/* A path is opened, kept and shown without slashes at its end. */
+static vs_rc open_path(conn *c, const char *source, shard_set *out, vs_err *err) {
+  size_t n = strlen(source);
+  while (n > 1 && source[n - 1] == '/' && !strstr(source, "://")) n--;
+  char *path = strndup(source, n);
+  memset(out, 0, sizeof *out);
+  vs_rc rc = path ? open_kept(c, path, out, err) : vs_nomem(err);
+  free(path);
+  return rc;
+}
+
+/* The n bytes of a name in a list of names, without the blanks around them; NULL when memory is short. */
+static char *trimmed(const char *name, size_t n) {
+  while (n && *name == ' ') name++, n--;
+  while (n && name[n - 1] == ' ') n--;
+  return strndup(name, n);
+}
+
+/* Takes the name over. */
+static vs_rc add_table(conn *c, shard_set *out, char *name, vs_err *err) {
+  shard **shards = realloc(out->shards, (out->n + 1) * sizeof *shards);
+  if (shards) out->shards = shards;
+  char **list = realloc(out->names, (out->n + 1) * sizeof *list);
+  if (list) out->names = list;
+  conn_table *t = shards && list ? conn_table_find(c, name) : NULL;
+  vs_rc rc = t ? t->open(t, &out->shards[out->n], err) : VS_OK;
+  if (!shards || !list) rc = vs_nomem(err);
+  else if (!t) rc = vs_fail(err, VS_NOTFOUND, "%s is not a vecshard table of this connection (a path contains a '/', as ./%s)", name, name);
+  if (!rc) out->names[out->n++] = name;
+  else free(name);
+  return rc;
+}
+
 static vs_rc open_tables(conn *c, const char *names, shard_set *out, vs_err *err) {
   vs_rc rc = VS_OK;
   memset(out, 0, sizeof *out);
-  while (*names && !rc) {
-    size_t n = strcspn(names, ","), skip = strspn(names, " ");
-    if (skip > n) skip = n;
-    char *name = strndup(names + skip, n - skip);
-    if (!name) return vs_nomem(err);
-    for (size_t end = strlen(name); end && name[end - 1] == ' ';) name[--end] = 0;
-    shard **shards = realloc(out->shards, (out->n + 1) * sizeof *shards);
-    if (shards) out->shards = shards;
-    char **list = realloc(out->names, (out->n + 1) * sizeof *list);
-    if (list) out->names = list;
-    conn_table *t = conn_table_find(c, name);
-    if (!shards || !list) rc = vs_nomem(err);
-    else if (!t) rc = vs_fail(err, VS_NOTFOUND, "%s is not a vecshard table of this connection (a path contains a '/', as ./%s)", name, name);
-    else rc = t->open(t, &out->shards[out->n], err);
-    if (!rc) out->names[out->n++] = name;
-    else free(name);
-    names += names[n] ? n + 1 : n;
+  if (!names[strspn(names, " ")])
+    return vs_fail(err, VS_INVALID, "the source is empty: give a folder, a JSON list of paths, or table names");
+  for (const char *at = names, *end; at && !rc; at = *end ? end + 1 : NULL) {
+    end = at + strcspn(at, ",");
+    char *name = trimmed(at, (size_t)(end - at));
+    if (name && *name) rc = add_table(c, out, name, err);
+    else {
+      rc = name ? vs_fail(err, VS_INVALID, "source '%.200s': a table's name is missing at a comma", names) : vs_nomem(err);
+      free(name);
+    }
   }
-  if (!rc && !out->n) rc = vs_fail(err, VS_INVALID, "the source is empty: give a folder, a JSON list of paths, or table names");
   if (rc) shard_set_reset(out);
   return rc;
 }
