@@ -40,6 +40,14 @@ def dots(make_shard):
     return make_shard("dots", clustered(300, 8, SEED + 2), metric="dot")
 
 
+@pytest.fixture
+def no_credentials(monkeypatch, tmp_path):
+    """Whoever runs the tests has no keys for a store, so that none is asked."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_NO_SIGN_REQUEST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
 def declare(db, shard, name="t", more=""):
     db.execute("CREATE VIRTUAL TABLE %s USING vecshard(path='%s'%s)" % (name, shard.path, more))
 
@@ -148,10 +156,10 @@ def test_names_of_hidden_columns_are_refused(db, ints, name):
     assert db.execute("SELECT count(*) FROM t").fetchone() == (N,)
 
 
-def test_missing_shards_and_paths(db, tmp_path):
+def test_missing_shards_and_paths(db, tmp_path, no_credentials):
     fails(db, "CREATE VIRTUAL TABLE t USING vecshard(path='%s/none')" % tmp_path, says="is not a shard")
     fails(db, "CREATE VIRTUAL TABLE t USING vecshard(path='%s')" % tmp_path, says="vecshard build")
-    fails(db, "CREATE VIRTUAL TABLE t USING vecshard(path='s3://bucket/x')", says="local paths only")
+    fails(db, "CREATE VIRTUAL TABLE t USING vecshard(path='s3://bucket/x')", says="no credentials")
     fails(db, "CREATE VIRTUAL TABLE t USING vecshard()", says="needs a path")
     fails(db, "CREATE VIRTUAL TABLE t USING vecshard", says="needs a path")
     assert column(db, "SELECT name FROM sqlite_schema") == []
@@ -256,8 +264,15 @@ def test_limits_of_k(t):
     ("embedding MATCH :q AND k IN (SELECT 1 UNION SELECT 2)", "one k per search"),
     ("embedding MATCH :q AND embedding MATCH :q AND k = 3", "two queries"),
     ("embedding MATCH :q AND t = :q AND k = 3", "two queries"),
-    ("k = 3", ""),
-    ("exact = 1 AND k = 3", ""),
+    ("k = 3", "k needs a query: embedding MATCH"),
+    ("exact = 1", "exact needs a query: embedding MATCH"),
+    ("exact = 1 AND k = 3", "needs a query: embedding MATCH"),
+    ("k = 3 AND id = 300", "k needs a query"),
+    ("k = 3 AND length > 5 ORDER BY distance", "k needs a query"),
+    *[("embedding MATCH :q AND " + c, "%s takes only `%s = n`" % ((c.split()[0],) * 2)) for c in (
+        "k > 5", "k < 5", "k >= 5", "k <= 5", "k <> 5", "k BETWEEN 1 AND 9", "k LIKE '5'", "k GLOB 5", "nprobe > 1", "refine BETWEEN 1 AND 9",
+        "recall > .9", "recall >= .9", "exact > 0", "exact <> 0", "k > (SELECT 5)")],
+    ("embedding MATCH :q AND k = 3 AND nprobe BETWEEN 1 AND 9", "nprobe takes only"),
 ])
 def test_errors(t, where, says):
     bad = Q.copy()
@@ -268,6 +283,22 @@ def test_errors(t, where, says):
         t.execute("SELECT id FROM t WHERE " + where, {"q": QB, "nan": blob(bad), "inf": blob(worse)}).fetchall()
     assert says in str(e.value)
     assert column(t, "SELECT id FROM t(?, 1)", QB) != []  # the table still works
+
+
+def test_k_and_its_like_as_plain_columns(t, ints):
+    """What is no mistake stays: IS means =, other comparisons beside a =, and anything without a query."""
+    want = ints.nearest(Q, 5)
+    for where in ("k IS 5", "k IS 5.0 AND nprobe IS NULL", "k = 5 AND k < 9", "k = 5 AND k BETWEEN 1 AND 9", "k = 5 AND nprobe IS NULL", "k = 5 AND k IS NOT NULL",
+                  "k = 5 AND exact IS 0", "k = 5 AND exact IS 1 AND exact > 0", "k = 5 AND k IS NOT 7", "k = 5 AND recall IS NULL"):
+        assert column(t, "SELECT id FROM t WHERE embedding MATCH ? AND " + where, QB) == want, where
+    assert column(t, "SELECT id FROM t WHERE t IS ? AND k = 5", QB) == want
+    assert len(column(t, "SELECT id FROM t WHERE embedding MATCH ? AND k IS NULL ORDER BY distance LIMIT 20", QB)) == 20
+    assert len(column(t, "SELECT id FROM t WHERE embedding MATCH ? AND k IS ? ORDER BY distance LIMIT 20", QB, None)) == 20
+    for where, n in (("k IS NULL", N), ("k IS NOT NULL", 0), ("k > 5", 0), ("nprobe BETWEEN 1 AND 9", 0), ("exact IS NULL", N), ("k IS 5", 0), ("k IS NOT 5", N)):
+        assert column(t, "SELECT count(*) FROM t WHERE " + where) == [n], where
+    assert column(t, "SELECT count(*) FROM t WHERE k = 3 AND 0") == [0]
+    both = column(t, "SELECT id FROM t WHERE k = 5 AND (embedding MATCH ?1 OR embedding MATCH ?2)", QB, blob(ints.x[900]))
+    assert sorted(both) == sorted(set(want) | set(ints.nearest(ints.x[900], 5)))
 
 
 def test_zero_vector_only_fails_under_cosine(db, texts, dots):
@@ -307,16 +338,45 @@ def test_limit_and_offset(t, ints):
 
 
 def test_complete_stream(t, ints):
-    """Without k every row comes once. Ascending where order was asked for; a few may be missing there if approximate."""
-    for sql, complete in [("WHERE exact = 1 ORDER BY distance", 1), ("WHERE exact = 1", 1), ("", 1), ("ORDER BY distance", .995)]:
+    """Without k every row comes once, ascending where order was asked for but for the few that early searches missed."""
+    d = ints.distances(Q)
+    for sql in ("WHERE exact = 1 ORDER BY distance", "WHERE exact = 1", "", "ORDER BY distance", "WHERE nprobe = 1 AND refine = 1 ORDER BY distance"):
         got = t.execute("SELECT id, distance FROM t(?) " + sql, (QB,)).fetchall()
-        assert len({r[0] for r in got}) == len(got) >= complete * N, sql
-        if "ORDER" in sql:
-            assert [r[1] for r in got] == sorted(r[1] for r in got)
-        d = ints.distances(Q)
+        assert len(got) == N and {r[0] for r in got} == set(ints.ids), sql
+        falls = sum(a[1] > b[1] for a, b in zip(got, got[1:]))
+        assert falls <= (0 if "exact" in sql else 1), sql
+        assert [r[1] for r in got[:16]] == sorted(r[1] for r in got[:16]), sql
         np.testing.assert_allclose([r[1] for r in got], [d[ints.at[r[0]]] for r in got], rtol=1e-4, atol=1e-4)
-        if complete == 1:
-            assert {r[0] for r in got} == set(ints.ids)
+
+
+def test_complete_stream_of_equal_distances(db, make_shard):
+    """All cosine distances are 0 or 2 in one dimension: early searches can only guess which of the equal rows come first."""
+    x = np.random.default_rng(SEED).normal(size=(5000, 1)).astype("<f4")
+    s = make_shard("line", x, metric="cosine")
+    declare(db, s)
+    for sql in ("", "ORDER BY distance", "WHERE nprobe = 1 ORDER BY distance"):
+        got = db.execute("SELECT id, distance FROM t('[1]') " + sql).fetchall()
+        assert len(got) == 5000 and {r[0] for r in got} == set(range(5000)), sql
+    different = sorted({r[1] for r in got})  # rounding leaves a few more than two; equal ones meet wherever they came from
+    assert column(db, "SELECT DISTINCT distance FROM t('[1]') ORDER BY distance") == different
+    assert column(db, "SELECT distance FROM t('[1]') GROUP BY distance") == different
+
+
+def test_a_condition_kept_by_sqlite_finds_its_only_row(t, ints):
+    """However roughly the first batches search, the row is not passed over for good."""
+    for i in ints.nearest(Q, 60) + ints.ids[::997]:
+        for more in ("", "AND nprobe = 1 AND refine = 0"):
+            got = column(t, "SELECT id FROM t WHERE embedding MATCH ? AND +id = ? %s ORDER BY distance LIMIT 1" % more, QB, i)
+            assert got == [i], more
+
+
+def test_a_stream_ends_when_a_filter_leaves_few_rows(t):
+    """Fewer rows than asked for: every partition was looked at, and nothing is searched again by brute force."""
+    got = t.execute("SELECT id FROM t WHERE embedding MATCH ? AND note = 'note 7' AND kind = 'Kind3' ORDER BY distance LIMIT 30", (QB,)).fetchall()
+    want = t.execute("SELECT id FROM plain WHERE note = 'note 7' AND kind = 'Kind3' ORDER BY d").fetchall()
+    assert got == want != []
+    rows = t.execute("SELECT rows FROM shard_trace WHERE phase = 'scan'").fetchone()[0]
+    assert rows <= N
 
 
 def test_stream_reads_no_more_than_it_must(t):
@@ -436,15 +496,35 @@ def test_distance_bounds(t, ints):
     assert column(t, "SELECT count(*) FROM t(?) WHERE distance < NULL", QB) == [0]
 
 
+def test_named_ids_beyond_a_distance(t, ints):
+    """A lower bound holds before k is cut, also where the rows are looked up by id."""
+    ids = ints.nearest(Q, 12)
+    d = [r[0] for r in t.execute("SELECT distance FROM t(?, 12) WHERE exact = 1", (QB,))]
+    for op, first in ((">", 6), (">=", 5)):
+        for k in (1, 3, 99):
+            got = column(t, "SELECT id FROM t WHERE embedding MATCH ? AND id IN (%s) AND distance %s ? AND k = ?" % (",".join(map(str, ids)), op), QB, d[5], k)
+            assert got == ids[first:first + k]
+    assert column(t, "SELECT id FROM t WHERE embedding MATCH ? AND id IN (?, ?) AND distance > ? AND distance < ? AND k = 1", QB, ids[0], ids[4], d[1], d[6]) == [ids[4]]
+
+
 def test_pages_by_distance(t, ints):
     """k rows beyond a distance: the bound holds before k is cut."""
-    want = ints.nearest(Q, 30)
-    d = t.execute("SELECT id, distance FROM t(?, 30) WHERE exact = 1", (QB,)).fetchall()
-    for op, first in ((">", 10), (">=", 9)):
-        got = column(t, "SELECT id FROM t WHERE embedding MATCH ? AND k = 10 AND exact = 1 AND distance %s ?" % op, QB, d[9][1])
-        same_ranking(ints, Q, got, want[first:first + 10])
+    want = ints.nearest(Q, N)
+    d = t.execute("SELECT id, distance FROM t(?) WHERE exact = 1 ORDER BY distance", (QB,)).fetchall()
+    for more in ("AND exact = 1", "AND nprobe = 40 AND refine = 1000", "AND exact = 1 ORDER BY distance"):
+        for at in (9, 700, 3000, N - 4):
+            for op, first in ((">", at + 1), (">=", at)):
+                got = column(t, "SELECT id FROM t WHERE embedding MATCH ? AND k = 10 AND distance %s ? %s" % (op, more), QB, d[at][1])
+                same_ranking(ints, Q, got, want[first:first + 10])
     got = column(t, "SELECT id FROM t WHERE embedding MATCH ? AND k = 10 AND distance > ? AND distance <= ?", QB, d[9][1], d[14][1])
     assert set(got) <= set(want[10:15]) and len(got) >= 4
+    for at in (9, 450, 700, 3000):  # approximate: k rows, ascending, whatever the depth
+        got = t.execute("SELECT distance FROM t WHERE embedding MATCH ? AND k = 100 AND distance > ? ORDER BY distance", (QB, d[at][1])).fetchall()
+        assert len(got) == 100 and got == sorted(got) and got[0][0] > d[at][1]
+    assert column(t, "SELECT id FROM t WHERE embedding MATCH ? AND k = 10 AND distance > 1e300", QB) == []
+    assert len(column(t, "SELECT id FROM t WHERE embedding MATCH ? AND k = 10 AND distance > -1e300", QB)) == 10
+    assert len(column(t, "SELECT id FROM t WHERE embedding MATCH ? AND k = 10 AND distance >= -9e999", QB)) == 10
+    assert column(t, "SELECT id FROM t WHERE embedding MATCH ? AND k = 0 AND distance > 1", QB) == []
 
 
 # ---- joins and shapes of statements ----
@@ -461,8 +541,11 @@ def test_k_holds_per_outer_row(queries, ints):
     assert got == [("q%d" % i, r) for i in range(6) for r in ints.nearest(ints.x[i * 50], 4)]
     assert queries.execute("SELECT q.name, t.id FROM queries q, t(q.e, 4) ORDER BY q.rowid, distance").fetchall() == got
     assert queries.execute("SELECT q.name, t.id FROM t, queries q WHERE t.embedding MATCH q.e AND k = 4 ORDER BY q.rowid, distance").fetchall() == got
-    counts = queries.execute("SELECT q.name, count(t.id) FROM queries q JOIN t ON t.embedding MATCH q.e AND t.k = q.n GROUP BY q.name").fetchall()
-    assert counts == [("q%d" % i, i) for i in range(1, 6)]  # k from the outer row
+    for op in ("=", "IS"):
+        counts = queries.execute("SELECT q.name, count(t.id) FROM queries q JOIN t ON t.embedding MATCH q.e AND t.k %s q.n GROUP BY q.name" % op).fetchall()
+        assert counts == [("q%d" % i, i) for i in range(1, 6)]  # k from the outer row
+    fails(queries, "SELECT count(*) FROM queries q JOIN t ON t.embedding MATCH q.e AND t.k < q.n", says="k takes only")
+    fails(queries, "SELECT count(*) FROM queries q JOIN t ON t.k = q.n", says="k needs a query")
 
 
 def test_left_join_and_conditions_on_both_sides(queries):
@@ -657,6 +740,77 @@ def test_rename(home, ints):
     db.close()
     db = connect(home / "app.db")
     assert column(db, "SELECT id FROM \"new name\"(?, 3)", QB) == ints.nearest(Q, 3)
+    db.close()
+
+
+@pytest.fixture
+def beside(tmp_path, ints):
+    """A folder with app.db, whose table t has its shard at the default path."""
+    shutil.copytree(ints.path, tmp_path / "app.db.vecshard" / "t")
+    db = connect(tmp_path / "app.db")
+    db.execute("CREATE VIRTUAL TABLE t USING vecshard")
+    db.close()
+    return tmp_path
+
+
+def test_rename_keeps_the_default_path(beside, ints):
+    want = ints.nearest(Q, 3)
+    db = connect(beside / "app.db")
+    db.execute("BEGIN")
+    db.execute("ALTER TABLE t RENAME TO never")
+    db.execute("ROLLBACK")
+    assert column(db, "SELECT id FROM t(?, 3)", QB) == want
+    for name in ("\"it's new\"", "u", "t", "v"):
+        old = column(db, "SELECT name FROM sqlite_schema WHERE sql LIKE 'CREATE VIRTUAL%'")[0]
+        db.execute('ALTER TABLE "%s" RENAME TO %s' % (old, name))
+        assert column(db, "SELECT id FROM %s(?, 3)" % name, QB) == want
+        db.close()
+        db = connect(beside / "app.db")  # renamed before it was ever opened, too
+        db.execute("PRAGMA trusted_schema = OFF")
+        if name != "u":
+            assert column(db, "SELECT id FROM %s(?, 3)" % name, QB) == want
+    db.close()
+    for end in ("", ".vecshard"):  # the folder still goes with the database file's name
+        os.rename(str(beside / "app.db") + end, str(beside / "other.db") + end)
+    db = connect(beside / "other.db")
+    assert column(db, "SELECT id FROM v(?, 3)", QB) == want
+    db.execute("DROP TABLE v")
+    assert column(db, "SELECT name FROM sqlite_schema") == []
+    db.close()
+
+
+def test_default_path_left_behind(beside, ints):
+    """A copy of the database file alone says what else to copy; in memory it can at least be dropped."""
+    db = connect(beside / "app.db")
+    db.execute("VACUUM INTO '%s'" % (beside / "copy.db"))
+    memory = connect()
+    db.backup(memory)
+    db.close()
+    copy = connect(beside / "copy.db")
+    for _ in range(2):
+        with pytest.raises(sqlite3.Error) as e:
+            copy.execute("SELECT * FROM t").fetchall()
+        assert all(w in str(e.value) for w in ("copy.db.vecshard/t", "copy or move the folder", "path="))
+    shutil.copytree(beside / "app.db.vecshard", beside / "copy.db.vecshard")
+    assert column(copy, "SELECT id FROM t(?, 3)", QB) == ints.nearest(Q, 3)
+    copy.close()
+    fails(memory, "SELECT * FROM t", says="in memory needs a path")
+    memory.execute("DROP TABLE t")
+    assert column(memory, "SELECT name FROM sqlite_schema") == []
+    fails(connect(beside / "new.db"), "CREATE VIRTUAL TABLE t USING vecshard()", says="path=")
+
+
+def test_a_name_leads_nowhere_else(tmp_path, ints):
+    """With trusted_schema off the default path is trusted for plain names only: a name can hold dots and slashes."""
+    shutil.copytree(ints.path, tmp_path / "elsewhere")
+    os.mkdir(tmp_path / "app.db.vecshard")
+    db = connect(tmp_path / "app.db")
+    db.execute("CREATE VIRTUAL TABLE \"../elsewhere\" USING vecshard")
+    assert db.execute("SELECT count(*) FROM \"../elsewhere\"").fetchone() == (N,)
+    db.close()
+    db = connect(tmp_path / "app.db")
+    db.execute("PRAGMA trusted_schema = OFF")
+    fails(db, "SELECT count(*) FROM \"../elsewhere\"", says="trusted_schema is off")
     db.close()
 
 

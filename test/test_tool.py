@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -340,6 +341,20 @@ def test_interrupt(tmp_path, delay):
     assert sorted(os.listdir(tmp_path)) == ["tmp", "x.f32"] and os.listdir(tmp_path / "tmp") == []
 
 
+@pytest.mark.skipif("address" in TOOL or "LD_PRELOAD" in os.environ, reason="a sanitizer needs all addresses")
+def test_out_of_memory_names_the_remedy(tmp_path):
+    np.save(tmp_path / "x.npy", vectors(20000, 128))
+    said = set()
+    for mb in range(40, 400, 10):
+        r = subprocess.run([TOOL, "build", str(tmp_path / "x.npy"), "--out", str(tmp_path / "s"), "--memory", "3G", "--threads", "1"], capture_output=True,
+                           text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (mb << 20, mb << 20)))
+        if r.returncode == 0:
+            break
+        said.add(r.stderr)
+        assert os.listdir(tmp_path) == ["x.npy"]
+    assert any("out of memory" in e and "--memory (it was 3" in e and "--threads" in e for e in said), said
+
+
 # ---- verify ----
 
 @pytest.fixture(scope="module")
@@ -405,7 +420,28 @@ def test_info_and_dump(sound, tmp_path):
         assert word in text
     assert run("dump", segment(sound / "db" / "one")).stdout in run("dump", sound / "db" / "one").stdout
     run("info", tmp_path, want=1), run("dump", tmp_path / "x", want=1)
-    assert "metric" in run("info", sound / "db", want=1).stderr  # cosine and l2 are no set
+
+
+def test_info_lists_shards_that_are_no_set(sound, tmp_path):
+    """Of other metrics, dimensions and id types: not to be searched together, but to be listed."""
+    np.save(tmp_path / "x.npy", vectors(30, 5))
+    run("build", tmp_path / "x.npy", "--out", tmp_path / "db" / "one")
+    shutil.copytree(sound / "db" / "two", tmp_path / "db" / "two")
+    d = info(str(tmp_path / "db") + "/")
+    assert d["rows"] == 5030
+    assert [(s["name"], s["path"], s["dim"], s["metric"], s["id"]) for s in d["shards"]] == \
+        [("one", str(tmp_path / "db" / "one"), 5, "cosine", "integer"), ("two", str(tmp_path / "db" / "two"), 16, "l2", "text")]
+    text = run("info", tmp_path / "db").stdout
+    assert "one " in text and "two " in text and "5030 rows in 2 shards" in text
+    assert info(str(tmp_path / "db" / "one") + "//")["shards"][0]["path"] == str(tmp_path / "db" / "one")
+    twice = info(json.dumps([str(tmp_path / "db" / "one"), str(sound / "db")]))  # folders that share a name are told apart
+    assert [s["name"] for s in twice["shards"]] == [str(tmp_path / "db" / "one"), str(sound / "db" / "one"), "two"]
+    assert "metric" in run("query", sound / "db", "--queries", tmp_path / "x.npy", "-k", 1, want=1).stderr
+    assert "JSON" in run("info", '["a"', want=1).stderr
+    shutil.rmtree(tmp_path / "db" / "two")
+    (tmp_path / "db" / "two").mkdir()
+    (tmp_path / "db" / "two" / "manifest-18446744073709551614.json").write_text("{")
+    assert "two" in run("info", tmp_path / "db", want=1).stderr
 
 
 # ---- query ----

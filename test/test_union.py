@@ -33,6 +33,14 @@ Q = clustered(3 * N, DIM, SEED)[700] + np.float32(0.2)
 QB = blob(Q)
 
 
+@pytest.fixture
+def no_credentials(monkeypatch, tmp_path):
+    """Whoever runs the tests has no keys for a store, so that none is asked."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_NO_SIGN_REQUEST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
 def truth(shards, q, k, where=None):
     """(shard, id) of the k nearest over all shards; ties by shard, then id."""
     rows = []
@@ -62,6 +70,9 @@ def test_folder_list_and_tables(db, folder):
     for source, names in sources.items():
         got = db.execute("SELECT shard, id FROM shard_union(?, ?, 15) WHERE exact = 1", (source, QB)).fetchall()
         assert got == want, source
+    for source in (path + "/", path + "//", json.dumps([path + "//"]), shards[0].path + "//"):
+        shown = [r[0] for r in db.execute("SELECT path FROM shard_list(?)", (source,))]
+        assert shown == ([s.path for s in shards] if "database" == os.path.basename(source.strip('[]"').rstrip("/")) else [shards[0].path]), source
     named = {"a": "a", "other.b b": "b", "b b": "b", "A": "a", "main.a": "a", " a ": "a"}
     for source, name in named.items():
         got = db.execute("SELECT shard, id FROM shard_union(?, ?, 5)", (source, QB)).fetchall()
@@ -71,19 +82,25 @@ def test_folder_list_and_tables(db, folder):
     assert [({"a": "a"}.get(n, "b"), i) for n, i in both] == truth(shards[:2], Q, 15)
 
 
-def test_unknown_sources(db, folder, tmp_path):
+def test_unknown_sources(db, folder, tmp_path, no_credentials):
     path, _ = folder
     db.execute("CREATE TABLE ordinary(x)")
     for source, says in [("nothing", "nothing is not a vecshard table"), ("main.nothing", "not a vecshard table"), ("ordinary", "not a vecshard table"),
-                         ("a,,b", "not a vecshard table"), ("", "source is empty"), ("no\"quote", "not a vecshard table"), ("no.such.name", "not a vecshard table"),
+                         ("a,,b", "a is not a vecshard table"), ("", "source is empty"), (",", "name is missing"), (" , ", "name is missing"), (",nothing", "name is missing"),
+                         (" ", "source is empty"), ("no\"quote", "not a vecshard table"), ("no.such.name", "not a vecshard table"),
                          ("[", "not valid JSON"), ("[]", "names no shard"), ("[1]", "JSON texts"), ('["a"', "not valid JSON"), ("[null]", "JSON texts"),
-                         (str(tmp_path / "none"), "none"), (str(tmp_path), "holds no shard"), ("s3://bucket/x", "local paths only"),
-                         (json.dumps([path, "s3://b/c"]), "local paths only"), (json.dumps([path, str(tmp_path)]), "holds no shard")]:
+                         (str(tmp_path / "none"), "none"), (str(tmp_path), "holds no shard"), ("s3://bucket/x", "no credentials"),
+                         (json.dumps([path, "s3://b/c"]), "no name of a bucket"), (json.dumps([path, str(tmp_path)]), "holds no shard")]:
         fails(db, "SELECT * FROM shard_union(?, ?, 3)", source, QB, says=says)
+    db.execute("CREATE VIRTUAL TABLE a USING vecshard(path='%s/a')" % path)
+    for source in ("a,,a", "a, ,a", ",a", "a,,", "a,"):
+        fails(db, "SELECT * FROM shard_union(?, ?, 3)", source, QB, says=["name is missing", "'%s'" % source])
     assert db.execute("SELECT * FROM shard_union(NULL, ?, 3)", (QB,)).fetchall() == []
     assert db.execute("SELECT * FROM shard_union(?, NULL, 3)", (path,)).fetchall() == []
-    fails(db, "SELECT * FROM shard_union", says="")
-    fails(db, "SELECT * FROM shard_union(?)", path, says="")
+    fails(db, "SELECT * FROM shard_union", says="shard_union(source, query, k)")
+    fails(db, "SELECT * FROM shard_union(?)", path, says="needs a query")
+    fails(db, "SELECT * FROM shard_union WHERE k = 3", says="shard_union(source, query, k)")
+    fails(db, "SELECT * FROM shard_union WHERE embedding MATCH ? AND k = 3", QB, says="shard_union(source, query, k)")
 
 
 def test_arguments(db, folder):
@@ -95,6 +112,10 @@ def test_arguments(db, folder):
     fails(db, "SELECT * FROM shard_union(?, ?, 3) WHERE recall = .9", path, QB, says="no calibration")
     fails(db, "SELECT * FROM shard_union(?, ?) WHERE k IN (1, 2)", path, QB, says="one k")
     fails(db, "SELECT * FROM shard_union(?, ?, 3) WHERE embedding MATCH ?", path, QB, QB, says="two queries")
+    for column in ("k", "nprobe", "refine", "recall", "exact"):
+        for op in ("> 1", "<> 1", "BETWEEN 0 AND 1", "LIKE 1"):
+            fails(db, "SELECT * FROM shard_union(?, ?) WHERE %s %s" % (column, op), path, QB, says="%s takes only" % column)
+    assert db.execute("SELECT shard, id FROM shard_union(?, ?) WHERE k IS 3 AND k < 9 AND nprobe IS NULL AND source IS ?1", (path, QB)).fetchall() == truth(shards, Q, 3)
     fails(db, "SELECT * FROM shard_union(?, '[1,2]', 3)", path, says=["2 dimensions", "12"])
     assert db.execute("SELECT shard, id FROM shard_union(?, ?, 3)", (path, json.dumps([float(v) for v in Q]))).fetchall() == truth(shards, Q, 3)
 
@@ -146,7 +167,8 @@ def test_lazy_stream(db, folder):
     got = db.execute("SELECT shard, id, distance FROM shard_union(?, ?) WHERE exact = 1 ORDER BY distance", (path, QB)).fetchall()
     assert sorted(r[:2] for r in got) == sorted(everything) and [r[2] for r in got] == sorted(r[2] for r in got)
     assert [r[:2] for r in got[:50]] == everything[:50]
-    assert sorted(db.execute("SELECT shard, id FROM shard_union(?, ?)", (path, QB))) == sorted(everything)
+    for more in ("", "ORDER BY distance", "WHERE nprobe = 1 AND refine = 1 ORDER BY distance"):
+        assert sorted(db.execute("SELECT shard, id FROM shard_union(?, ?) " + more, (path, QB))) == sorted(everything), more
     only_c = db.execute("SELECT id FROM shard_union(?, ?) WHERE exact = 1 AND shard = 'c' ORDER BY distance LIMIT 5", (path, QB)).fetchall()
     assert [r[0] for r in only_c] == shards[2].nearest(Q, 5)
 
@@ -230,9 +252,40 @@ def test_table_form(db, folder):
     for row in db.execute("SELECT shard, id, kind, size, score, note FROM every WHERE embedding MATCH ? AND k = 5", (QB,)):
         s = shards["abc".index(row[0])]
         assert row[2:] == tuple(s.value(c, s.at[row[1]]) for c in s.columns)
-    fails(db, "SELECT * FROM every", says="")
+    fails(db, "SELECT * FROM every", says="every needs a query: WHERE embedding MATCH")
+    fails(db, "SELECT * FROM every WHERE k = 3 AND size = 5 ORDER BY distance", says="every needs a query")
+    fails(db, "SELECT * FROM every WHERE embedding MATCH ? AND k > 3", QB, says="k takes only")
     assert db.execute("SELECT DISTINCT source FROM every WHERE embedding MATCH ? AND k = 3", (QB,)).fetchall() == [(path,)]
     assert db.execute("SELECT id FROM every WHERE embedding MATCH ? AND k = 3 AND source = '/elsewhere'", (QB,)).fetchall() == []
+
+
+def test_distance_bounds(db, folder):
+    """They hold before k is cut: with one query, with several, with named ids, with and without k."""
+    path, shards = folder
+    db.execute("CREATE VIRTUAL TABLE every USING shard_union(source='%s')" % path)
+    want = truth(shards, Q, 60)
+    d = [r[0] for r in db.execute("SELECT distance FROM shard_union(?, ?, 60) WHERE exact = 1", (path, QB))]
+    for source in ("shard_union('%s', :q)" % path, "every('%s', :q)" % path):
+        for op, first in ((">", 20), (">=", 19)):
+            got = db.execute("SELECT shard, id FROM %s WHERE exact = 1 AND k = 10 AND distance %s :d" % (source, op), {"q": QB, "d": d[19]}).fetchall()
+            assert got == want[first:first + 10]
+        got = db.execute("SELECT shard, id FROM %s WHERE exact = 1 AND k = 50 AND distance > :a AND distance <= :b" % source, {"q": QB, "a": d[19], "b": d[29]})
+        assert got.fetchall() == want[20:30]
+        for k in ("", "AND k = 40"):
+            got = db.execute("SELECT shard, id FROM %s WHERE exact = 1 AND distance < :d %s ORDER BY distance" % (source, k), {"q": QB, "d": d[29]}).fetchall()
+            assert got == want[:29]
+        got = db.execute("SELECT shard, id FROM %s WHERE distance > :d ORDER BY distance LIMIT 10" % source, {"q": QB, "d": d[19]}).fetchall()
+        assert len(set(got) & set(want[20:30])) >= 9
+    ids = sorted({i for _, i in want[:9]})
+    named = [h for h in truth(shards, Q, 4500) if h[1] in ids]
+    got = db.execute("SELECT shard, id FROM every WHERE embedding MATCH ? AND k = 2 AND distance > ? AND id IN (%s)" % ",".join(map(str, ids)), (QB, d[0])).fetchall()
+    assert got == named[1:3]
+    other = shards[1].x[5] + np.float32(.1)
+    pack = db.execute("SELECT vec_pack(column1) FROM (VALUES(?), (?))", (QB, blob(other))).fetchone()[0]
+    got = db.execute("SELECT query_no, shard, id, distance FROM shard_union(?, ?, 5) WHERE exact = 1 AND distance > ? AND distance < ?", (path, pack, d[19], d[59])).fetchall()
+    assert [r[1:3] for r in got if r[0] == 0] == want[20:25]
+    all_other = db.execute("SELECT shard, id, distance FROM shard_union(?, ?) WHERE exact = 1", (path, blob(other))).fetchall()
+    assert [r[1:] for r in got if r[0] == 1] == [r for r in all_other if d[19] < r[2] < d[59]][:5]
 
 
 def test_two_searches_with_or(db, folder):
@@ -310,6 +363,17 @@ def test_mixed_shards_are_refused(db, make_shard, what, options):
     db.execute("CREATE VIRTUAL TABLE y USING vecshard(path='%s')" % b.path)
     for source in (os.path.dirname(a.path), json.dumps([a.path, b.path]), "x,y"):
         fails(db, "SELECT * FROM shard_union(?, '[1,2,3,4]', 3)", source, says=[a.path, b.path, what])
+        names = ["x", "y"] if source == "x,y" else ["a", "b"]
+        dims = [(names[0], 10, 4), (names[1], 10, 5 if what == "dimensions" else 4)]  # but they can be listed
+        for _ in range(2):
+            assert db.execute("SELECT shard, rows, dim FROM shard_list(?)", (source,)).fetchall() == dims
+        assert db.execute("SELECT shard, rows FROM shard_info(?)", (source,)).fetchall() == [d[:2] for d in dims]
+        assert db.execute("SELECT shard, sum(rows) FROM shard_partitions(?) GROUP BY shard", (source,)).fetchall() == [d[:2] for d in dims]
+        assert db.execute("SELECT * FROM shard_verify(?)", (source,)).fetchall() == []
+    same = json.dumps([a.path, b.path, a.path, os.path.dirname(a.path) + "//"])
+    paths = [a.path, b.path, a.path, a.path, b.path]
+    assert db.execute("SELECT shard, path FROM shard_list(?)", (same,)).fetchall() == list(zip(paths, paths))
+    fails(db, "SELECT * FROM shard_list(?)", json.dumps([a.path, b.path, "/none"]), says="/none")
 
 
 def test_duplicate_names(db, make_shard):

@@ -341,6 +341,15 @@ static vs_rc build_shard(build_job *j, vs_err *err) {
   return commit(j, err);
 }
 
+/* The builder plans with --memory, and takes some for every thread: who has less must say so. */
+static void advise_memory(const build_options *o, vs_err *err) {
+  char now[32];
+  if (err->rc != VS_NOMEM) return;
+  vs_err_reset(err);
+  output_size(o->memory ? (uint64_t)o->memory : resources_default_memory(), now);
+  (void)vs_fail(err, VS_NOMEM, "out of memory: build with a smaller --memory (it was %s), with fewer --threads, or allow the process more", now);
+}
+
 static void print_result(const build_job *j, double seconds) {
   const ivfpq_build_result *r = &j->result;
   double rate = seconds > 0 ? (double)r->n_rows / seconds : 0;
@@ -386,6 +395,7 @@ int cmd_build(int argc, char **argv) {
   int status = options_read(&command, argc, argv, &j.o, &j.files);
   if (status < 0 && !(status = check_arguments(&j))) {
     rc = build_shard(&j, &err);
+    advise_memory(&j.o, &err);
     status = tool_report(&err);
     if (!rc) print_result(&j, tool_seconds() - started);
   }

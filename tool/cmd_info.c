@@ -1,4 +1,8 @@
-/* cmd_info.c - what a shard or a database holds, from its manifests and the parameters of its segments. */
+/* cmd_info.c - what a shard or a database holds, from its manifests and the parameters of its segments. The shards of a source
+ * may differ in what a search of all of them needs to be the same. */
+#include <stdlib.h>
+#include <string.h>
+
 #include "../ext/shard/shard.h"
 #include "json.h"
 #include "options.h"
@@ -75,6 +79,50 @@ static void print_table(const shard_set *set) {
   printf("%llu rows in %zu shard%s\n", (unsigned long long)total_rows(set), set->n, set->n == 1 ? "" : "s");
 }
 
+/* ---- opening ---- */
+
+static int name_repeats(const shard_set *set, size_t i) {
+  for (size_t j = 0; j < set->n; j++)
+    if (j != i && !strcmp(set->names[i], set->names[j])) return 1;
+  return 0;
+}
+
+/* Where folders share a name, the path is shown instead. */
+static void tell_apart(shard_set *set) {
+  char *repeats = tool_alloc(set->n, 1);
+  for (size_t i = 0; i < set->n; i++) repeats[i] = (char)name_repeats(set, i);
+  for (size_t i = 0; i < set->n; i++)
+    if (repeats[i]) free(set->names[i]), set->names[i] = tool_format("%s", set->shards[i]->path);
+  free(repeats);
+}
+
+static vs_rc open_each(const char *source, shard_set *set, vs_err *err) {
+  tool_list folders = {0};
+  vs_rc rc = source_expand(source, &folders, err);
+  *set = (shard_set){.shards = tool_alloc(folders.n, sizeof *set->shards), .names = tool_alloc(folders.n, sizeof *set->names)};
+  for (size_t i = 0; i < folders.n && !rc; i++) {
+    const char *slash = strrchr(folders.items[i], '/');
+    rc = shard_open(folders.items[i], 0, &set->shards[i], err);
+    if (!rc) set->names[i] = tool_format("%s", slash ? slash + 1 : folders.items[i]), set->n++;
+  }
+  tool_list_reset(&folders);
+  if (!rc) tell_apart(set);
+  else shard_set_reset(set);
+  return rc;
+}
+
+/* All at once first: what lies in stores is then opened in the same rounds. */
+static vs_rc open_source(const char *source, shard_set *set, vs_err *err) {
+  vs_err why = {0};
+  size_t n = strlen(source);
+  while (n > 1 && source[n - 1] == '/' && !strstr(source, "://")) n--; /* as it will be shown */
+  char *shown = tool_format("%.*s", (int)n, source);
+  vs_rc rc = shard_set_open(shown, set, &why);
+  free(shown);
+  if (rc == VS_INVALID) return open_each(source, set, err);
+  return rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
+}
+
 int cmd_info(int argc, char **argv) {
   info_options o = {0};
   tool_list args = {0};
@@ -82,7 +130,7 @@ int cmd_info(int argc, char **argv) {
   vs_err err = {0};
   int status = options_read(&command, argc, argv, &o, &args);
   if (status < 0) {
-    vs_rc rc = shard_set_open(args.items[0], &set, &err);
+    vs_rc rc = open_source(args.items[0], &set, &err);
     status = tool_report(&err);
     if (!rc && o.json) print_json(&set);
     else if (!rc) print_table(&set);

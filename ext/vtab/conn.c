@@ -17,6 +17,7 @@
 #include <time.h>
 
 #include "../base/vs_pool.h"
+#include "../shard/shard_files.h"
 SQLITE_EXTENSION_INIT3
 
 enum { POLL_MS = 5 };
@@ -133,7 +134,7 @@ static vs_rc copy_set(const shard_set *from, shard_set *out, vs_err *err) {
   return VS_OK;
 }
 
-static vs_rc open_path(conn *c, const char *source, shard_set *out, vs_err *err) {
+static vs_rc open_kept(conn *c, const char *source, shard_set *out, vs_err *err) {
   conn_source *slot = &c->sources[0];
   memset(out, 0, sizeof *out);
   for (int i = 0; i < CONN_SOURCES; i++) {
@@ -158,35 +159,130 @@ static vs_rc open_path(conn *c, const char *source, shard_set *out, vs_err *err)
   return copy_set(&slot->set, out, err);
 }
 
+/* A path is opened, kept and shown without slashes at its end. */
+static vs_rc open_path(conn *c, const char *source, shard_set *out, vs_err *err) {
+  size_t n = strlen(source);
+  while (n > 1 && source[n - 1] == '/' && !strstr(source, "://")) n--;
+  char *path = strndup(source, n);
+  memset(out, 0, sizeof *out);
+  vs_rc rc = path ? open_kept(c, path, out, err) : vs_nomem(err);
+  free(path);
+  return rc;
+}
+
+/* The n bytes of a name in a list of names, without the blanks around them; NULL when memory is short. */
+static char *trimmed(const char *name, size_t n) {
+  while (n && *name == ' ') name++, n--;
+  while (n && name[n - 1] == ' ') n--;
+  return strndup(name, n);
+}
+
+/* Takes the name over. */
+static vs_rc add_table(conn *c, shard_set *out, char *name, vs_err *err) {
+  shard **shards = realloc(out->shards, (out->n + 1) * sizeof *shards);
+  if (shards) out->shards = shards;
+  char **list = realloc(out->names, (out->n + 1) * sizeof *list);
+  if (list) out->names = list;
+  conn_table *t = shards && list ? conn_table_find(c, name) : NULL;
+  vs_rc rc = t ? t->open(t, &out->shards[out->n], err) : VS_OK;
+  if (!shards || !list) rc = vs_nomem(err);
+  else if (!t) rc = vs_fail(err, VS_NOTFOUND, "%s is not a vecshard table of this connection (a path contains a '/', as ./%s)", name, name);
+  if (!rc) out->names[out->n++] = name;
+  else free(name);
+  return rc;
+}
+
 static vs_rc open_tables(conn *c, const char *names, shard_set *out, vs_err *err) {
   vs_rc rc = VS_OK;
   memset(out, 0, sizeof *out);
-  while (*names && !rc) {
-    size_t n = strcspn(names, ","), skip = strspn(names, " ");
-    if (skip > n) skip = n;
-    char *name = strndup(names + skip, n - skip);
-    if (!name) return vs_nomem(err);
-    for (size_t end = strlen(name); end && name[end - 1] == ' ';) name[--end] = 0;
-    shard **shards = realloc(out->shards, (out->n + 1) * sizeof *shards);
-    if (shards) out->shards = shards;
-    char **list = realloc(out->names, (out->n + 1) * sizeof *list);
-    if (list) out->names = list;
-    conn_table *t = conn_table_find(c, name);
-    if (!shards || !list) rc = vs_nomem(err);
-    else if (!t) rc = vs_fail(err, VS_NOTFOUND, "%s is not a vecshard table of this connection (a path contains a '/', as ./%s)", name, name);
-    else rc = t->open(t, &out->shards[out->n], err);
-    if (!rc) out->names[out->n++] = name;
-    else free(name);
-    names += names[n] ? n + 1 : n;
+  if (!names[strspn(names, " ")])
+    return vs_fail(err, VS_INVALID, "the source is empty: give a folder, a JSON list of paths, or table names");
+  for (const char *at = names, *end; at && !rc; at = *end ? end + 1 : NULL) {
+    end = at + strcspn(at, ",");
+    char *name = trimmed(at, (size_t)(end - at));
+    if (name && *name) rc = add_table(c, out, name, err);
+    else {
+      rc = name ? vs_fail(err, VS_INVALID, "source '%.200s': a table's name is missing at a comma", names) : vs_nomem(err);
+      free(name);
+    }
   }
-  if (!rc && !out->n) rc = vs_fail(err, VS_INVALID, "the source is empty: give a folder, a JSON list of paths, or table names");
-  if (!rc) rc = shard_set_check(out->shards, out->n, err);
   if (rc) shard_set_reset(out);
   return rc;
 }
 
 vs_rc conn_any_open(conn *c, const char *source, shard_set *out, vs_err *err) {
-  return shard_source_is_path(source) ? open_path(c, source, out, err) : open_tables(c, source, out, err);
+  if (shard_source_is_path(source)) return open_path(c, source, out, err);
+  vs_rc rc = open_tables(c, source, out, err);
+  if (!rc) rc = shard_set_check(out->shards, out->n, err);
+  if (rc) shard_set_reset(out);
+  return rc;
+}
+
+/* Opens one shard as a set of its own, which gives it its name, and moves it to the others. */
+static vs_rc add_alone(shard_set *all, const char *path, vs_err *err) {
+  shard_set one;
+  vs_rc rc = shard_set_open(path, &one, err);
+  if (rc) return rc;
+  shard **shards = realloc(all->shards, (all->n + 1) * sizeof *shards);
+  if (shards) all->shards = shards;
+  char **names = realloc(all->names, (all->n + 1) * sizeof *names);
+  if (names) all->names = names;
+  if (!shards || !names) rc = vs_nomem(err);
+  else {
+    shards[all->n] = shard_share(one.shards[0]), names[all->n++] = one.names[0];
+    one.names[0] = NULL;
+  }
+  shard_set_reset(&one);
+  return rc;
+}
+
+/* Where two shards have one name, all of that name get their paths. */
+static vs_rc tell_apart(shard_set *set, vs_err *err) {
+  for (size_t i = 0; i < set->n; i++) {
+    char *name = set->names[i];
+    int twice = 0;
+    for (size_t j = i + 1; j < set->n; j++) {
+      if (strcmp(name, set->names[j])) continue;
+      char *path = strdup(set->shards[j]->path);
+      if (!path) return vs_nomem(err);
+      free(set->names[j]), set->names[j] = path;
+      twice = 1;
+    }
+    if (!twice) continue;
+    if (!(set->names[i] = strdup(set->shards[i]->path))) {
+      set->names[i] = name;
+      return vs_nomem(err);
+    }
+    free(name);
+  }
+  return VS_OK;
+}
+
+static vs_rc open_each_path(const char *source, shard_set *out, vs_err *err) {
+  char **paths = NULL;
+  size_t n = 0;
+  memset(out, 0, sizeof *out);
+  vs_rc rc = shard_source_split(source, &paths, &n, err);
+  for (size_t i = 0; i < n && !rc; i++) {
+    char **below = NULL;
+    size_t n_below = 0;
+    rc = shard_paths(paths[i], &below, &n_below, err);
+    for (size_t j = 0; j < n_below && !rc; j++) rc = add_alone(out, below[j], err);
+    shard_names_free(below, n_below);
+  }
+  shard_names_free(paths, n);
+  if (!rc) rc = tell_apart(out, err);
+  if (rc) shard_set_reset(out);
+  return rc;
+}
+
+/* All at once first: what lies in stores is then opened in the same rounds, and stays open. */
+vs_rc conn_each_open(conn *c, const char *source, shard_set *out, vs_err *err) {
+  vs_err why = {0};
+  if (!shard_source_is_path(source)) return open_tables(c, source, out, err);
+  vs_rc rc = open_path(c, source, out, &why);
+  if (rc == VS_INVALID) return open_each_path(source, out, err);
+  return rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
 }
 
 /* ---- stopping ---- */

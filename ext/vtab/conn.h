@@ -51,6 +51,8 @@ conn_table *conn_table_find(conn *c, const char *name);
 /* Opens a source: a path, a JSON list of paths, or names of vecshard tables separated by commas. Every shard is counted once
  * more for the caller: release with shard_set_reset. Paths stay open between statements while nothing in them changes. */
 vs_rc conn_any_open(conn *c, const char *source, shard_set *out, vs_err *err) VS_WARN_UNUSED;
+/* The same for shards that are listed, not searched: they may differ in dimension, metric and id type. */
+vs_rc conn_each_open(conn *c, const char *source, shard_set *out, vs_err *err) VS_WARN_UNUSED;
 
 /* Paths that a schema names: relative ones are relative to the database file, so that both can be moved together. */
 vs_rc conn_path_resolve(const conn *c, const char *schema, const char *path, char **full, vs_err *err) VS_WARN_UNUSED;

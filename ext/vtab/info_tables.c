@@ -64,7 +64,7 @@ static vs_rc add_row(rows *r, vs_err *err, const char *format, ...) {
 static vs_rc fill_list(conn *c, const char *source, rows *out, vs_err *err) {
   static const char *const metrics[] = {"l2", "cosine", "dot"};
   shard_set set;
-  vs_rc rc = conn_any_open(c, source, &set, err);
+  vs_rc rc = conn_each_open(c, source, &set, err);
   if (rc) return rc;
   for (size_t i = 0; i < set.n && !rc; i++) {
     const shard_manifest *m = &set.shards[i]->manifest;
@@ -77,7 +77,7 @@ static vs_rc fill_list(conn *c, const char *source, rows *out, vs_err *err) {
 
 static vs_rc fill_info(conn *c, const char *source, rows *out, vs_err *err) {
   shard_set set;
-  vs_rc rc = conn_any_open(c, source, &set, err);
+  vs_rc rc = conn_each_open(c, source, &set, err);
   if (rc) return rc;
   for (size_t i = 0; i < set.n && !rc; i++)
     for (size_t g = 0; g < set.shards[i]->manifest.n_segments && !rc; g++) {
@@ -106,7 +106,7 @@ static vs_rc list_group(rows *out, const char *shard_name, const char *file, ivf
 
 static vs_rc fill_partitions(conn *c, const char *source, rows *out, vs_err *err) {
   shard_set set;
-  vs_rc rc = conn_any_open(c, source, &set, err);
+  vs_rc rc = conn_each_open(c, source, &set, err);
   if (rc) return rc;
   for (size_t i = 0; i < set.n && !rc; i++)
     for (size_t n = 0; n < set.shards[i]->manifest.n_segments && !rc; n++) {
@@ -162,7 +162,7 @@ static vs_rc fill_verify(conn *c, const char *source, rows *out, vs_err *err) {
   char **paths = NULL;
   size_t n = 0;
   int named = !shard_source_is_path(source); /* paths are not opened here: a shard that does not open is a fault, not an error */
-  vs_rc rc = named ? conn_any_open(c, source, &set, err) : shard_source_split(source, &paths, &n, err);
+  vs_rc rc = named ? conn_each_open(c, source, &set, err) : shard_source_split(source, &paths, &n, err);
   for (size_t i = 0; i < (named ? set.n : n) && !rc; i++) rc = shard_verify(named ? set.shards[i]->path : paths[i], &verifier, err);
   shard_names_free(paths, n);
   shard_set_reset(&set);

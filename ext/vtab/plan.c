@@ -43,6 +43,71 @@ int plan_filter(plan *p, int i, int column, shard_type type) {
   return 1;
 }
 
+int plan_gives(const struct sqlite3_index_constraint *c) {
+  return c->op == SQLITE_INDEX_CONSTRAINT_EQ || c->op == SQLITE_INDEX_CONSTRAINT_IS;
+}
+
+static int compares(int op) {
+  switch (op) {
+    case SQLITE_INDEX_CONSTRAINT_LT:
+    case SQLITE_INDEX_CONSTRAINT_LE:
+    case SQLITE_INDEX_CONSTRAINT_GT:
+    case SQLITE_INDEX_CONSTRAINT_GE:
+    case SQLITE_INDEX_CONSTRAINT_NE:
+    case SQLITE_INDEX_CONSTRAINT_LIKE:
+    case SQLITE_INDEX_CONSTRAINT_GLOB:
+    case SQLITE_INDEX_CONSTRAINT_REGEXP: return 1;
+    default: return 0;
+  }
+}
+
+static int is_given(const sqlite3_index_info *info, int column) {
+  for (int i = 0; i < info->nConstraint; i++)
+    if (info->aConstraint[i].iColumn == column && plan_gives(&info->aConstraint[i])) return 1;
+  return 0;
+}
+
+int plan_misused(sqlite3_index_info *info, int k, char **message) {
+  static const char *const names[] = {"k", "nprobe", "refine", "recall", "exact"};
+  char *text = NULL;
+  for (int i = 0; i < info->nConstraint && !text; i++) {
+    int column = info->aConstraint[i].iColumn, n = column - k;
+    if (n < 0 || n >= (int)(sizeof names / sizeof *names)) continue;
+    if (n == 0 && sqlite3_vtab_in(info, i, -1)) text = sqlite3_mprintf("k IN (...): one k per search");
+    else if (compares(info->aConstraint[i].op) && !is_given(info, column))
+      text = sqlite3_mprintf("%s takes only `%s = n`: it is an argument of the search, not a column to compare", names[n], names[n]);
+  }
+  if (!text) return 0;
+  sqlite3_free(*message);
+  *message = text;
+  return 1;
+}
+
+int plan_without(sqlite3_index_info *info, const char *column) {
+  info->idxNum = PLAN_NO_QUERY;
+  info->idxStr = sqlite3_mprintf("%s", column);
+  info->needToFreeIdxStr = 1;
+  info->estimatedCost = PLAN_NO_QUERY_COST;
+  info->estimatedRows = (sqlite3_int64)1 << 40;
+  return info->idxStr ? SQLITE_OK : SQLITE_NOMEM;
+}
+
+int plan_bound(plan *p, int i) {
+  static const struct { int op; const char *entry; } bounds[] = {
+      {SQLITE_INDEX_CONSTRAINT_LT, "d<"}, {SQLITE_INDEX_CONSTRAINT_LE, "d{"}, {SQLITE_INDEX_CONSTRAINT_GT, "b>"}, {SQLITE_INDEX_CONSTRAINT_GE, "b}"}};
+  for (size_t b = 0; b < sizeof bounds / sizeof *bounds; b++)
+    if (p->info->aConstraint[i].op == bounds[b].op) {
+      plan_use(p, i, 0, bounds[b].entry);
+      return 1;
+    }
+  return 0;
+}
+
+int plan_by_distance(sqlite3_index_info *info, int first, int column) {
+  const struct sqlite3_index_orderby *o = info->aOrderBy + first;
+  return info->nOrderBy == first + 1 && o->iColumn == column && !o->desc && sqlite3_vtab_distinct(info) == 0;
+}
+
 /* ---- decoding ---- */
 
 /* A whole number >= 0; beyond 64 bits it means all. NULL: not given (-1). */
@@ -74,8 +139,9 @@ static void decode_bound(const char *entry, sqlite3_value *v, plan_search *s) {
   int type = sqlite3_value_numeric_type(v), open = entry[1] == '<' || entry[1] == '>';
   if (type != SQLITE_INTEGER && type != SQLITE_FLOAT) return;
   double d = sqlite3_value_double(v);
-  if (*entry == 'd' && (!s->has_limit || d < s->limit || (d == s->limit && open))) s->has_limit = 1, s->limit = d, s->limit_open = open;
-  if (*entry == 'b' && (!s->has_floor || d > s->floor || (d == s->floor && open))) s->has_floor = 1, s->floor = d, s->floor_open = open;
+  stream_bound *b = *entry == 'd' ? &s->limit : &s->floor;
+  int tighter = *entry == 'd' ? d < b->at : d > b->at;
+  if (!b->given || tighter || (d == b->at && open)) *b = (stream_bound){1, open, d};
 }
 
 static vs_rc decode_one(const char *e, sqlite3_value *v, shard_type (*type_of)(void *, int), void *ctx, plan_search *s, vs_err *err) {

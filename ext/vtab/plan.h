@@ -7,20 +7,22 @@
  *   i id = | w rowid = (plans without a query)
  *   f<op><column>  filter term: op is a filter_op letter, column a number, -1 the id
  * idxNum: PLAN_SCAN, PLAN_ID, PLAN_ROWID or PLAN_SEARCH, plus PLAN_SORTED when ORDER BY distance was consumed (by all queries
- * together), PLAN_ORDERED when any order was.
+ * together). PLAN_NO_QUERY: a part of a search without its query; xFilter fails with advice (idxStr is the column it names).
+ * It costs more than any other plan, so that an OR whose branches have the query still finds its own.
  */
 #ifndef VTAB_PLAN_H
 #define VTAB_PLAN_H
 #include "filter.h"
 #include "stream.h"
 
-enum { PLAN_SCAN = 0, PLAN_ID = 1, PLAN_ROWID = 2, PLAN_SEARCH = 3, PLAN_KIND = 3, PLAN_SORTED = 4, PLAN_ORDERED = 8 };
+enum { PLAN_SCAN = 0, PLAN_ID = 1, PLAN_ROWID = 2, PLAN_SEARCH = 3, PLAN_NO_QUERY = 4, PLAN_KIND = 7, PLAN_SORTED = 8 };
 
 /* Costs: one constant for every plan with a query, below any plan without one, or the OR optimisation breaks searches up.
  * In SQLite's unit, a step of a scan: with 10 it joined an unindexed table first and searched once for each of its rows. */
 #define PLAN_SEARCH_COST 400.0
 #define PLAN_LOOKUP_COST 500.0
 #define PLAN_SCAN_COST 1e10
+#define PLAN_NO_QUERY_COST 1e30
 
 typedef struct plan {
   sqlite3_index_info *info;
@@ -37,15 +39,24 @@ int plan_take_in(sqlite3_index_info *info, int i);
 /* Handles a constraint on id or a metadata column; 1 when taken. */
 int plan_filter(plan *p, int i, int column, shard_type type);
 
+/* Does the constraint give its column a value: `=` or IS? */
+int plan_gives(const struct sqlite3_index_constraint *c);
+/* Beside a query: do the constraints on k, nprobe, refine, recall, exact (columns from `k` on) ask for what cannot be? A column
+ * without a value is NULL, so that `k > 5` alone would silently leave no row. 1: *message says so. */
+int plan_misused(sqlite3_index_info *info, int k, char **message);
+int plan_without(sqlite3_index_info *info, const char *column); /* a PLAN_NO_QUERY */
+
+/* Handles a bound on the distance column; 1 when taken. */
+int plan_bound(plan *p, int i);
+/* Is ascending distance all the order that is wanted of rows first..nOrderBy? Not for DISTINCT and GROUP BY (see stream.h). */
+int plan_by_distance(sqlite3_index_info *info, int first, int column);
+
 /* The decoded arguments of a search. Numbers: -1 not given. */
 typedef struct plan_search {
   int has_k, exact;
   uint64_t k;
   int64_t nprobe, refine;
-  int has_limit, limit_open; /* upper bound of distance; open: < */
-  double limit;
-  int has_floor, floor_open; /* lower bound of distance; open: > */
-  double floor;
+  stream_bound floor, limit; /* of distance */
   sqlite3_value *query, *source, *shard, *id, *rowid;
   filter filter;
 } plan_search;

@@ -1,6 +1,7 @@
 /* stream.c - see stream.h. */
 #include "stream.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -10,7 +11,8 @@ SQLITE_EXTENSION_INIT3
 enum {
   FIRST_BATCH = 16,    /* LIMIT 10 is the common case: hardly dearer than k = 10 */
   WIDEN = 4,
-  MOST = 1 << 20       /* rows in one batch: bounds the memory of a query without end */
+  MOST = 1 << 20,      /* rows in one batch, and of the first phase: bounds the memory of a query without end */
+  APPROXIMATE_PART = 8 /* up to this part of the rows an approximate search reads less than brute force */
 };
 
 static shard_search search_of(stream *s, uint64_t k) {
@@ -36,7 +38,34 @@ static vs_rc run(stream *s, const shard_search *q, vs_err *err) {
   return rc;
 }
 
-/* ---- rows given out, for streams that promised no order ---- */
+/* ---- bounds of distance ---- */
+
+/* Keeps the hits within the bounds; 1: one lies beyond the limit, and so will all that follow. */
+static int keep_within(stream *s) {
+  const stream_bound *floor = &s->opt.floor, *limit = &s->opt.limit;
+  size_t n = 0;
+  for (size_t i = 0; i < s->n; i++) {
+    double d = s->hits[i].distance;
+    if (limit->given && (limit->open ? d >= limit->at : d > limit->at)) {
+      s->n = n;
+      return 1;
+    }
+    if (!floor->given || (floor->open ? d > floor->at : d >= floor->at)) s->hits[n++] = s->hits[i];
+  }
+  s->n = n;
+  return 0;
+}
+
+/* Where brute force starts with a floor: behind the greatest float below it. 0: at the nearest row. */
+static int start_at_floor(const stream_bound *floor, shard_hit *after) {
+  if (!floor->given || floor->at == -INFINITY) return 0;
+  float d = (float)floor->at + 0.0f; /* -0 sorts before 0 though it equals it */
+  if (floor->open ? d > floor->at : d >= floor->at) d = nextafterf(d, -INFINITY);
+  *after = (shard_hit){d, UINT32_MAX, UINT32_MAX, UINT32_MAX};
+  return 1;
+}
+
+/* ---- rows given out by approximate batches ---- */
 
 static int storage_order(const void *pa, const void *pb) {
   const shard_hit *a = pa, *b = pb;
@@ -59,45 +88,75 @@ static vs_rc note_seen(stream *s, vs_err *err) {
   return VS_OK;
 }
 
-static void drop_seen(stream *s) {
+/* Keeps the hits that were not given out; with `behind` those at or before it are passed over. */
+static void keep_new(stream *s, const shard_hit *behind) {
   size_t n = 0;
   for (size_t i = 0; i < s->n; i++)
-    if (!was_seen(s, &s->hits[i])) s->hits[n++] = s->hits[i];
+    if (!(behind && search_order(&s->hits[i], behind) <= 0) && !was_seen(s, &s->hits[i])) s->hits[n++] = s->hits[i];
   s->n = n;
 }
 
 /* ---- batches ---- */
 
-/* Runs one batch. In an approximate one the search starts from the nearest row again, with more of everything; what was given
- * out before is left out by position where order was promised, else row by row, so that late finds are not lost. */
-static vs_rc run_batch(stream *s, uint64_t want, int brute, vs_err *err) {
-  shard_search q = search_of(s, brute ? want : s->given + want);
-  if (brute) q.exact = 1;
-  if (brute ? s->has_last : s->has_last && s->opt.ordered) q.after = &s->last;
+static uint64_t most_approximate(const stream *s) {
+  uint64_t n = s->n_rows / APPROXIMATE_PART;
+  return s->opt.exact ? 0 : n < MOST ? n : MOST;
+}
+
+/* An approximate search starts from the nearest row again, with more of everything; brute force goes on behind its last row. */
+static vs_rc run_batch(stream *s, uint64_t want, vs_err *err) {
+  uint64_t k = s->brute ? want : s->given + want;
+  shard_search q = search_of(s, k);
+  if (s->brute) q.exact = 1, q.after = s->has_last ? &s->last : NULL;
   vs_rc rc = run(s, &q, err);
   if (rc) return rc;
-  s->exhausted = brute && s->n < want;
-  if (brute || s->opt.ordered)
-    for (size_t i = 0; i < s->n; i++)
-      if (!s->has_last || search_order(&s->hits[i], &s->last) > 0) s->last = s->hits[i], s->has_last = 1;
-  if (s->opt.ordered) return VS_OK;
-  drop_seen(s);
-  return brute ? VS_OK : note_seen(s, err);
+  s->exhausted = s->n < k;
+  const shard_hit before = s->last, *behind = s->brute || s->exhausted || !s->has_last ? NULL : &before;
+  for (size_t i = 0; i < s->n; i++)
+    if (!s->has_last || search_order(&s->hits[i], &s->last) > 0) s->last = s->hits[i], s->has_last = 1;
+  keep_new(s, behind);
+  s->given += s->n;
+  if (!s->brute) rc = note_seen(s, err);
+  if (keep_within(s)) s->exhausted = 1;
+  return rc;
 }
 
 static vs_rc next_batch(stream *s, vs_err *err) {
-  uint64_t limit = s->opt.has_k ? s->opt.k - s->given : UINT64_MAX;
   do {
-    uint64_t want = s->batch < limit ? s->batch : limit;
-    int brute = s->opt.exact || s->opt.has_k || s->given + want > s->n_rows / 8;
-    vs_rc rc = run_batch(s, want, brute, err);
+    if (!s->brute && s->given + s->batch > most_approximate(s)) s->brute = 1, s->has_last = start_at_floor(&s->opt.floor, &s->last);
+    vs_rc rc = run_batch(s, s->batch, err);
     if (rc) return rc;
     s->batch = s->batch * WIDEN < MOST ? s->batch * WIDEN : MOST;
   } while (!s->n && !s->exhausted);
-  if (s->n > limit) s->n = (size_t)limit;
-  s->given += s->n;
-  s->done = s->exhausted;
+  if (s->n > s->left) s->n = (size_t)s->left;
+  s->left -= s->n;
+  s->done = s->exhausted || !s->left;
   return VS_OK;
+}
+
+/* ---- k rows ---- */
+
+static vs_rc search_k(stream *s, vs_err *err) {
+  shard_search q = search_of(s, s->opt.k);
+  vs_rc rc = run(s, &q, err);
+  if (!rc) keep_within(s);
+  return rc;
+}
+
+/* The k nearest from a floor on. How many rows lie before it nobody knows: more and more are looked for, then brute force
+ * starts there. */
+static vs_rc search_k_beyond(stream *s, vs_err *err) {
+  for (uint64_t want = s->opt.k;; want *= WIDEN) {
+    shard_search q = search_of(s, want);
+    shard_hit start;
+    if (want > most_approximate(s)) q.exact = 1, q.k = s->opt.k, q.after = start_at_floor(&s->opt.floor, &start) ? &start : NULL;
+    vs_rc rc = run(s, &q, err);
+    if (rc) return rc;
+    int all = q.exact || s->n < want;
+    if (keep_within(s)) all = 1;
+    if (s->n > s->opt.k) s->n = (size_t)s->opt.k;
+    if (all || s->n == s->opt.k) return VS_OK;
+  }
 }
 
 /* ---- rows named by id ---- */
@@ -138,7 +197,9 @@ static vs_rc search_named(stream *s, const filter_term *ids, vs_err *err) {
   if (s->n) qsort(s->hits, s->n, sizeof *s->hits, nearest_first);
   for (size_t i = 0; i < s->n; i++)
     if (!n || search_order(&s->hits[n - 1], &s->hits[i])) s->hits[n++] = s->hits[i];
-  s->n = s->opt.has_k && s->opt.k < n ? (size_t)s->opt.k : n;
+  s->n = n;
+  keep_within(s);
+  if (s->opt.has_k && s->n > s->opt.k) s->n = (size_t)s->opt.k;
   s->done = 1;
   return rc;
 }
@@ -146,28 +207,6 @@ static vs_rc search_named(stream *s, const filter_term *ids, vs_err *err) {
 static void drop_row(stream *s) {
   if (s->has_row) ivfpq_rows_release(s->segment, &s->row, 1);
   s->has_row = 0;
-}
-
-static vs_rc step(stream *s, vs_err *err) {
-  drop_row(s);
-  s->at++;
-  if (s->at < s->n || s->done) return VS_OK;
-  if (s->opt.has_k && s->given >= s->opt.k) {
-    s->done = 1;
-    return VS_OK;
-  }
-  return next_batch(s, err);
-}
-
-/* To the first row that is not below the floor. */
-static vs_rc skip_below(stream *s, vs_err *err) {
-  vs_rc rc = VS_OK;
-  while (!rc && !stream_eof(s)) {
-    double d = stream_hit(s)->distance;
-    if (s->opt.floor_open ? d > s->opt.floor : d >= s->opt.floor) break;
-    rc = step(s, err);
-  }
-  return rc;
 }
 
 vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_shards, const stream_options *opt, vs_err *err) {
@@ -186,28 +225,18 @@ vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_sh
     for (size_t i = 0; i < n_shards; i++) s->filters[i] = &opt->filter->base;
   }
   if (opt->has_k && opt->k > s->n_rows) s->opt.k = s->n_rows;
-  if (opt->has_k && opt->has_floor && s->opt.k) { /* nobody knows how many rows lie below: a lazy stream, cut after k */
-    s->left = s->opt.k, s->opt.has_k = 0, s->opt.ordered = 1;
-    s->batch = s->left < MOST ? s->left : MOST;
-    vs_rc rc = next_batch(s, err);
-    return rc ? rc : skip_below(s, err);
-  }
-  if (s->opt.has_k && s->opt.k <= MOST) {
-    s->done = 1;
-    shard_search q = search_of(s, s->opt.k);
-    return run(s, &q, err);
-  }
+  s->done = opt->has_k && s->opt.k <= MOST;
+  if (s->done) return opt->floor.given && s->opt.k ? search_k_beyond(s, err) : search_k(s, err);
+  s->left = opt->has_k ? s->opt.k : UINT64_MAX;
   s->batch = opt->has_k ? MOST : FIRST_BATCH;
+  if (opt->has_k) s->opt.exact = 1;
   return next_batch(s, err);
 }
 
 vs_rc stream_next(stream *s, vs_err *err) {
-  if (s->left && !--s->left) {
-    drop_row(s);
-    s->at = s->n, s->done = 1;
-    return VS_OK;
-  }
-  return step(s, err);
+  drop_row(s);
+  s->at++;
+  return s->at < s->n || s->done ? VS_OK : next_batch(s, err);
 }
 
 static const shard_hit *hit_at(void *ctx, size_t i) { return &((stream *)ctx)->hits[i]; }

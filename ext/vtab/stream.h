@@ -1,10 +1,19 @@
 /* stream.h - the rows of one search, handed out one by one: what the cursors of vecshard and shard_union share.
  *
- * With k (up to a million) the search runs once. A larger k is answered exactly, in batches. Without k the stream is lazy, in
- * batches that widen as more is asked for: the first ones are approximate searches, and once a batch would take a good part of
- * the rows, brute force. Where ascending distance was promised (`ordered`), a row that an early batch missed and that lies
- * before what was given out already is not given out late: that is the recall of the early batches. Where nothing was
- * promised, every row comes exactly once.
+ * With k (up to a million) the search runs once. A larger k is answered exactly, in batches.
+ *
+ * Without k the stream is lazy, in two phases. First approximate searches, in batches that widen as more is asked for: distance
+ * ascends, and a row that an early batch missed is passed over when a later one finds it before what was given out already.
+ * Once a batch would take a good part of the rows, brute force: it starts at the nearest row again and leaves out what was
+ * given, so that first the rows passed over come, late, and then the others. So every row comes exactly once, and distance
+ * falls at one place at most, which only who asks for that many rows sees. A batch that finds fewer rows than it asked for has
+ * looked at every partition: it ends the stream, with the rows passed over.
+ *
+ * What else was considered. Never giving those rows out: then `+id = ?`, which SQLite checks itself, may find no row. Giving
+ * them out with the next batch: LIMIT 100 would show distances out of order, where now it merely has the recall of a search.
+ * Brute force from the second batch on: LIMIT 100 would read every vector, of a shard in a store more than a statement may.
+ * SQLite relies on the order for LIMIT alone as long as DISTINCT and GROUP BY, which want equal distances side by side, are
+ * not told that there is one (plan_by_distance).
  */
 #ifndef VTAB_STREAM_H
 #define VTAB_STREAM_H
@@ -13,6 +22,9 @@
 #include "filter.h"
 #include "statement.h"
 
+/* A bound of distance. open: rows at that distance are not meant. */
+typedef struct stream_bound { int given, open; double at; } stream_bound;
+
 typedef struct stream_options {
   const float *query;
   uint32_t dim;
@@ -20,10 +32,8 @@ typedef struct stream_options {
   uint64_t k;
   int64_t nprobe, refine; /* -1: not given */
   int exact;
-  int ordered;            /* 1: SQLite relies on ascending distance */
   const filter *filter;   /* on every shard; NULL or n == 0: none */
-  int has_floor, floor_open; /* only rows at this distance or beyond (open: beyond it); k counts these */
-  double floor;
+  stream_bound floor, limit; /* only rows from floor on, up to limit; k counts these */
   int threads;
 } stream_options;
 
@@ -35,16 +45,17 @@ typedef struct stream {
   const ivfpq_filter **filters;
   statement *statement;   /* entered by the caller of every function here */
   uint64_t n_rows;
-  shard_hit *hits;
+  shard_hit *hits;        /* of one batch, nearest first but for ties, which come by id */
   size_t n, at;
-  uint64_t given;         /* rows of earlier batches */
-  uint64_t batch;
-  shard_hit last;         /* greatest of the rows given out, in search order; of brute-force batches where not ordered */
+  uint64_t given;         /* rows that the batches brought */
+  uint64_t batch;         /* rows of the next one */
+  uint64_t left;          /* rows that k still allows */
+  int brute;              /* in the second phase */
+  shard_hit last;         /* greatest of the rows that this phase found, in search order */
   int has_last;
   int exhausted;          /* the last batch reached the end */
   int done;               /* no batch will follow */
-  uint64_t left;          /* with a floor and k: rows still to give out, else 0 */
-  shard_hit *seen;        /* not ordered: rows of approximate batches, by storage order */
+  shard_hit *seen;        /* rows of the first phase, by storage order */
   size_t n_seen;
   /* the current row, read on demand */
   ivfpq_segment *segment;

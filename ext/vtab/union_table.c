@@ -265,7 +265,7 @@ static int hidden_of(const union_table *t, int column) { return column - N_FIXED
 
 static int is_query(const union_table *t, const struct sqlite3_index_constraint *c) {
   return (c->iColumn == COL_EMBEDDING && c->op == SQLITE_INDEX_CONSTRAINT_MATCH) ||
-         (hidden_of(t, c->iColumn) == HID_QUERY && c->op == SQLITE_INDEX_CONSTRAINT_EQ);
+         (hidden_of(t, c->iColumn) == HID_QUERY && plan_gives(c));
 }
 
 static shard_type column_type(void *ctx, int column) {
@@ -278,20 +278,20 @@ static void use_constraint(plan *p, union_table *t, int i) {
   const struct sqlite3_index_constraint *c = &p->info->aConstraint[i];
   int h = hidden_of(t, c->iColumn), eq = c->op == SQLITE_INDEX_CONSTRAINT_EQ;
   if (is_query(t, c)) plan_use(p, i, 1, "q");
-  else if (h >= 0 && eq && !(h == HID_SOURCE && t->source)) plan_use(p, i, 1, entries[h]); /* a table has one source */
+  else if (h >= 0 && plan_gives(c) && !(h == HID_SOURCE && t->source)) plan_use(p, i, 1, entries[h]); /* a table has one source */
   else if (c->iColumn == COL_SHARD && eq && !sqlite3_vtab_in(p->info, i, -1) && !sqlite3_stricmp(sqlite3_vtab_collation(p->info, i), "BINARY"))
     plan_use(p, i, 0, "S");
+  else if (c->iColumn == COL_DISTANCE) plan_bound(p, i);
   else if (t->source && c->iColumn == COL_ID) plan_filter(p, i, FILTER_ID, column_type(t, FILTER_ID));
   else if (c->iColumn >= N_FIXED && h < 0) plan_filter(p, i, c->iColumn - N_FIXED, column_type(t, c->iColumn - N_FIXED));
 }
 
-/* Rows come by query, then distance. */
-static int consumes_order(const sqlite3_index_info *info, int *sorted) {
+/* Rows come by query, then distance; *sorted: by distance alone. */
+static int consumes_order(sqlite3_index_info *info, int *sorted) {
   const struct sqlite3_index_orderby *o = info->aOrderBy;
-  *sorted = info->nOrderBy == 1 && o[0].iColumn == COL_DISTANCE && !o[0].desc;
-  int natural = info->nOrderBy >= 1 && info->nOrderBy <= 2 && o[0].iColumn == COL_QUERY_NO && !o[0].desc &&
-                (info->nOrderBy == 1 || (o[1].iColumn == COL_DISTANCE && !o[1].desc));
-  return *sorted || natural;
+  *sorted = plan_by_distance(info, 0, COL_DISTANCE);
+  int by_query = info->nOrderBy >= 1 && o[0].iColumn == COL_QUERY_NO && !o[0].desc;
+  return *sorted || (by_query && (info->nOrderBy == 1 || plan_by_distance(info, 1, COL_DISTANCE)));
 }
 
 static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
@@ -300,25 +300,23 @@ static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
   plan p;
   for (int i = 0; i < info->nConstraint; i++) {
     const struct sqlite3_index_constraint *c = &info->aConstraint[i];
-    int h = hidden_of(t, c->iColumn), eq = c->op == SQLITE_INDEX_CONSTRAINT_EQ;
-    if ((is_query(t, c) || (h >= 0 && eq)) && !c->usable) return SQLITE_CONSTRAINT;
+    int h = hidden_of(t, c->iColumn);
+    if ((is_query(t, c) || (h >= 0 && plan_gives(c))) && !c->usable) return SQLITE_CONSTRAINT;
     queries += is_query(t, c);
-    sources += h == HID_SOURCE && eq;
-    if (h == HID_K && sqlite3_vtab_in(info, i, -1)) {
-      v->zErrMsg = sqlite3_mprintf("k IN (...): one k per search");
-      return SQLITE_ERROR;
-    }
+    sources += h == HID_SOURCE && plan_gives(c);
   }
   if (queries > 1) {
+    sqlite3_free(v->zErrMsg);
     v->zErrMsg = sqlite3_mprintf("two queries in one search; several at once go through vec_pack()");
     return SQLITE_ERROR;
   }
-  if (!queries || !sources) return SQLITE_CONSTRAINT;
+  if (!queries || !sources) return plan_without(info, queries ? "source" : "query");
+  if (plan_misused(info, N_FIXED + (int)t->m.n_columns + HID_K, &v->zErrMsg)) return SQLITE_ERROR;
   plan_begin(&p, info);
   for (int i = 0; i < info->nConstraint; i++)
     if (info->aConstraint[i].usable) use_constraint(&p, t, i);
   info->orderByConsumed = consumes_order(info, &sorted);
-  return plan_end(&p, PLAN_SEARCH | (sorted ? PLAN_SORTED : 0) | (info->orderByConsumed ? PLAN_ORDERED : 0), PLAN_SEARCH_COST, 10);
+  return plan_end(&p, PLAN_SEARCH | (sorted ? PLAN_SORTED : 0), PLAN_SEARCH_COST, 10);
 }
 
 /* ---- cursors ---- */
@@ -357,10 +355,10 @@ static int x_close(sqlite3_vtab_cursor *v) {
   return SQLITE_OK;
 }
 
-static stream_options options_of(union_cursor *c, const union_table *t, uint32_t query_no, int sorted) {
+static stream_options options_of(union_cursor *c, const union_table *t, uint32_t query_no) {
   return (stream_options){.query = c->batch.vectors + (size_t)query_no * c->batch.dim, .dim = c->batch.dim, .has_k = c->plan.has_k,
                           .k = c->plan.k, .nprobe = c->plan.nprobe, .refine = c->plan.refine, .exact = c->plan.exact,
-                          .ordered = sorted, .filter = &c->plan.filter, .threads = t->c->threads};
+                          .filter = &c->plan.filter, .floor = c->plan.floor, .limit = c->plan.limit, .threads = t->c->threads};
 }
 
 static vs_rc add_results(union_cursor *c, stream *s, uint32_t query_no, vs_err *err) {
@@ -388,7 +386,7 @@ static vs_rc search_many(union_cursor *c, union_table *t, int sorted, vs_err *er
   c->many = 1;
   if (!c->plan.has_k) return vs_fail(err, VS_INVALID, "several queries at once need k");
   for (uint32_t i = 0; i < c->batch.n && !rc; i++) {
-    stream_options o = options_of(c, t, i, 1);
+    stream_options o = options_of(c, t, i);
     stream s = {0};
     rc = stream_open(&s, &c->statement, c->set.shards, c->set.n, &o, err);
     if (!rc) rc = add_results(c, &s, i, err);
@@ -419,10 +417,15 @@ static vs_rc search(union_cursor *c, union_table *t, int idx_num, vs_err *err) {
   }
   if (c->batch.dim != dim) return vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", c->batch.dim, c->set.shards[0]->path, dim);
   if (c->batch.n > 1) return search_many(c, t, (idx_num & PLAN_SORTED) != 0, err);
-  stream_options o = options_of(c, t, 0, (idx_num & PLAN_ORDERED) != 0);
+  stream_options o = options_of(c, t, 0);
   vs_rc rc = stream_open(&c->hits, &c->statement, c->set.shards, c->set.n, &o, err);
   c->eof = stream_eof(&c->hits);
   return rc;
+}
+
+static vs_rc no_query(const union_table *t, const char *missing, vs_err *err) {
+  if (t->source) return vs_fail(err, VS_INVALID, "%s needs a query: WHERE embedding MATCH :vector AND k = 10", t->name);
+  return vs_fail(err, VS_INVALID, "%s needs a %s: write shard_union(source, query, k)", t->name, missing);
 }
 
 static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, int argc, sqlite3_value **argv) {
@@ -430,7 +433,8 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   union_table *t = (union_table *)v->pVtab;
   vs_err err = {0};
   cursor_reset(c);
-  vs_rc rc = plan_decode(idx_str, argc, argv, column_type, t, &c->plan, &err);
+  vs_rc rc = (idx_num & PLAN_KIND) == PLAN_NO_QUERY ? no_query(t, idx_str, &err)
+                                                    : plan_decode(idx_str, argc, argv, column_type, t, &c->plan, &err);
   const char *source = t->source;
   statement_enter(&c->statement, PHASE_OPEN);
   statement_trace_begin(&c->statement);

@@ -8,7 +8,8 @@
  *
  * Schema: the id, the vector, the shard's metadata columns, then hidden: <table>, k, nprobe, refine, recall, exact, distance.
  * idxNum and idxStr: plan.h. xCreate opens the shard once and keeps its columns in the shadow table <table>_config, so that
- * xConnect touches no file of the shard: DROP and table lists work when it is gone. A statement pins the version that was the
+ * xConnect touches no file of the shard: DROP and table lists work when it is gone. Without a path the shard lies in the folder
+ * <database file>.vecshard/<table>; RENAME leaves it there and notes the old name in <table>_config. A statement pins the version that was the
  * newest when its cursor was first filtered.
  *
  * rowid: the id itself for integer ids, else segment * 2^32 + row, stable within a version.
@@ -32,8 +33,9 @@ typedef struct table {
   conn_table entry;
   conn *c;
   shard_manifest m;  /* columns only: no segments */
-  char *path;        /* as stored */
-  char *full_path;   /* resolved against the database file */
+  char *path;        /* as stored; NULL: the default one */
+  char *folder;      /* the last part of the default path, since the table was renamed; NULL: the table's name */
+  char *full_path;   /* resolved against the database file; NULL until first needed */
   uint64_t version;  /* 0: the newest */
   int from_schema;   /* xConnect: somebody else's file may have named the path */
   shard *open;       /* what the last statement used */
@@ -88,6 +90,7 @@ static vs_rc config_write(table *t, vs_err *err) {
 static vs_rc config_row(table *t, const char *key, sqlite3_stmt *stmt, vs_err *err) {
   const char *text = (const char *)sqlite3_column_text(stmt, 1);
   if (!strcmp(key, "path") && text && !(t->path = strdup(text))) return vs_nomem(err);
+  if (!strcmp(key, "folder") && text && !(t->folder = strdup(text))) return vs_nomem(err);
   if (!strcmp(key, "version")) t->version = (uint64_t)sqlite3_column_int64(stmt, 1);
   if (!strcmp(key, "columns") && text && !t->m.dim)
     return shard_manifest_parse(text, (size_t)sqlite3_column_bytes(stmt, 1), "the _config table", &t->m, err);
@@ -110,15 +113,27 @@ static vs_rc config_read(table *t, vs_err *err) {
 
 /* ---- paths ---- */
 
+static const char *folder_of(const table *t) { return t->folder ? t->folder : t->entry.name; }
+
 static vs_rc resolve_path(table *t, vs_err *err) {
   const char *file = sqlite3_db_filename(t->c->db, t->entry.schema);
+  if (t->full_path) return VS_OK;
   if (t->path) return conn_path_resolve(t->c, t->entry.schema, t->path, &t->full_path, err);
   if (!file || !*file) return vs_fail(err, VS_INVALID, "a table in memory needs a path: USING vecshard(path='db/NAME')");
-  if (asprintf(&t->full_path, "%s.vecshard/%s", file, t->entry.name) < 0) {
+  if (asprintf(&t->full_path, "%s.vecshard/%s", file, folder_of(t)) < 0) {
     t->full_path = NULL;
     return vs_nomem(err);
   }
   return VS_OK;
+}
+
+/* A database file that was copied without what lies beside it is how a default path comes to lead nowhere. */
+static vs_rc open_shard(table *t, shard **out, vs_err *err) {
+  vs_err why = {0};
+  vs_rc rc = shard_open(t->full_path, t->version, out, &why);
+  if (rc != VS_NOTFOUND || t->path || shard_dir_is_shard(t->full_path)) return rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
+  return vs_fail(err, rc, "%s. Without path= a table's shard lies there, beside the database file: copy or move the folder along "
+                 "with the file, or DROP the table and CREATE it with path='...'", why.text);
 }
 
 /* ---- connecting ---- */
@@ -127,7 +142,7 @@ static void table_free(table *t) {
   conn_table_remove(t->c, &t->entry);
   shard_close(t->open);
   shard_manifest_reset(&t->m);
-  free(t->entry.schema), free(t->entry.name), free(t->path), free(t->full_path);
+  free(t->entry.schema), free(t->entry.name), free(t->path), free(t->folder), free(t->full_path);
   conn_release(t->c);
   sqlite3_free(t);
 }
@@ -137,8 +152,9 @@ static vs_rc table_open(conn_table *entry, shard **out, vs_err *err) {
   *out = NULL;
   if (!t->open || (!t->version && !shard_is_fresh(t->open))) {
     shard *s;
-    vs_rc rc = t->from_schema && t->path ? conn_path_check_trust(t->c, t->entry.name, t->path, t->full_path, err) : VS_OK;
-    if (!rc) rc = shard_open(t->full_path, t->version, &s, err);
+    vs_rc rc = resolve_path(t, err);
+    if (!rc && t->from_schema) rc = conn_path_check_trust(t->c, t->entry.name, t->path ? t->path : folder_of(t), t->full_path, err);
+    if (!rc) rc = open_shard(t, &s, err);
     if (!rc && !schema_same(&s->manifest, &t->m)) {
       shard_close(s);
       rc = vs_fail(err, VS_INVALID, "%s: the shard now has other columns than when the table was created: DROP and create it again",
@@ -163,7 +179,7 @@ static vs_rc create(table *t, int argc, const char *const *argv, vs_err *err) {
   t->path = def.path, def.path = NULL;
   t->version = def.version;
   rc = resolve_path(t, err);
-  if (!rc) rc = shard_open(t->full_path, t->version, &s, err);
+  if (!rc) rc = open_shard(t, &s, err);
   if (!rc) rc = schema_compare(&def, &s->manifest, err);
   if (!rc) {
     shard_manifest copy = s->manifest; /* printed and parsed: a deep copy without the segments */
@@ -193,10 +209,7 @@ static int connect_table(sqlite3 *db, void *aux, int argc, const char *const *ar
   t->entry.schema = strdup(argv[1]), t->entry.name = strdup(argv[2]);
   vs_rc rc = t->entry.schema && t->entry.name ? VS_OK : vs_nomem(&err);
   if (!rc && creating) rc = create(t, argc - 3, argv + 3, &err);
-  else if (!rc) {
-    rc = config_read(t, &err);
-    if (!rc) rc = resolve_path(t, &err);
-  }
+  else if (!rc) rc = config_read(t, &err);
   if (!rc) rc = schema_declare(&t->m, t->entry.name, &sql, &err);
   if (!rc && creating) rc = config_write(t, &err);
   if (!rc && sqlite3_declare_vtab(db, sql)) rc = sql_failed(db, &err);
@@ -232,6 +245,15 @@ static int x_destroy(sqlite3_vtab *v) {
   return rc;
 }
 
+/* The shard stays where it is: a table at the default path keeps the name that the path was made from. */
+static char *rename_sql(const table *t, const char *name) {
+  sqlite3_str *s = sqlite3_str_new(t->c->db);
+  sqlite3_str_appendf(s, "ALTER TABLE \"%w\".\"%w_config\" RENAME TO \"%w_config\";", t->entry.schema, t->entry.name, name);
+  if (!t->path && !t->folder)
+    sqlite3_str_appendf(s, "INSERT OR REPLACE INTO \"%w\".\"%w_config\" VALUES('folder', %Q)", t->entry.schema, name, t->entry.name);
+  return sqlite3_str_finish(s);
+}
+
 static int x_rename(sqlite3_vtab *v, const char *name) {
   table *t = table_of(v);
   vs_err err = {0};
@@ -239,13 +261,17 @@ static int x_rename(sqlite3_vtab *v, const char *name) {
   vs_rc fit = schema_declare(&t->m, name, &declared, &err); /* the new name becomes a column, too */
   sqlite3_free(declared);
   if (fit) return conn_error(&err, &v->zErrMsg);
-  char *sql = sqlite3_mprintf("ALTER TABLE \"%w\".\"%w_config\" RENAME TO \"%w_config\"", t->entry.schema, t->entry.name, name);
-  char *copy = strdup(name);
+  char *sql = rename_sql(t, name), *copy = strdup(name);
   int rc = sql && copy ? sqlite3_exec(t->c->db, sql, NULL, NULL, NULL) : SQLITE_NOMEM;
   sqlite3_free(sql);
-  if (rc == SQLITE_OK) free(t->entry.name), t->entry.name = copy;
-  else free(copy);
-  return rc;
+  if (rc != SQLITE_OK) {
+    free(copy);
+    return rc;
+  }
+  if (!t->path && !t->folder) t->folder = t->entry.name;
+  else free(t->entry.name);
+  t->entry.name = copy;
+  return SQLITE_OK;
 }
 
 static int x_shadow_name(const char *suffix) { return !sqlite3_stricmp(suffix, "config"); }
@@ -261,7 +287,7 @@ static int is_search_column(const table *t, int column) {
 
 static int is_query(const table *t, const struct sqlite3_index_constraint *c) {
   return (c->iColumn == 1 && c->op == SQLITE_INDEX_CONSTRAINT_MATCH) ||
-         (hidden_of(t, c->iColumn) == HIDDEN_QUERY && c->op == SQLITE_INDEX_CONSTRAINT_EQ);
+         (hidden_of(t, c->iColumn) == HIDDEN_QUERY && plan_gives(c));
 }
 
 static int plan_refuse(sqlite3_vtab *v, const char *text) {
@@ -279,12 +305,9 @@ static void use_search_argument(plan *p, table *t, int i) {
   static const char *const entries[] = {"q", "k", "n", "r", "R", "x"};
   const struct sqlite3_index_constraint *c = &p->info->aConstraint[i];
   int h = hidden_of(t, c->iColumn);
-  char bound[3] = {'d', c->op == SQLITE_INDEX_CONSTRAINT_LT ? '<' : '{', 0};
-  char floor[3] = {'b', c->op == SQLITE_INDEX_CONSTRAINT_GT ? '>' : '}', 0};
   if (is_query(t, c)) plan_use(p, i, 1, "q");
-  else if (is_search_column(t, c->iColumn) && c->op == SQLITE_INDEX_CONSTRAINT_EQ) plan_use(p, i, 1, entries[h]);
-  else if (h == HIDDEN_DISTANCE && (c->op == SQLITE_INDEX_CONSTRAINT_LT || c->op == SQLITE_INDEX_CONSTRAINT_LE)) plan_use(p, i, 0, bound);
-  else if (h == HIDDEN_DISTANCE && (c->op == SQLITE_INDEX_CONSTRAINT_GT || c->op == SQLITE_INDEX_CONSTRAINT_GE)) plan_use(p, i, 0, floor);
+  else if (is_search_column(t, c->iColumn) && plan_gives(c)) plan_use(p, i, 1, entries[h]);
+  else if (h == HIDDEN_DISTANCE) plan_bound(p, i);
   else if (c->iColumn == 0 || (c->iColumn == -1 && !t->m.id_text)) plan_filter(p, i, FILTER_ID, column_type(&t->m, FILTER_ID));
   else if (c->iColumn >= 2 && c->iColumn < 2 + (int)t->m.n_columns)
     plan_filter(p, i, c->iColumn - 2, column_type(&t->m, c->iColumn - 2));
@@ -292,21 +315,27 @@ static void use_search_argument(plan *p, table *t, int i) {
 
 static int plan_search_query(table *t, sqlite3_index_info *info) {
   plan p;
-  int sorted = 0;
-  for (int i = 0; i < info->nConstraint; i++)
-    if (hidden_of(t, info->aConstraint[i].iColumn) == HIDDEN_K && sqlite3_vtab_in(info, i, -1))
-      return plan_refuse(&t->base, "k IN (...): one k per search");
+  if (plan_misused(info, 2 + (int)t->m.n_columns + HIDDEN_K, &t->base.zErrMsg)) return SQLITE_ERROR;
+  for (int i = 0; i < info->nConstraint; i++) {
+    const struct sqlite3_index_constraint *c = &info->aConstraint[i];
+    if ((is_query(t, c) || (is_search_column(t, c->iColumn) && plan_gives(c))) && !c->usable)
+      return SQLITE_CONSTRAINT; /* another join order must come first */
+  }
   plan_begin(&p, info);
   for (int i = 0; i < info->nConstraint; i++)
     if (info->aConstraint[i].usable) use_search_argument(&p, t, i);
-  if (info->nOrderBy == 1 && hidden_of(t, info->aOrderBy[0].iColumn) == HIDDEN_DISTANCE && !info->aOrderBy[0].desc)
-    sorted = info->orderByConsumed = 1;
-  return plan_end(&p, PLAN_SEARCH | (sorted ? PLAN_SORTED | PLAN_ORDERED : 0), PLAN_SEARCH_COST, 10);
+  info->orderByConsumed = plan_by_distance(info, 0, 2 + (int)t->m.n_columns + HIDDEN_DISTANCE);
+  return plan_end(&p, PLAN_SEARCH | (info->orderByConsumed ? PLAN_SORTED : 0), PLAN_SEARCH_COST, 10);
 }
 
 static int plan_without_query(table *t, sqlite3_index_info *info) {
+  static const char *const names[] = {"", "k", "nprobe", "refine", "recall", "exact"};
   plan p;
-  (void)t;
+  for (int i = 0; i < info->nConstraint; i++) { /* they go with a query */
+    const struct sqlite3_index_constraint *c = &info->aConstraint[i];
+    if (!is_search_column(t, c->iColumn) || c->op != SQLITE_INDEX_CONSTRAINT_EQ) continue;
+    return c->usable ? plan_without(info, names[hidden_of(t, c->iColumn)]) : SQLITE_CONSTRAINT;
+  }
   plan_begin(&p, info);
   for (int i = 0; i < info->nConstraint; i++) {
     const struct sqlite3_index_constraint *c = &info->aConstraint[i];
@@ -323,18 +352,9 @@ static int plan_without_query(table *t, sqlite3_index_info *info) {
 static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
   table *t = table_of(v);
   int queries = 0;
-  for (int i = 0; i < info->nConstraint; i++) {
-    const struct sqlite3_index_constraint *c = &info->aConstraint[i];
-    int search = is_query(t, c) || (is_search_column(t, c->iColumn) && c->op == SQLITE_INDEX_CONSTRAINT_EQ);
-    if (search && !c->usable) return SQLITE_CONSTRAINT; /* another join order must come first */
-    queries += is_query(t, c);
-  }
+  for (int i = 0; i < info->nConstraint; i++) queries += is_query(t, &info->aConstraint[i]);
   if (queries > 1) return plan_refuse(v, "two queries in one search: one MATCH (or one table argument) is possible");
-  if (queries) return plan_search_query(t, info);
-  for (int i = 0; i < info->nConstraint; i++)
-    if (is_search_column(t, info->aConstraint[i].iColumn) && info->aConstraint[i].op == SQLITE_INDEX_CONSTRAINT_EQ)
-      return SQLITE_CONSTRAINT; /* they go with a query; the OR optimisation may still find one */
-  return plan_without_query(t, info);
+  return queries ? plan_search_query(t, info) : plan_without_query(t, info);
 }
 
 /* ---- cursors ---- */
@@ -367,25 +387,19 @@ static int x_close(sqlite3_vtab_cursor *v) {
   return SQLITE_OK;
 }
 
-static int beyond_limit(const cursor *c) {
-  double d = stream_hit(&c->hits)->distance;
-  return c->plan.has_limit && (c->plan.limit_open ? d >= c->plan.limit : d > c->plan.limit);
-}
-
-static vs_rc start_search(cursor *c, table *t, int sorted, vs_err *err) {
+static vs_rc start_search(cursor *c, table *t, vs_err *err) {
   float *query = NULL;
   uint32_t dim;
   vs_rc rc = vec_from_value(c->plan.query, &query, &dim, err);
   if (!rc && query) {
     stream_options o = {.query = query, .dim = dim, .has_k = c->plan.has_k, .k = c->plan.k, .nprobe = c->plan.nprobe,
-                        .refine = c->plan.refine, .exact = c->plan.exact, .ordered = sorted, .filter = &c->plan.filter,
-                        .has_floor = c->plan.has_floor, .floor_open = c->plan.floor_open, .floor = c->plan.floor,
-                        .threads = t->c->threads};
+                        .refine = c->plan.refine, .exact = c->plan.exact, .filter = &c->plan.filter, .floor = c->plan.floor,
+                        .limit = c->plan.limit, .threads = t->c->threads};
     if (dim != t->m.dim) rc = vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", dim, t->entry.name, t->m.dim);
     if (!rc) rc = stream_open(&c->hits, &c->statement, &c->s, 1, &o, err);
   }
   sqlite3_free(query);
-  c->eof = !rc && (stream_eof(&c->hits) || beyond_limit(c));
+  c->eof = !rc && stream_eof(&c->hits);
   return rc;
 }
 
@@ -434,12 +448,14 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   cursor_reset(c);
   c->kind = idx_num & PLAN_KIND;
   c->segment = c->row = 0;
-  vs_rc rc = plan_decode(idx_str, argc, argv, column_type, &t->m, &c->plan, &err);
+  vs_rc rc = c->kind == PLAN_NO_QUERY
+                 ? vs_fail(&err, VS_INVALID, "%s needs a query: %s MATCH :vector", idx_str, t->m.vector_name)
+                 : plan_decode(idx_str, argc, argv, column_type, &t->m, &c->plan, &err);
   statement_enter(&c->statement, PHASE_OPEN);
   if (c->kind == PLAN_SEARCH) statement_trace_begin(&c->statement);
   if (!rc) rc = table_open(&t->entry, &c->s, &err);
   statement_phase(&c->statement, PHASE_SCAN);
-  if (!rc && c->kind == PLAN_SEARCH) rc = start_search(c, t, (idx_num & PLAN_ORDERED) != 0, &err);
+  if (!rc && c->kind == PLAN_SEARCH) rc = start_search(c, t, &err);
   else if (!rc && c->kind == PLAN_SCAN) settle_scan(c);
   else if (!rc) rc = start_lookup(c, t, &err);
   statement_leave(&c->statement);
@@ -458,7 +474,7 @@ static int x_next(sqlite3_vtab_cursor *v) {
     vs_rc rc = stream_next(&c->hits, &err);
     statement_leave(&c->statement);
     if (rc) return conn_error(&err, &v->pVtab->zErrMsg);
-    c->eof = stream_eof(&c->hits) || beyond_limit(c);
+    c->eof = stream_eof(&c->hits);
   } else c->eof = 1;
   return SQLITE_OK;
 }
