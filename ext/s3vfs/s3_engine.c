@@ -19,6 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "../base/vs_pool.h"
 #include "../base/vs_scope.h"
 #include "s3_xml.h"
 
@@ -609,6 +610,7 @@ static int start_waiting(void) {
 static void *engine_main(void *arg) {
   int stop = 0, cancels = 0, running = 0;
   (void)arg;
+  pthread_setname_np(pthread_self(), VS_THREAD_NAME " net"); /* libcurl's threads for look-ups of names inherit it */
   for (;;) {
     take_queue(&stop, &cancels);
     if (stop) return NULL; /* the process ends: nobody waits, and its memory goes with it */
