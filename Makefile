@@ -1,4 +1,4 @@
-# vecshard: make | make test | make demo | make check SAN=address|thread | make soak | make clean
+# vecshard: make | make test | make demo | make demo-s3 | make check SAN=address|thread | make soak | make clean
 #
 # Everything is compiled twice: build/obj/ext for the loadable extension (SQLite through sqlite3_api), build/obj/core for
 # static linking and the tool (SQLite called directly). Only the kernel files get wider instructions; they are chosen at run
@@ -72,6 +72,8 @@ $(OUT)/test/%: $(OUT)/obj/core/test/%.o
 
 deps:
 	@tool/install-deps build
+deps-store:
+	@tool/install-deps store
 deps-test:
 	@tool/install-deps test
 
@@ -87,6 +89,10 @@ demo: deps
 	@$(MAKE) --no-print-directory -s -j$$(nproc) all
 	@tool/demo.sh $(H5)
 
+demo-s3: deps-store
+	@$(MAKE) --no-print-directory -s -j$$(nproc) all
+	@tool/demo-s3.sh
+
 soak: deps-test
 	@$(MAKE) --no-print-directory all
 	@/usr/bin/python3 test/soak.py
@@ -95,4 +101,4 @@ clean:
 	rm -rf build build-address build-thread
 
 -include $(shell find $(OUT)/obj -name '*.d' 2>/dev/null)
-.PHONY: all test c-tests check check-all demo soak deps deps-test clean
+.PHONY: all test c-tests check check-all demo demo-s3 soak deps deps-store deps-test clean
