@@ -14,7 +14,7 @@ CFLAGS ?= -O2 -g
 ALL_CFLAGS := -std=gnu11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -ffp-contract=off -fno-omit-frame-pointer $(WARN) $(CFLAGS) $(SAN_FLAGS)
 HDF5_CFLAGS := $(shell pkg-config --cflags hdf5-serial 2>/dev/null || pkg-config --cflags hdf5 2>/dev/null)
 HDF5_LIBS := $(shell pkg-config --libs hdf5-serial 2>/dev/null || pkg-config --libs hdf5 2>/dev/null || echo -lhdf5)
-LIBS := -lm -lpthread
+LIBS := -lcrypto -lm -lpthread
 
 LOWER := $(wildcard ext/base/*.c ext/kernels/*.c ext/ivfpq/*.c) ext/input/input_fault.c
 UPPER := $(wildcard ext/s3vfs/*.c ext/shard/*.c) $(filter-out ext/vtab/hdf5_vectors.c,$(wildcard ext/vtab/*.c)) ext/vecshard.c
@@ -58,6 +58,7 @@ $(OUT)/test/test_kernels: $(call core_obj,$(wildcard ext/kernels/*.c))
 $(OUT)/test/test_ivfpq: $(call core_obj,$(LOWER) ext/s3vfs/io_local.c)
 $(OUT)/test/test_base: $(call core_obj,$(wildcard ext/base/*.c) ext/s3vfs/io_local.c)
 $(OUT)/test/test_input: $(call core_obj,$(INPUT) $(LOWER))
+$(OUT)/test/test_s3_sign: $(call core_obj,ext/base/vs_err.c ext/s3vfs/s3_sign.c)
 $(OUT)/test/test_manifest: $(OUT)/libvecshard.a
 $(OUT)/test/test_embed: $(OUT)/libvecshard.a
 SQLITE_LIB_test_manifest := -lsqlite3
