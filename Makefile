@@ -59,6 +59,7 @@ $(OUT)/test/test_ivfpq: $(call core_obj,$(LOWER) ext/s3vfs/io_local.c)
 $(OUT)/test/test_base: $(call core_obj,$(wildcard ext/base/*.c) ext/s3vfs/io_local.c)
 $(OUT)/test/test_input: $(call core_obj,$(INPUT) $(LOWER))
 $(OUT)/test/test_s3_sign: $(call core_obj,ext/base/vs_err.c ext/s3vfs/s3_sign.c)
+$(OUT)/test/test_s3_config: $(call core_obj,ext/base/vs_err.c ext/s3vfs/s3_config.c ext/s3vfs/s3_profile.c)
 $(OUT)/test/test_manifest: $(OUT)/libvecshard.a
 $(OUT)/test/test_embed: $(OUT)/libvecshard.a
 SQLITE_LIB_test_manifest := -lsqlite3
