@@ -44,12 +44,11 @@ struct vs_io {
 /* Starts reading all ranges, or none on failure. A range outside the object is VS_CORRUPT: offsets come from files. ptr is set
  * by vs_io_wait; release is legal in between. */
 static inline vs_rc vs_io_begin(vs_io *io, vs_range *r, size_t n, vs_err *err) {
-  for (size_t i = 0; i < n; i++) {
-    r[i].ptr = NULL, r[i].owner = NULL, r[i].checked = NULL;
+  for (size_t i = 0; i < n; i++) r[i].ptr = NULL, r[i].owner = NULL, r[i].checked = NULL;
+  for (size_t i = 0; i < n; i++)
     if (r[i].off > io->size || r[i].len > io->size - r[i].off)
       return vs_corrupt(err, "%s: a range at %llu of %llu bytes lies outside the file of %llu bytes", io->name,
                         (unsigned long long)r[i].off, (unsigned long long)r[i].len, (unsigned long long)io->size);
-  }
   return io->begin(io, r, n, err);
 }
 /* Completes what was begun; on failure all of it is released (releasing it again is legal). */

@@ -15,7 +15,9 @@
 
 enum { ROWS_PER_FLAGS = 65536 };
 
+/* What is read again must come anew: bytes may have been damaged on their way, or been repaired since. */
 static vs_rc damaged(const ivfpq_segment *s, vs_err *err, const char *what) {
+  if (s->io->forget) vs_io_forget(s->io);
   return vs_corrupt(err, "%s: damaged: %s", s->io->name, what);
 }
 
@@ -442,8 +444,10 @@ static vs_rc check_row(ivfpq_segment *s, uint32_t row, const vs_range *r, const 
   unsigned char *flags = row_flags(s, row);
   uint32_t at = row % ROWS_PER_FLAGS, size = s->params.row_bytes;
   if (was_checked(r, flags, at / 8, 1u << at % 8)) return VS_OK;
-  if (load_u32(record + size - 4) != ivfpq_check32(record, size - 4))
+  if (load_u32(record + size - 4) != ivfpq_check32(record, size - 4)) {
+    if (s->io->forget) vs_io_forget(s->io);
     return vs_corrupt(err, "%s: damaged: checksum of row %u", s->io->name, row);
+  }
   if (!r->checked) flag_set(flags, at / 8, 1u << at % 8);
   return VS_OK;
 }

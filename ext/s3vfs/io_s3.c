@@ -39,6 +39,7 @@ typedef struct extent {
   int refs;       /* holders and reads under way */
   int in_table, in_list;
   size_t pending; /* reads under way */
+  unsigned forks, retries; /* forks before it was made; attempts that its reads took beyond the first */
   vs_rc rc;
   char *why;
   unsigned char checked;
@@ -52,6 +53,7 @@ static struct {
   size_t n_slots, n_extents;
   extent *newest, *oldest;
   uint64_t bytes, pinned, limit;
+  unsigned forks; /* that led to this process: reads of before are the parent's */
 } C = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 typedef struct prime { uint64_t off, len; uint8_t *bytes; struct prime *next; } prime;
@@ -61,7 +63,7 @@ typedef struct s3_io {
   s3_place *place;
   char *key, *name;
   char etag[S3_ETAG_MAX]; /* guarded by C.lock until it is set */
-  int has_etag;
+  int has_etag, by_content; /* by_content: its name says what it holds, whatever the ETag */
   XXH128_hash_t object;
   prime *primes;
 } s3_io;
@@ -215,8 +217,9 @@ static void in_child(void) {
   for (size_t i = 0; i < C.n_slots; i++)
     for (extent *e = C.table[i], *next; e; e = next) {
       next = e->chain;
-      if (e->state == LOADING) take_from_table(e), e->state = FAILED, e->rc = VS_IO;
+      if (e->state == LOADING) take_from_table(e);
     }
+  C.forks++;
   make_condition();
   pthread_mutex_unlock(&C.lock);
 }
@@ -250,6 +253,10 @@ typedef struct reading { s3_io *io; extent **extents; size_t n; uint64_t round; 
 
 /* Is it still the object that was opened? Where a server sends no ETag, the size is all there is to tell. */
 static void check_object(s3_io *io, s3_job *j) {
+  if (io->by_content && j->rc && j->status == 412) { /* the same file, sent again: its new ETag will be learnt */
+    io->has_etag = 0; /* this statement fails and says so, the next one reads on; checksums guard each block */
+    return;
+  }
   if (j->rc) return;
   if (j->total != UINT64_MAX && j->total != io->base.size)
     j->rc = vs_fail(&j->err, VS_IO, "%s: the object has %llu bytes, not %llu: it changed, open it again", io->name,
@@ -268,6 +275,7 @@ static void reading_done(s3_job *j) {
   for (size_t i = 0; i < r->n; i++) {
     extent *e = r->extents[i];
     e->pending--;
+    if (!i && j->tries) e->retries += j->tries - 1;
     if (j->rc && !e->rc) {
       e->rc = j->rc, e->why = strdup(j->err.text);
       take_from_table(e);
@@ -379,7 +387,7 @@ static extent *new_extent(const s3_io *io, const vs_range *r) {
   extent *e = aligned_alloc(64, (head + r->len + VS_IO_PAD + 63) / 64 * 64);
   if (!e) return NULL;
   memset(e, 0, sizeof *e);
-  e->object = io->object, e->off = r->off, e->len = r->len, e->round = vs_scope_next_round();
+  e->object = io->object, e->off = r->off, e->len = r->len, e->round = vs_scope_next_round(), e->forks = C.forks;
   e->data = (uint8_t *)e + head;
   memset(e->data + r->len, 0, VS_IO_PAD);
   return e;
@@ -391,24 +399,35 @@ static const uint8_t *primed(const s3_io *io, const vs_range *r) {
   return NULL;
 }
 
+/* Bytes that are known already, held, and nobody else's: what a hint says is not for the cache. */
+static extent *private_extent(const s3_io *io, const vs_range *r, const uint8_t *bytes) {
+  extent *e = new_extent(io, r);
+  if (!e) return NULL;
+  if (r->len) memcpy(e->data, bytes, r->len);
+  e->state = READY, e->round = 0;
+  pthread_mutex_lock(&C.lock);
+  hold(e);
+  pthread_mutex_unlock(&C.lock);
+  return e;
+}
+
 /* The extent of a range, held: found, or new (then *is_new). NULL without memory. */
 static extent *claim(const s3_io *io, const vs_range *r, int *is_new) {
   extent like = {.object = io->object, .off = r->off, .len = r->len};
+  const uint8_t *have = primed(io, r);
   *is_new = 0;
+  if (have || !r->len) return private_extent(io, r, have);
   pthread_mutex_lock(&C.lock);
   extent *e = lookup(&like);
   if (e) hold(e);
   pthread_mutex_unlock(&C.lock);
   if (e) return e;
   extent *made = new_extent(io, r);
-  const uint8_t *have = primed(io, r);
   if (!made) return NULL;
-  if (have) memcpy(made->data, have, r->len);
-  if (have || !r->len) made->state = READY, made->round = 0;
   pthread_mutex_lock(&C.lock);
   if (!(e = lookup(&like)) && insert(made)) {
     e = made;
-    *is_new = made->state == LOADING;
+    *is_new = 1;
     made = NULL;
   }
   if (e) hold(e);
@@ -481,9 +500,20 @@ static int wait_a_little(void) {
   return pthread_cond_timedwait(&C.arrived, &C.lock, &until) != ETIMEDOUT;
 }
 
+static void count_retries(extent *e) {
+  vs_scope *s = vs_scope_current();
+  if (s && e->retries) {
+    __atomic_fetch_add(&s->traffic.retries, e->retries, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&s->traffic.requests, e->retries, __ATOMIC_RELAXED);
+  }
+  e->retries = 0;
+}
+
 static vs_rc wait_for(extent *e, uint64_t *round, vs_err *err) {
   vs_rc rc = VS_OK;
   pthread_mutex_lock(&C.lock);
+  if (e->state == LOADING && e->forks != C.forks)
+    rc = vs_fail(err, VS_IO, "the process was forked while this was read: run the statement again");
   while (e->state == LOADING && !rc) {
     if (wait_a_little()) continue;
     pthread_mutex_unlock(&C.lock);
@@ -492,7 +522,7 @@ static vs_rc wait_for(extent *e, uint64_t *round, vs_err *err) {
   }
   if (!rc && e->state == FAILED) rc = vs_fail(err, e->rc, "%s", e->why ? e->why : "out of memory");
   if (e->round > *round) *round = e->round;
-  if (!rc) e->round = 0; /* whoever finds it later did not wait */
+  if (!rc) count_retries(e), e->round = 0; /* whoever finds it later did not wait */
   pthread_mutex_unlock(&C.lock);
   return rc;
 }
@@ -587,6 +617,7 @@ vs_rc io_s3_open(s3_place *place, const char *key, const io_s3_known *known, vs_
   if (!c) return vs_nomem(err);
   s3_io *io = &c->io;
   c->refs = 1;
+  io->by_content = content != NULL && !etag;
   io->place = s3_place_share(place);
   io->key = strdup(key), io->name = s3_place_name(place, key);
   io->base = (vs_io){.size = size, .name = io->name, .begin = begin, .wait = wait_all, .release = release, .forget = forget,

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../base/vs_scope.h"
 #include "s3_engine.h"
 #include "s3_sign.h"
 #include "s3_xml.h"
@@ -23,11 +24,18 @@ static vs_rc run(s3_job *j, vs_err *err) {
   return s3_job_wait(j, err);
 }
 
+static vs_rc bad_answer(s3_place *p, const char *key, const vs_err *why, vs_err *err) {
+  char *name = s3_place_name(p, key);
+  vs_rc rc = vs_fail(err, why->rc ? why->rc : VS_IO, "%s: %s", name ? name : "S3", why->rc ? why->text : "an answer that S3 does not give");
+  free(name);
+  return rc;
+}
+
 vs_rc s3_head(s3_place *p, const char *key, s3_meta *out, vs_err *err) {
   s3_job *j = s3_job_new(p, S3_HEAD, key);
   if (!j) return vs_nomem(err);
   vs_rc rc = run(j, err);
-  if (!rc && j->total == UINT64_MAX) rc = vs_fail(err, VS_IO, "%s: the server does not tell its size", key);
+  if (!rc && j->total == UINT64_MAX) rc = bad_answer(p, key, &(vs_err){.rc = VS_IO, .text = "the server does not tell its size"}, err);
   if (!rc) fill_meta(j, j->total, out);
   s3_job_release(j);
   return rc;
@@ -138,13 +146,6 @@ static vs_rc take_text(char **out, const char *text, vs_err *err) {
 static vs_rc upload_id_element(void *ctx, const char *parent, const char *name, const char *text, vs_err *err) {
   (void)parent;
   return strcmp(name, "UploadId") ? VS_OK : take_text(ctx, text, err);
-}
-
-static vs_rc bad_answer(s3_place *p, const char *key, const vs_err *why, vs_err *err) {
-  char *name = s3_place_name(p, key);
-  vs_rc rc = vs_fail(err, why->rc ? why->rc : VS_IO, "%s: %s", name ? name : "S3", why->rc ? why->text : "an answer that S3 does not give");
-  free(name);
-  return rc;
 }
 
 vs_rc s3_multipart_begin(s3_place *p, const char *key, char **upload_id, vs_err *err) {
@@ -265,6 +266,13 @@ static vs_rc part_element(void *ctx, const char *parent, const char *name, const
   return VS_OK;
 }
 
+/* Between two pages: the marker of the next one must be another, or a broken store is asked for ever. *last keeps a copy. */
+static vs_rc check_progress(char **last, const char *marker, vs_err *err) {
+  if (vs_scope_stopped()) return vs_fail(err, VS_INTERRUPT, "interrupted");
+  if (!*marker || (*last && !strcmp(*last, marker))) return vs_fail(err, VS_IO, "the store's listing does not go on: it names the same page again");
+  return take_text(last, marker, err);
+}
+
 /* One GET whose answer is XML. query is taken. */
 static vs_rc get_xml(s3_place *p, const char *key, char *query, s3_xml_fn fn, void *ctx, vs_err *err) {
   s3_job *j = query ? s3_job_new(p, S3_GET, key) : NULL;
@@ -282,14 +290,16 @@ static vs_rc get_xml(s3_place *p, const char *key, char *query, s3_xml_fn fn, vo
 
 vs_rc s3_multipart_parts(s3_place *p, const char *key, const char *upload_id, s3_part_fn fn, void *ctx, vs_err *err) {
   parts_page g = {.fn = fn, .ctx = ctx};
+  char *last = NULL;
   vs_rc rc = VS_OK;
   do {
     char *query = upload_query(upload_id, 0, g.next);
     free(g.next);
     g.next = NULL, g.more = 0;
     rc = get_xml(p, key, query, part_element, &g, err);
+    if (!rc && g.more && g.next) rc = check_progress(&last, g.next, err);
   } while (!rc && g.more && g.next);
-  free(g.next);
+  free(g.next), free(last);
   return rc;
 }
 
@@ -316,6 +326,7 @@ static vs_rc upload_element(void *ctx, const char *parent, const char *name, con
 
 vs_rc s3_multipart_uploads(s3_place *p, const char *key, s3_upload_fn fn, void *ctx, vs_err *err) {
   uploads_page g = {.key = key, .fn = fn, .ctx = ctx, .started = -1};
+  char *last = NULL;
   vs_rc rc = VS_OK;
   do {
     char *prefix = s3_encode(key, 0), *k = g.next_key ? s3_encode(g.next_key, 0) : NULL, *i = g.next_id ? s3_encode(g.next_id, 0) : NULL, *q = NULL;
@@ -324,8 +335,9 @@ vs_rc s3_multipart_uploads(s3_place *p, const char *key, s3_upload_fn fn, void *
     free(prefix), free(k), free(i);
     g.more = 0;
     rc = get_xml(p, "", n < 0 ? NULL : q, upload_element, &g, err);
+    if (!rc && g.more && g.next_key && g.next_id) rc = check_progress(&last, g.next_id, err);
   } while (!rc && g.more && g.next_key && g.next_id);
-  free(g.upload_key), free(g.id), free(g.next_key), free(g.next_id);
+  free(last), free(g.upload_key), free(g.id), free(g.next_key), free(g.next_id);
   return rc;
 }
 
@@ -357,7 +369,12 @@ static vs_rc give_entry(list_page *g, char *encoded, int is_prefix, vs_err *err)
 static vs_rc list_element(void *ctx, const char *parent, const char *name, const char *text, vs_err *err) {
   list_page *g = ctx;
   int of_object = !strcmp(parent, "Contents");
-  if (!strcmp(name, "Contents")) return g->key ? give_entry(g, g->key, 0, err) : VS_OK;
+  if (!strcmp(name, "Contents")) {
+    vs_rc rc = g->key ? give_entry(g, g->key, 0, err) : VS_OK;
+    free(g->key);
+    g->key = NULL, g->size = 0, g->etag[0] = 0, g->modified = -1;
+    return rc;
+  }
   if (of_object && !strcmp(name, "Key")) return take_text(&g->key, text, err);
   if (of_object && !strcmp(name, "Size")) g->size = strtoull(text, NULL, 10);
   else if (of_object && !strcmp(name, "ETag")) snprintf(g->etag, sizeof g->etag, "%s", text);
@@ -397,13 +414,15 @@ vs_rc s3_list_read(const uint8_t *body, size_t n, s3_list_fn fn, void *ctx, int 
 vs_rc s3_list(s3_place *p, const char *prefix, const char *delimiter, const char *after, uint64_t max, s3_list_fn fn, void *ctx,
               vs_err *err) {
   list_page g = {.fn = fn, .ctx = ctx, .left = max ? max : UINT64_MAX, .modified = -1};
+  char *last = NULL;
   vs_rc rc = VS_OK;
   do {
     char *query = list_query(&g, prefix, delimiter, after);
     free(g.token);
     g.token = NULL, g.more = 0;
     rc = get_xml(p, "", query, list_element, &g, err);
+    if (!rc && g.more && g.token && g.left) rc = check_progress(&last, g.token, err);
   } while (!rc && g.more && g.token && g.left);
-  free(g.key), free(g.token);
+  free(g.key), free(g.token), free(last);
   return rc;
 }

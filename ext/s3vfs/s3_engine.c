@@ -35,6 +35,8 @@ enum {
   CONNECT_TRIES = 4,         /* a host that refuses or has no address will hardly appear within the deadline */
   ERROR_BODY = 65536,
   DEFAULT_TIMEOUT_MS = 60000,
+  QUEUED_JOB_MS = 20,        /* more for each job that is under way already, ... */
+  SLOW_BYTES_PER_MS = 125,   /* ... and for their bytes, at 1 Mbit/s */
   STOP_POLL_MS = 20
 };
 
@@ -43,6 +45,7 @@ static struct {
   pthread_cond_t finished;
   s3_job *queue;              /* submitted, newest first */
   int running, stopping, cancels;
+  uint64_t n_jobs, n_bytes;   /* under way */
   pthread_t thread;
   CURLM *multi;
   int *sockets;               /* open ones, for a forked child to close */
@@ -101,12 +104,15 @@ void s3_job_release(s3_job *j) {
   free(j);
 }
 
+static uint64_t job_bytes(const s3_job *j) { return j->body_len + (j->method == S3_GET && j->len != UINT64_MAX ? j->len : 0); }
+
 /* The job's end: tells whoever waits. */
 static void finish(s3_job *j) {
   if (j->rc == VS_OK) j->err.text[0] = 0;
   if (j->done) j->done(j);
   pthread_mutex_lock(&E.lock);
   j->finished = 1;
+  E.n_jobs--, E.n_bytes -= job_bytes(j);
   pthread_cond_broadcast(&E.finished);
   pthread_mutex_unlock(&E.lock);
   s3_job_release(j);
@@ -195,11 +201,15 @@ static int take_data(s3_job *j, const void *p, size_t n) {
   return 1;
 }
 
-static void take_error_text(s3_job *j, const char *p, size_t n) {
-  if (!j->error_body && !(j->error_body = malloc(ERROR_BODY))) return;
-  if (n > ERROR_BODY - j->n_error) n = ERROR_BODY - j->n_error;
+/* 0: that is enough of it. */
+static int take_error_text(s3_job *j, const char *p, size_t n) {
+  if (!j->error_body && !(j->error_body = malloc(ERROR_BODY + 1))) return 1;
+  int fits = n <= ERROR_BODY - j->n_error;
+  if (!fits) n = ERROR_BODY - j->n_error;
   memcpy(j->error_body + j->n_error, p, n);
   j->n_error += n;
+  j->error_body[j->n_error] = 0;
+  return fits;
 }
 
 static void look_at_status(s3_job *j) {
@@ -217,8 +227,7 @@ static size_t on_body(char *p, size_t size, size_t n, void *ctx) {
   look_at_status(j);
   if (j->refused) return 0;
   if (j->status / 100 != 2) {
-    take_error_text(j, p, n);
-    return n;
+    return take_error_text(j, p, n) ? n : 0;
   }
   if (is_ranged(j) && n > j->len - j->have) {
     refuse(j, VS_IO, "the server sent more than the range asked for");
@@ -232,18 +241,18 @@ static size_t on_body(char *p, size_t size, size_t n, void *ctx) {
 
 static size_t on_read(char *p, size_t size, size_t n, void *ctx) {
   s3_job *j = ctx;
-  size_t left = j->body_len - (size_t)j->have;
+  size_t left = j->body_len - j->sent;
   n *= size;
   if (n > left) n = left;
-  if (n) memcpy(p, j->body + j->have, n);
-  j->have += n;
+  if (n) memcpy(p, j->body + j->sent, n);
+  j->sent += n;
   return n;
 }
 
 static int on_seek(void *ctx, curl_off_t off, int origin) {
   s3_job *j = ctx;
   if (origin != SEEK_SET || off < 0 || (uint64_t)off > j->body_len) return CURL_SEEKFUNC_CANTSEEK;
-  j->have = (uint64_t)off;
+  j->sent = (size_t)off;
   return CURL_SEEKFUNC_OK;
 }
 
@@ -357,7 +366,8 @@ static int set_headers(s3_job *j, const s3_attempt *a) {
 /* Nothing of an earlier attempt remains but the bytes of a ranged answer. */
 static void forget_attempt(s3_job *j) {
   j->status = 0, j->code[0] = 0, j->refused = 0, j->n_error = 0, j->curl_error[0] = 0;
-  if (!is_ranged(j)) j->have = 0, j->n_data = 0;
+  j->sent = 0;
+  if (!is_ranged(j) || !j->etag[0]) j->have = 0, j->n_data = 0; /* without an ETag nobody knows that both halves belong together */
 }
 
 static void start(s3_job *j) {
@@ -374,6 +384,7 @@ static void start(s3_job *j) {
     set_options(j, j->easy, &a);
     if (!set_headers(j, &a) || curl_multi_add_handle(E.multi, j->easy)) rc = vs_nomem(&err);
   }
+  j->generation = a.generation;
   s3_attempt_reset(&a);
   if (!rc) {
     j->next = T.active, T.active = j;
@@ -419,7 +430,10 @@ static int is_passing(CURLcode c) {
 static void curl_failed(s3_job *j, CURLcode code) {
   char what[512];
   const char *text = j->curl_error[0] ? j->curl_error : curl_easy_strerror(code);
-  if (code == CURLE_COULDNT_CONNECT || code == CURLE_COULDNT_RESOLVE_HOST) j->connect_failures++;
+  if (code == CURLE_COULDNT_RESOLVE_PROXY) text = curl_easy_strerror(code); /* curl's own shows the proxy's password */
+  if (code == CURLE_COULDNT_CONNECT || code == CURLE_COULDNT_RESOLVE_HOST || code == CURLE_COULDNT_RESOLVE_PROXY ||
+      code == CURLE_SSL_CONNECT_ERROR)
+    j->connect_failures++;
   else j->connect_failures = 0;
   snprintf(what, sizeof what, "no answer: %s", text);
   if (is_passing(code)) try_again(j, 0, VS_IO, what);
@@ -455,7 +469,7 @@ static void describe(s3_job *j, const s3_xml_error *x, char *what, size_t n) {
   snprintf(what, n, "HTTP %d%s%s%s%s%s", j->status, x->code[0] ? " " : "", x->code, x->message[0] ? ": " : "", x->message, hint);
   for (char *p = what; *p; p++)
     if ((unsigned char)*p < 32 || *p == 127) *p = ' ';
-  if (s3_place_knows(j->place, what)) snprintf(what, n, "HTTP %d", j->status);
+  if (j->n_error && s3_place_knows(j->place, j->error_body)) snprintf(what, n, "HTTP %d", j->status);
 }
 
 static int is_passing_status(const s3_job *j) {
@@ -475,19 +489,19 @@ static int put_right(s3_job *j, const s3_xml_error *x, const char *region, const
   static const char *const expired[] = {"ExpiredToken", "TokenRefreshRequired", "RequestExpired", "InvalidToken", NULL};
   if (region && !j->fixed_region && (j->status == 301 || j->status == 307 || j->status == 400)) {
     j->fixed_region = 1;
-    return s3_place_new_region(j->place, region);
+    return s3_place_new_region(j->place, region, j->generation);
   }
   if (x->region[0] && !j->fixed_region && (j->status == 301 || j->status == 400)) {
     j->fixed_region = 1;
-    return s3_place_new_region(j->place, x->region);
+    return s3_place_new_region(j->place, x->region, j->generation);
   }
   if (!strcmp(x->code, "RequestTimeTooSkewed") && date && !j->fixed_clock) {
     j->fixed_clock = 1;
-    return s3_place_set_clock(j->place, (int64_t)curl_getdate(date, NULL));
+    return s3_place_set_clock(j->place, (int64_t)curl_getdate(date, NULL), j->generation);
   }
   if (is_one_of(x->code, expired) && !j->fixed_credentials) {
     j->fixed_credentials = 1;
-    return s3_place_new_credentials(j->place);
+    return s3_place_new_credentials(j->place, j->generation);
   }
   return 0;
 }
@@ -514,13 +528,21 @@ static void http_failed(s3_job *j) {
 
 static int is_at_end(const s3_job *j) { return j->total != UINT64_MAX && j->off + j->have >= j->total; }
 
+/* The status of a head that arrived whole, though its body did not: a refusal needs no body. */
+static void look_at_refusal(s3_job *j) {
+  long status = 0;
+  curl_easy_getinfo(j->easy, CURLINFO_RESPONSE_CODE, &status);
+  if (!j->status && status >= 300) j->status = (int)status;
+}
+
 static void attempt_ended(s3_job *j, CURLcode code) {
-  look_at_status(j);
+  if (code == CURLE_OK) look_at_status(j);
+  else look_at_refusal(j);
   if (code == CURLE_OK && is_ranged(j) && j->status == 200) j->total = j->have; /* a whole object, maybe of a length not told before */
   if (j->refused) {
     drop_easy(j);
     finish(j);
-  } else if (code == CURLE_OK && j->status / 100 != 2) http_failed(j);
+  } else if (j->status / 100 != 2 && (code == CURLE_OK || (j->status >= 300 && !is_passing_status(j)))) http_failed(j);
   else if (code == CURLE_OK && is_ranged(j) && j->have < j->len && !(j->may_be_shorter && is_at_end(j))) {
     drop_easy(j);
     if (is_at_end(j)) { /* not cut on the way: there is no more */
@@ -560,6 +582,13 @@ static void collect_ends(void) {
   }
 }
 
+/* Ends a job at once: it was cancelled, or the process ends. */
+static void give_up(s3_job *j) {
+  drop_easy(j);
+  j->rc = vs_fail(&j->err, VS_INTERRUPT, "interrupted");
+  finish(j);
+}
+
 static void take_queue(int *stop, int *cancels) {
   pthread_mutex_lock(&E.lock);
   s3_job *taken = E.queue, *in_order = NULL;
@@ -574,7 +603,8 @@ static void take_queue(int *stop, int *cancels) {
   while (in_order) {
     s3_job *j = in_order;
     in_order = j->next;
-    start(j);
+    if (*stop) give_up(j);
+    else start(j);
   }
 }
 
@@ -586,10 +616,16 @@ static void drop_cancelled(s3_job **list) {
     if (!is_cancelled(j)) at = &j->next;
     else {
       *at = j->next;
-      drop_easy(j);
-      j->rc = vs_fail(&j->err, VS_INTERRUPT, "interrupted");
-      finish(j);
+      give_up(j);
     }
+  }
+}
+
+static void give_up_all(s3_job **list) {
+  while (*list) {
+    s3_job *j = *list;
+    *list = j->next;
+    give_up(j);
   }
 }
 
@@ -619,7 +655,10 @@ static void *engine_main(void *arg) {
   pthread_setname_np(pthread_self(), VS_THREAD_NAME " net"); /* libcurl's threads for look-ups of names inherit it */
   for (;;) {
     take_queue(&stop, &cancels);
-    if (stop) return NULL; /* the process ends: nobody waits, and its memory goes with it */
+    if (stop) {
+      give_up_all(&T.active), give_up_all(&T.waiting);
+      return NULL; /* curl's memory goes with the process */
+    }
     if (cancels) drop_cancelled(&T.active), drop_cancelled(&T.waiting);
     int timeout = start_waiting();
     curl_multi_perform(E.multi, &running);
@@ -664,7 +703,7 @@ static void in_parent(void) { pthread_mutex_unlock(&E.lock); }
 /* Jobs and curl's memory of the parent are left alone: taking them down would speak to the parent's servers. */
 static void in_child(void) {
   for (size_t i = 0; i < E.n_sockets; i++) close(E.sockets[i]);
-  E.n_sockets = 0, E.queue = NULL, E.running = 0, E.cancels = 0, E.multi = NULL;
+  E.n_sockets = 0, E.queue = NULL, E.running = 0, E.n_jobs = E.n_bytes = 0, E.cancels = 0, E.multi = NULL;
   memset(&T, 0, sizeof T);
   make_condition();
   pthread_mutex_unlock(&E.lock);
@@ -687,8 +726,8 @@ static long max_connections(void) {
 /* Call with the lock held. 0: no thread to be had. */
 static int start_thread(void) {
   sigset_t all, old;
-  if (E.running) return 1;
   if (E.stopping || init_failed) return 0;
+  if (E.running) return 1;
   if (!E.multi && !(E.multi = curl_multi_init())) return 0;
   curl_multi_setopt(E.multi, CURLMOPT_MAXCONNECTS, max_connections());
   curl_multi_setopt(E.multi, CURLMOPT_MAX_TOTAL_CONNECTIONS, max_connections());
@@ -701,10 +740,12 @@ static int start_thread(void) {
 
 void s3_submit(s3_job *j) {
   pthread_once(&init_once, init);
-  j->deadline = s3_clock_ms() + j->timeout_ms;
   j->round = vs_scope_next_round();
   pthread_mutex_lock(&E.lock);
   j->refs++;
+  E.n_jobs++, E.n_bytes += job_bytes(j);
+  /* what is before it in a slow line is not its fault */
+  j->deadline = s3_clock_ms() + j->timeout_ms + (int64_t)((E.n_jobs - 1) * QUEUED_JOB_MS + E.n_bytes / SLOW_BYTES_PER_MS);
   int started = start_thread();
   if (started) {
     j->next = E.queue, E.queue = j;
@@ -736,9 +777,10 @@ static void cancel(s3_job *j) {
   pthread_mutex_unlock(&E.lock);
 }
 
-static void count(const s3_job *j, uint64_t round) {
+static void count(s3_job *j, uint64_t round) {
   vs_scope *s = vs_scope_current();
-  if (!s) return;
+  if (!s || j->counted) return;
+  j->counted = 1;
   __atomic_fetch_add(&s->traffic.requests, j->tries, __ATOMIC_RELAXED);
   __atomic_fetch_add(&s->traffic.retries, j->tries ? j->tries - 1 : 0, __ATOMIC_RELAXED);
   __atomic_fetch_add(&s->traffic.bytes, j->n_data, __ATOMIC_RELAXED);

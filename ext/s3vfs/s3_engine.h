@@ -38,7 +38,7 @@ struct s3_job {
   size_t body_len;
   char payload_hash[65];   /* SHA-256 of the body in hex */
   size_t max_data;         /* a longer answer into `data` is an error */
-  int64_t timeout_ms;      /* for everything, retries included */
+  int64_t timeout_ms;      /* for everything, retries included; what is queued before it gets time of its own */
   void (*done)(s3_job *);  /* called once by the engine's thread, which must not be kept; NULL: s3_job_wait tells */
   void *ctx;
   /* ---- the answer ---- */
@@ -56,7 +56,10 @@ struct s3_job {
   int refs, finished, cancelled, fixed_region, fixed_credentials, fixed_clock, connect_failures;
   int64_t deadline, not_before;
   uint64_t have;           /* bytes of the range that arrived */
+  size_t sent;             /* bytes of the body that left */
   size_t room, n_error;
+  unsigned generation;     /* of the place's settings that this attempt was signed with */
+  int counted;             /* into a scope */
   char *error_body;
   void *easy, *headers;
   char curl_error[256];
@@ -79,13 +82,16 @@ int64_t s3_clock_ms(void); /* monotonic */
 
 /* ---- places: what the engine needs to know of s3_place ---- */
 
-typedef struct s3_attempt { char *url, *path, *ca_bundle; char *headers[8]; size_t n_headers; int is_plain; } s3_attempt;
+typedef struct s3_attempt { char *url, *path, *ca_bundle; char *headers[8]; size_t n_headers; int is_plain; unsigned generation; } s3_attempt;
 /* URL and signed headers for one attempt, with the credentials and region of this moment. */
 vs_rc s3_place_sign(s3_place *p, const s3_job *j, s3_attempt *out, vs_err *err) VS_WARN_UNUSED;
 void s3_attempt_reset(s3_attempt *a);
-int s3_place_new_region(s3_place *p, const char *region); /* 1: it was another one: try again */
-int s3_place_new_credentials(s3_place *p);                /* 1: they changed */
-int s3_place_set_clock(s3_place *p, int64_t server_time); /* 1: it was off by more than a minute */
+/* Put right what an attempt was refused for. 1: it was signed with other settings than those of now: try again. */
+int s3_place_new_region(s3_place *p, const char *region, unsigned signed_with);
+int s3_place_new_credentials(s3_place *p, unsigned signed_with);
+int s3_place_set_clock(s3_place *p, int64_t server_time, unsigned signed_with);
+int s3_place_same(const s3_place *a, const s3_place *b);  /* the same store, asked in the same name? */
+void s3_place_guard_fork(void); /* for who locks anything around s3_place_same: before its own pthread_atfork */
 int s3_place_knows(const s3_place *p, const char *text);  /* does the text hold a secret of ours? */
 /* Tells objects of different stores apart: for caches, never for messages. malloc'ed. */
 char *s3_place_identity(const s3_place *p, const char *key);

@@ -15,12 +15,20 @@
 #include "s3_sign.h"
 
 struct s3_place {
-  pthread_mutex_t lock;
   int refs;
+  unsigned generation;  /* of location, credentials and clock */
   s3_location location;
   s3_credentials credentials;
   int64_t clock_offset; /* the server's clock minus ours, seconds */
 };
+
+/* One for all places: it is held for microseconds, and a fork must find it free. */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
+static void before_fork(void) { pthread_mutex_lock(&lock); }
+static void after_fork(void) { pthread_mutex_unlock(&lock); }
+static void guard_fork(void) { pthread_atfork(before_fork, after_fork, after_fork); }
+void s3_place_guard_fork(void) { pthread_once(&fork_once, guard_fork); }
 
 vs_rc s3_place_open(const char *uri, s3_place **out, char **key, vs_err *err) {
   s3_place *p = calloc(1, sizeof *p);
@@ -33,7 +41,7 @@ vs_rc s3_place_open(const char *uri, s3_place **out, char **key, vs_err *err) {
     free(p), free(*key), *key = NULL;
     return rc;
   }
-  pthread_mutex_init(&p->lock, NULL);
+  s3_place_guard_fork();
   p->refs = 1;
   *out = p;
   return VS_OK;
@@ -48,7 +56,6 @@ void s3_place_close(s3_place *p) {
   if (!p || __atomic_sub_fetch(&p->refs, 1, __ATOMIC_ACQ_REL)) return;
   s3_location_reset(&p->location);
   s3_credentials_reset(&p->credentials);
-  pthread_mutex_destroy(&p->lock);
   free(p);
 }
 
@@ -120,56 +127,70 @@ static vs_rc sign(s3_place *p, const s3_job *j, s3_attempt *a, vs_err *err) {
 
 vs_rc s3_place_sign(s3_place *p, const s3_job *j, s3_attempt *a, vs_err *err) {
   memset(a, 0, sizeof *a);
-  pthread_mutex_lock(&p->lock);
+  pthread_mutex_lock(&lock);
   vs_rc rc = set_url(&p->location, j, a) && (!j->exclusive || add(a, strdup("If-None-Match: *"))) ? VS_OK : vs_nomem(err);
   if (!rc && !p->location.anonymous) rc = sign(p, j, a, err);
-  pthread_mutex_unlock(&p->lock);
+  a->generation = p->generation;
+  pthread_mutex_unlock(&lock);
   return rc;
 }
 
 /* ---- putting right ---- */
 
-int s3_place_new_region(s3_place *p, const char *region) {
+/* Of many requests that were refused for the same reason the first puts it right, and all of them try again. */
+int s3_place_new_region(s3_place *p, const char *region, unsigned signed_with) {
   vs_err ignored = {0};
-  pthread_mutex_lock(&p->lock);
-  int other = strcmp(p->location.region, region) && s3_relocate(&p->location, region, &ignored) == VS_OK;
-  pthread_mutex_unlock(&p->lock);
+  pthread_mutex_lock(&lock);
+  if (p->generation == signed_with && strcmp(p->location.region, region) && s3_relocate(&p->location, region, &ignored) == VS_OK) p->generation++;
+  int other = p->generation != signed_with;
+  pthread_mutex_unlock(&lock);
   return other;
 }
 
 static int same(const char *a, const char *b) { return a && b ? !strcmp(a, b) : a == b; }
 
-int s3_place_new_credentials(s3_place *p) {
-  s3_credentials fresh = {0};
+int s3_place_new_credentials(s3_place *p, unsigned signed_with) {
+  s3_credentials fresh = {0}, old;
   vs_err ignored = {0};
   if (s3_credentials_load(&fresh, &ignored)) return 0;
-  pthread_mutex_lock(&p->lock);
+  pthread_mutex_lock(&lock);
   int changed = !same(fresh.access_key, p->credentials.access_key) || !same(fresh.secret_key, p->credentials.secret_key) ||
                 !same(fresh.session_token, p->credentials.session_token);
-  s3_credentials old = p->credentials;
-  p->credentials = fresh;
-  pthread_mutex_unlock(&p->lock);
+  old = changed ? p->credentials : fresh;
+  if (changed) p->credentials = fresh, p->generation++;
+  int other = p->generation != signed_with;
+  pthread_mutex_unlock(&lock);
   s3_credentials_reset(&old);
-  return changed;
+  return other;
 }
 
-int s3_place_set_clock(s3_place *p, int64_t server_time) {
-  if (server_time < 0) return 0;
+int s3_place_same(const s3_place *a, const s3_place *b) {
+  if (a == b) return 1;
+  if (!a || !b) return 0;
+  pthread_mutex_lock(&lock);
+  int is = same(a->location.origin, b->location.origin) && same(a->location.base_path, b->location.base_path) &&
+           same(a->credentials.access_key, b->credentials.access_key) && same(a->credentials.secret_key, b->credentials.secret_key) &&
+           same(a->credentials.session_token, b->credentials.session_token);
+  pthread_mutex_unlock(&lock);
+  return is;
+}
+
+int s3_place_set_clock(s3_place *p, int64_t server_time, unsigned signed_with) {
+  enum { MINUTE = 60, DECADE = 10 * 366 * 86400 }; /* a server that is further off is no clock */
   int64_t offset = server_time - (int64_t)time(NULL);
-  pthread_mutex_lock(&p->lock);
-  int off = llabs(offset - p->clock_offset) > 60;
-  p->clock_offset = offset;
-  pthread_mutex_unlock(&p->lock);
-  return off;
+  pthread_mutex_lock(&lock);
+  if (server_time >= 0 && llabs(offset) < DECADE && llabs(offset - p->clock_offset) > MINUTE) p->clock_offset = offset, p->generation++;
+  int other = p->generation != signed_with;
+  pthread_mutex_unlock(&lock);
+  return other;
 }
 
 int s3_place_knows(const s3_place *p, const char *text) {
-  s3_place *unlocked = (s3_place *)p;
-  pthread_mutex_lock(&unlocked->lock);
+  pthread_mutex_lock(&lock);
   const s3_credentials *c = &p->credentials;
   int found = (c->secret_key && *c->secret_key && strstr(text, c->secret_key)) ||
               (c->session_token && *c->session_token && strstr(text, c->session_token)) ||
               (c->access_key && *c->access_key && strstr(text, c->access_key));
-  pthread_mutex_unlock(&unlocked->lock);
+  pthread_mutex_unlock(&lock);
   return found;
 }

@@ -44,7 +44,10 @@ static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
 /* A child must not inherit the mutex locked by a thread that it does not have. */
 static void before_fork(void) { pthread_mutex_lock(&lock); }
 static void after_fork(void) { pthread_mutex_unlock(&lock); }
-static void guard_fork(void) { pthread_atfork(before_fork, after_fork, after_fork); }
+static void guard_fork(void) {
+  s3_place_guard_fork(); /* first, so that a fork takes our lock before that one, as find() does */
+  pthread_atfork(before_fork, after_fork, after_fork);
+}
 
 int shard_stamp_take(const char *path, shard_stamp *out) {
   struct stat st;
@@ -73,11 +76,11 @@ static void free_handle(handle *h) {
 }
 
 /* The newest cached handle of a key, or that of a version; counted. Of several of one version the last that was opened. */
-static handle *find(const char *key, uint64_t version) {
+static handle *find(const char *key, const s3_place *place, uint64_t version) {
   handle *best = NULL;
   pthread_mutex_lock(&lock);
   for (handle *h = handles; h; h = h->next)
-    if (!strcmp(h->key, key) && (version ? h->s.manifest.version == version && !best
+    if (!strcmp(h->key, key) && (!place || s3_place_same(h->place, place)) && (version ? h->s.manifest.version == version && !best
                                          : !best || h->s.manifest.version > best->s.manifest.version))
       best = h;
   if (best) best->refs++;
@@ -87,7 +90,7 @@ static handle *find(const char *key, uint64_t version) {
 
 /* The newest cached handle of a folder whose stamp still holds, counted. */
 static handle *find_fresh(const char *key) {
-  handle *best = find(key, 0);
+  handle *best = find(key, NULL, 0);
   if (best && !shard_is_fresh(&best->s)) shard_close(&best->s), best = NULL;
   return best;
 }
@@ -134,7 +137,7 @@ static int same_file(const shard_stamp *a, const shard_stamp *b) {
 static int same_shard(const handle *a, const handle *b) {
   const shard_manifest *x = &a->s.manifest, *y = &b->s.manifest;
   if (x->version != y->version || strcmp(a->key, b->key) || strcmp(x->uuid, y->uuid) || x->n_segments != y->n_segments) return 0;
-  if (!a->files || !b->files) return !a->files == !b->files && !strcmp(a->etag, b->etag);
+  if (!a->files || !b->files) return !a->files == !b->files && !strcmp(a->etag, b->etag) && s3_place_same(a->place, b->place);
   for (size_t i = 0; i < x->n_segments; i++)
     if (!same_file(&a->files[i], &b->files[i])) return 0;
   return 1;
@@ -259,13 +262,13 @@ static int64_t checked_ms(const handle *h) {
 
 static void set_checked(handle *h, int64_t now) {
   pthread_mutex_lock(&lock);
-  if (h->checked_ms) h->checked_ms = now;
+  h->checked_ms = now;
   pthread_mutex_unlock(&lock);
 }
 
 /* A cached handle that needs no network: the newest one if it was looked at recently, or the version asked for. */
 static shard *cached(const remote_shard *r) {
-  handle *h = find(r->uri, r->want);
+  handle *h = find(r->uri, r->place, r->want);
   if (h && (r->want || shard_recently(checked_ms(h)))) return &h->s;
   if (h) shard_close(&h->s);
   return NULL;
@@ -273,7 +276,7 @@ static shard *cached(const remote_shard *r) {
 
 /* A cached handle of what was just found. */
 static shard *cached_version(const remote_shard *r, int64_t now) {
-  handle *h = find(r->uri, r->version);
+  handle *h = find(r->uri, r->place, r->version);
   if (h && !strcmp(h->etag, r->etag)) {
     set_checked(h, now);
     return &h->s;
@@ -353,7 +356,7 @@ static int gather(shard *const *shards, size_t n, shard_folder *folders, size_t 
     remote_shard *x = &r[n + i];
     if (!folders[i].checked_ms || shard_recently(folders[i].checked_ms)) continue;
     if (remote_shard_init(x, folders[i].path, NULL, &ignored)) return 0;
-    x->look_below = 1, at[(*m)++] = x;
+    x->look_below = !folders[i].no_shard, at[(*m)++] = x;
   }
   return 1;
 }
@@ -374,7 +377,7 @@ int shard_remote_fresh(shard *const *shards, size_t n, shard_folder *folders, si
   for (size_t i = 0; fresh && m && i < n_folders; i++) {
     const remote_shard *x = &r[n + i];
     if (!x->uri) continue;
-    fresh = !x->version && same_names(x->children, x->n_children, folders[i].children, folders[i].n_children);
+    fresh = !x->version && (folders[i].no_shard || same_names(x->children, x->n_children, folders[i].children, folders[i].n_children));
     if (fresh) folders[i].checked_ms = now;
   }
   for (size_t i = 0; r && i < n + n_folders; i++) remote_shard_reset(&r[i]);

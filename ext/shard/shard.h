@@ -27,7 +27,8 @@ int shard_is_fresh(const shard *s); /* 0: the folder may have a newer version */
 
 typedef struct shard_stamp { uint64_t device, inode; int64_t mtime_ns, size; int settled; } shard_stamp;
 /* A folder that was listed: of the file system with its stamp, of a store with its children's names and the time. */
-typedef struct shard_folder { char *path; shard_stamp stamp; char **children; size_t n_children; int64_t checked_ms; } shard_folder;
+typedef struct shard_folder { char *path; shard_stamp stamp; char **children; size_t n_children; int64_t checked_ms;
+                              int no_shard; /* of a store: a folder in a database that was no shard when looked at */ } shard_folder;
 
 typedef struct shard_set {
   shard **shards;

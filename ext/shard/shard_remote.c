@@ -11,12 +11,17 @@
 #include "shard_hint.h"
 #include "shard_int.h"
 
-enum { TAIL_BYTES = 256 << 10 }; /* of a segment: trailer, footer and mostly all parameters */
+enum {
+  TAIL_BYTES = 256 << 10, /* of a segment: trailer, footer and mostly all parameters */
+  MAX_CHILDREN = 20000    /* folders of a database */
+};
 
 vs_rc remote_shard_init(remote_shard *r, const char *uri, s3_place *place, vs_err *err) {
   char *key = NULL;
   size_t n = strlen(uri);
   memset(r, 0, sizeof *r);
+  if (strncmp(uri, "s3://", 5) && strpbrk(uri, "?#")) /* not shown: a query may be a signature */
+    return vs_fail(err, VS_INVALID, "a shard has many objects, so no URL with a query or a fragment leads to one: write s3://bucket/prefix");
   while (n && uri[n - 1] == '/') n--;
   if (!(r->uri = strndup(uri, n))) return vs_nomem(err);
   s3_place *own = NULL;
@@ -95,6 +100,8 @@ static vs_rc take_entry(void *ctx, const s3_entry *e, vs_err *err) {
     if (v > r->version && strlen(e->etag) < sizeof r->etag) r->version = v, strcpy(r->etag, e->etag);
     return VS_OK;
   }
+  if (e->key[n] == '.' || e->key[n] == '/') return VS_OK; /* as in folders; ".." must never become a path */
+  if (r->n_children >= MAX_CHILDREN) return vs_fail(err, VS_INVALID, "more than %d folders below it", MAX_CHILDREN);
   char **grown = realloc(r->children, (r->n_children + 1) * sizeof *grown);
   if (!grown) return vs_nomem(err);
   r->children = grown;
@@ -109,13 +116,17 @@ static vs_rc list_more(remote_shard *r, vs_err *err) {
   return s3_list(r->place, r->prefix, "/", NULL, 0, take_entry, r, err);
 }
 
+static int by_name(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+
 static vs_rc end_list(remote_shard *r, vs_err *err) {
   vs_err why = {0};
   int more = 0;
   vs_rc rc = s3_job_wait(r->list, err);
   if (rc) return rc;
   if ((rc = s3_list_read(r->list->data, r->list->n_data, take_entry, r, &more, &why))) return vs_fail(err, rc, "%s: %s", r->uri, why.text);
-  return more && r->look_below && !r->version ? list_more(r, err) : VS_OK;
+  if (more && !r->version && (rc = list_more(r, err))) return rc; /* a stray object may sort before the manifests */
+  if (r->n_children) qsort(r->children, r->n_children, sizeof *r->children, by_name); /* the store sorts "a-b/" before "a/" */
+  return VS_OK;
 }
 
 /* A version that was asked for: its manifest came with the first round. */
@@ -270,7 +281,7 @@ static vs_rc open_all(remote_shard **r, size_t n, loading *l, vs_err *err) {
   return rc;
 }
 
-vs_rc remote_load(remote_shard **r, size_t n, vs_err *err) {
+static vs_rc load_once(remote_shard **r, size_t n, vs_err *err) {
   loading l = {0};
   vs_rc rc = remote_manifests(r, n, err);
   for (size_t i = 0; i < n && !rc; i++) l.n += r[i]->manifest.n_segments;
@@ -280,4 +291,30 @@ vs_rc remote_load(remote_shard **r, size_t n, vs_err *err) {
   for (size_t i = 0; l.ios && i < l.n; i++) vs_io_close(l.ios[i]);
   free(l.ios), free(l.tails), free(l.primed);
   return rc;
+}
+
+/* Nothing of a first attempt remains, and no hint is used. 1: there was one. */
+static int drop_hints(remote_shard **r, size_t n) {
+  int any = 0;
+  for (size_t i = 0; i < n; i++) {
+    for (size_t g = 0; r[i]->segments && g < r[i]->manifest.n_segments; g++) ivfpq_segment_close(r[i]->segments[g]);
+    free(r[i]->segments);
+    r[i]->segments = NULL;
+    shard_manifest_reset(&r[i]->manifest);
+    any |= r[i]->hint != NULL;
+    s3_job_release(r[i]->hint);
+    r[i]->hint = NULL;
+  }
+  return any;
+}
+
+/* A hint that is sound in itself may still be forged: what does not open with it is opened without. */
+vs_rc remote_load(remote_shard **r, size_t n, vs_err *err) {
+  vs_err why = {0};
+  vs_rc rc = load_once(r, n, &why);
+  if ((rc == VS_CORRUPT || rc == VS_NOTFOUND || rc == VS_UNSUPPORTED) && drop_hints(r, n)) {
+    vs_err_reset(&why);
+    rc = load_once(r, n, &why);
+  }
+  return rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
 }

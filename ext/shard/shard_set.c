@@ -169,7 +169,11 @@ static vs_rc expand(shard_set *set, items *l, vs_err *err) {
     }
     for (at = first[i]; at < first[i + 1]; at++)
       if (below.list[at].s) all.list[all.n++] = below.list[at], below.list[at] = (item){0};
-    if (all.n == before)
+      else if (!rc) { /* it may become one: its files come first, its manifest last */
+        shard_folder *f;
+        if (!(rc = remember_folder(set, below.list[at].r->uri, &f, err))) f->no_shard = 1, f->checked_ms = s3_clock_ms();
+      }
+    if (!rc && all.n == before)
       rc = vs_fail(err, VS_NOTFOUND, "%s holds no shard: is the path right? `vecshard publish DIR %s` puts shards there",
                    l->list[i].r->uri, l->list[i].r->uri);
   }

@@ -45,6 +45,7 @@ static vs_rc hash_file(walk *w, vs_io *io, XXH3_state_t *state, vs_err *err) {
   vs_range r[AHEAD];
   uint64_t n = (io->size + HASH_STEP - 1) / HASH_STEP, ahead = io->local ? 1 : AHEAD, begun = 0, done = 0;
   vs_rc rc = VS_OK;
+  if (io->forget) vs_io_forget(io); /* what the store has now, not what the cache has */
   while (done < n && !rc && !w->stopped) {
     for (; begun < n && begun < done + ahead && !rc; begun++) {
       r[begun % AHEAD] = step_of(io, begun);

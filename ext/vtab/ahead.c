@@ -33,6 +33,7 @@ static vs_rc begin_extras(ahead *a, ahead_hit hit, void *ctx, vs_err *err) {
     if (s->io->local) continue;
     if ((rc = ivfpq_rows_fetch(s, &number, 1, &row, err))) break;
     ivfpq_row_extras(s, row.record, a->extras[i]);
+    if (!a->with_columns) a->extras[i][0].len = 0; /* only the long id */
     rc = vs_io_begin(s->io, a->extras[i], 2, err);
     ivfpq_rows_release(s, &row, 1);
   }
@@ -47,15 +48,16 @@ vs_rc ahead_want(ahead *a, shard *const *shards, ahead_hit hit, void *ctx, size_
   ahead_reset(a);
   size_t m = n - at < MAX_AHEAD ? n - at : MAX_AHEAD;
   a->segments = calloc(m, sizeof *a->segments), a->rows = calloc(m, sizeof *a->rows);
-  if (with_columns) a->extras = calloc(m, sizeof *a->extras);
-  if (!a->segments || !a->rows || (with_columns && !a->extras)) {
+  int extras = with_columns || segment_of(shards, hit(ctx, at))->params.id_text;
+  if (extras) a->extras = calloc(m, sizeof *a->extras);
+  if (!a->segments || !a->rows || (extras && !a->extras)) {
     ahead_reset(a);
     return vs_nomem(err);
   }
   a->first = at, a->end = at + m, a->with_columns = with_columns;
   for (size_t i = 0; i < m; i++) a->segments[i] = segment_of(shards, hit(ctx, at + i));
   vs_rc rc = begin_rows(a, hit, ctx, err);
-  if (!rc && with_columns) rc = begin_extras(a, hit, ctx, err);
+  if (!rc && extras) rc = begin_extras(a, hit, ctx, err);
   if (rc) ahead_reset(a);
   return rc;
 }

@@ -536,7 +536,7 @@ static vs_rc scan_row(cursor *c, int with_columns, const uint8_t **record, vs_er
     c->stretch_segment = c->segment, c->stretch_first = c->row, c->stretch_rows = n;
   }
   *record = c->stretch.record + (size_t)(c->row - c->stretch_first) * s->params.row_bytes;
-  return with_columns ? stretch_columns(c, err) : VS_OK;
+  return with_columns || s->params.id_text ? stretch_columns(c, err) : VS_OK;
 }
 
 static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
