@@ -1,4 +1,4 @@
-# vecshard: make | make test | make demo | make check SAN=address|thread | make soak | make clean
+# vecshard: make | make test | make demo | make demo-s3 | make check SAN=address|thread | make soak | make clean
 #
 # Everything is compiled twice: build/obj/ext for the loadable extension (SQLite through sqlite3_api), build/obj/core for
 # static linking and the tool (SQLite called directly). Only the kernel files get wider instructions; they are chosen at run
@@ -15,7 +15,7 @@ ALL_CFLAGS := -std=gnu11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -ffp-contract=o
 HDF5_CFLAGS := $(shell pkg-config --cflags hdf5-serial 2>/dev/null || pkg-config --cflags hdf5 2>/dev/null)
 HDF5_LIBS := $(shell pkg-config --libs hdf5-serial 2>/dev/null || pkg-config --libs hdf5 2>/dev/null || echo -lhdf5)
 NET_LIBS := -lcurl -lexpat -lcrypto
-LIBS := $(NET_LIBS) -lm -lpthread
+LIBS := -lm -lpthread
 
 LOWER := $(wildcard ext/base/*.c ext/kernels/*.c ext/ivfpq/*.c) ext/input/input_fault.c
 UPPER := $(wildcard ext/s3vfs/*.c ext/shard/*.c) $(filter-out ext/vtab/hdf5_vectors.c,$(wildcard ext/vtab/*.c)) ext/vecshard.c
@@ -29,7 +29,7 @@ core_obj = $(patsubst %.c,$(OUT)/obj/core/%.o,$(1))
 all: $(OUT)/vecshard.so $(OUT)/libvecshard.a $(OUT)/vecshard.h $(OUT)/vecshard $(OUT)/vecshard_hdf5.so
 
 $(OUT)/vecshard.so: $(call ext_obj,$(LOWER) $(UPPER))
-	@echo "  LINK  $@"; $(CC) -shared $(if $(SAN),,-Wl$(comma)-z$(comma)defs) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(LIBS)
+	@echo "  LINK  $@"; $(CC) -shared $(if $(SAN),,-Wl$(comma)-z$(comma)defs) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(NET_LIBS) $(LIBS)
 $(OUT)/vecshard_hdf5.so: $(call ext_obj,$(HDF5_EXT))
 	@echo "  LINK  $@"; $(CC) -shared $(if $(SAN),,-Wl$(comma)-z$(comma)defs) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) $(LIBS)
 $(OUT)/libvecshard.a: $(call core_obj,$(LOWER) $(UPPER))
@@ -37,7 +37,7 @@ $(OUT)/libvecshard.a: $(call core_obj,$(LOWER) $(UPPER))
 $(OUT)/vecshard.h: ext/vecshard.h
 	mkdir -p $(@D) && cp $< $@
 $(OUT)/vecshard: $(call core_obj,$(TOOL) $(INPUT)) $(OUT)/libvecshard.a
-	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) -lsqlite3 $(LIBS)
+	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) -lsqlite3 $(NET_LIBS) $(LIBS)
 
 KERN_FLAGS_scalar := -fno-tree-vectorize
 KERN_FLAGS_avx2 := -O3 -mavx2 -mfma -mf16c
@@ -59,6 +59,8 @@ $(OUT)/test/test_kernels: $(call core_obj,$(wildcard ext/kernels/*.c))
 $(OUT)/test/test_ivfpq: $(call core_obj,$(LOWER) ext/s3vfs/io_local.c)
 $(OUT)/test/test_base: $(call core_obj,$(wildcard ext/base/*.c) ext/s3vfs/io_local.c)
 $(OUT)/test/test_input: $(call core_obj,$(INPUT) $(LOWER))
+$(OUT)/test/test_s3_sign: $(call core_obj,ext/base/vs_err.c ext/s3vfs/s3_sign.c)
+$(OUT)/test/test_s3_config: $(call core_obj,ext/base/vs_err.c ext/s3vfs/s3_config.c ext/s3vfs/s3_profile.c)
 $(OUT)/test/test_manifest: $(OUT)/libvecshard.a
 $(OUT)/test/test_embed: $(OUT)/libvecshard.a
 SQLITE_LIB_test_manifest := -lsqlite3
@@ -67,11 +69,13 @@ $(OUT)/test/s3_threads: $(OUT)/libvecshard.a
 SQLITE_LIB_s3_threads := -lsqlite3
 $(OUT)/test/%: $(OUT)/obj/core/test/%.o
 	@mkdir -p $(@D)
-	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ -lcmocka $(if $(findstring test_input,$@),$(HDF5_LIBS)) $(SQLITE_LIB_$(notdir $@)) $(LIBS)
+	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ -lcmocka $(if $(findstring test_input,$@),$(HDF5_LIBS)) $(SQLITE_LIB_$(notdir $@)) $(NET_LIBS) $(LIBS)
 .SECONDARY:
 
 deps:
 	@tool/install-deps build
+deps-store:
+	@tool/install-deps store
 deps-test:
 	@tool/install-deps test
 
@@ -87,6 +91,10 @@ demo: deps
 	@$(MAKE) --no-print-directory -s -j$$(nproc) all
 	@tool/demo.sh $(H5)
 
+demo-s3: deps-store
+	@$(MAKE) --no-print-directory -s -j$$(nproc) all
+	@tool/demo-s3.sh
+
 soak: deps-test
 	@$(MAKE) --no-print-directory all
 	@/usr/bin/python3 test/soak.py
@@ -95,4 +103,4 @@ clean:
 	rm -rf build build-address build-thread
 
 -include $(shell find $(OUT)/obj -name '*.d' 2>/dev/null)
-.PHONY: all test c-tests check check-all demo soak deps deps-test clean
+.PHONY: all test c-tests check check-all demo demo-s3 soak deps deps-store deps-test clean

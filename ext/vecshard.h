@@ -6,7 +6,8 @@
  *   sqlite3_auto_extension((void (*)(void))sqlite3_vecshard_init);   // every connection opened from now on, or
  *   sqlite3_vecshard_init(db, &message, NULL);                       // this one
  *
- * Link with -lsqlite3 -lm -lpthread. SQLite 3.40 or later. The loadable form, build/vecshard.so, has the same entry point.
+ * Link with -lsqlite3 -lcurl -lexpat -lcrypto -lm -lpthread. SQLite 3.40 or later. The loadable form, build/vecshard.so, has
+ * the same entry point.
  */
 #ifndef VECSHARD_H
 #define VECSHARD_H

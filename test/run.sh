@@ -135,6 +135,14 @@ for t in test_base test_ivfpq; do
   fi
 done
 
+# Threads that search shards in a store, watched.
+if run_quietly "build s3_threads, SAN=thread" make -s -j"$jobs" SAN=thread build-thread/test/s3_threads; then
+  VECSHARD_THREADS_PROGRAM="setarch $(uname -m) -R build-thread/test/s3_threads" \
+    py_test "threads and a store, SAN=thread" "$python" -m pytest -q -rs -p no:cacheprovider test/test_s3_shards.py -k watched
+else
+  echo "FAILED: build s3_threads, SAN=thread"; count 0 1
+fi
+
 if command -v clang >/dev/null; then
   step "build, clang" logged make -s -j"$jobs" CC=clang OUT=build/clang all c-tests
 else

@@ -513,6 +513,16 @@ def test_eight_threads(cloud, data):
     here.close()
 
 
+@pytest.mark.skipif("VECSHARD_THREADS_PROGRAM" not in os.environ, reason="test/run.sh asks for it, with a thread sanitizer")
+def test_eight_threads_watched(cloud, data):
+    """test/s3_threads.c, built with the thread sanitizer."""
+    each = os.environ.get("VECSHARD_TEST_QUERIES", "25")
+    command = [*os.environ["VECSHARD_THREADS_PROGRAM"].split(), cloud, data[0], str(DIM), "8", each]
+    r = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert r.returncode == 0 and r.stdout.startswith("ok"), (r.stdout[-1000:], r.stderr[-3000:])
+    print(r.stdout)
+
+
 def test_shell(cloud, data):
     q = data[2][0]
     sql = "SELECT shard, id FROM shard_union('%s', x'%s', 3);" % (cloud, blob(q).hex())

@@ -30,7 +30,7 @@ typedef struct s3_sign_input {
 /* The value of the Authorization header: malloc'ed, NUL terminated. A session token is an ordinary header (X-Amz-Security-Token)
  * that the caller adds. Fails with VS_NOMEM, or VS_INVALID for a NULL or a date of another form. */
 vs_rc s3_sign(const s3_sign_input *in, char **authorization, vs_err *err) VS_WARN_UNUSED;
-/* The two texts on the way, for tests and for messages about clock or signature trouble: they hold no secret. NULL: not wanted. */
+/* The two texts on the way, for tests: the first holds the session token, where there is one. NULL: not wanted. */
 vs_rc s3_sign_explain(const s3_sign_input *in, char **canonical_request, char **string_to_sign, vs_err *err) VS_WARN_UNUSED;
 
 void s3_sign_date(int64_t unix_seconds, char out[17]);
