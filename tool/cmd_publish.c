@@ -128,17 +128,24 @@ static vs_rc refuse_database(const item *x, vs_err *err) {
   return vs_fail(err, VS_EXISTS, "%s is a database of %zu shards: publish to %s/NAME, a place of its own", x->there.uri, n, x->there.uri);
 }
 
+static vs_rc read_published(const item *x, uint64_t version, shard_manifest *m, char **text, char *tag, vs_err *err) {
+  vs_rc rc = store_folder_manifest(&x->there, version, text, tag, err);
+  return rc ? rc : shard_manifest_parse(*text, strlen(*text), x->there.uri, m, err);
+}
+
 /* A manifest of the same version is there: it must be ours. */
 static vs_rc compare(item *x, vs_err *err) {
-  char *text;
-  vs_rc rc = store_folder_manifest(&x->there, x->m.version, &text, x->tag, err);
-  if (rc) return rc;
-  x->present = !strcmp(text, x->text);
+  shard_manifest theirs = {0};
+  char *text = NULL;
+  vs_rc rc = read_published(x, x->m.version, &theirs, &text, x->tag, err);
+  int is_other = !rc && strcmp(theirs.uuid, x->m.uuid);
+  x->present = !rc && !strcmp(text, x->text);
   free(text);
-  if (x->present) return VS_OK;
-  return vs_fail(err, VS_EXISTS,
-                 "%s: another writer published version %" PRIu64 " first; nothing is lost: publish %s to a place of its own, or pull that version",
-                 x->there.uri, x->m.version, x->dir);
+  shard_manifest_reset(&theirs);
+  if (rc || x->present) return rc;
+  return vs_fail(err, VS_EXISTS, "%s: another writer published version %" PRIu64 "%s first; nothing is lost: %s", x->there.uri, x->m.version,
+                 is_other ? " of another shard" : "",
+                 is_other ? "publish to a place of its own" : "pull that version, or publish to a place of its own");
 }
 
 static vs_rc compare_listed(item *x, vs_err *err) {
@@ -152,11 +159,10 @@ static vs_rc compare_listed(item *x, vs_err *err) {
 }
 
 /* An older version must be of the same shard: else two shards would share a place. */
-static vs_rc check_older(item *x, vs_err *err) {
+static vs_rc check_older(const item *x, vs_err *err) {
   shard_manifest older = {0};
-  char *text, tag[S3_ETAG_MAX];
-  vs_rc rc = store_folder_manifest(&x->there, x->there.newest, &text, tag, err);
-  if (!rc) rc = shard_manifest_parse(text, strlen(text), x->there.uri, &older, err);
+  char *text = NULL, tag[S3_ETAG_MAX];
+  vs_rc rc = read_published(x, x->there.newest, &older, &text, tag, err);
   if (!rc && strcmp(older.uuid, x->m.uuid))
     rc = vs_fail(err, VS_EXISTS, "%s holds another shard: publish %s to a place of its own", x->there.uri, x->dir);
   shard_manifest_reset(&older);

@@ -130,7 +130,7 @@ static vs_rc look_at_source(pull_job *j, const char *uri, const char *dir, vs_er
     if (x->rc) rc = vs_fail(err, x->rc, "%s", x->err.text);
     else if (x->m.version && source.uri) rc = check_name(&source, source.folders.items[i], err);
   }
-  if (!rc && !n_shards) rc = vs_fail(err, VS_NOTFOUND, "%s: is no shard and holds none; is the path right?", source.uri);
+  if (!rc && !n_shards) rc = vs_fail(err, VS_NOTFOUND, "%s is not a shard and holds none: there is no manifest; is the path right?", source.uri);
   store_folder_reset(&source);
   return rc;
 }

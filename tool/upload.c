@@ -41,6 +41,10 @@ typedef struct sending {
   uint64_t next;        /* the piece to read; `reading` guards it */
   etag *etags;          /* of finished parts; before, of an earlier upload's */
   uint64_t *found;      /* sizes of an earlier upload's parts; 0: none */
+  tool_list earlier;    /* ids of unfinished uploads */
+  const char *newest;   /* of these */
+  int64_t newest_began;
+  int misfit;           /* it has parts of other sizes */
   uint64_t n_left;      /* pieces not sent yet; `state` guards what follows */
   int elsewhere;        /* another run completed it */
 } sending;
@@ -89,45 +93,52 @@ static void fail_run(run *r, vs_rc rc, const vs_err *err) {
   pthread_mutex_unlock(&r->state);
 }
 
-/* ---- an earlier upload ---- */
+/* ---- earlier uploads ---- */
 
-typedef struct newest { char *id; int64_t started; } newest;
-
-static vs_rc keep_newest(void *ctx, const char *id, int64_t started, vs_err *err) {
-  newest *x = ctx;
+static vs_rc keep_upload(void *ctx, const char *id, int64_t started, vs_err *err) {
+  sending *s = ctx;
   (void)err;
-  if (x->id && started <= x->started) return VS_OK;
-  free(x->id);
-  x->id = tool_format("%s", id), x->started = started;
+  tool_list_add(&s->earlier, id);
+  if (s->newest && started <= s->newest_began) return VS_OK;
+  s->newest = s->earlier.items[s->earlier.n - 1], s->newest_began = started;
   return VS_OK;
 }
 
 static vs_rc keep_part(void *ctx, int number, uint64_t size, const char *tag, vs_err *err) {
   sending *s = ctx;
   (void)err;
-  if (number < 1 || (uint64_t)number > s->n_parts || size != piece_bytes(s, (uint64_t)number - 1)) return VS_OK;
+  if (number < 1 || (uint64_t)number > s->n_parts || size != piece_bytes(s, (uint64_t)number - 1)) {
+    s->misfit = 1;
+    return VS_OK;
+  }
   s->found[number - 1] = size;
   snprintf(s->etags[number - 1], S3_ETAG_MAX, "%s", tag);
   return VS_OK;
 }
 
-/* Goes on with the newest unfinished upload of the object. Rights that do not reach that far, or a store that does not list
- * uploads, cost nothing but what was sent before. */
+/* Goes on with the newest unfinished upload of the object, if it was cut into the same parts: radosgw completes none that has
+ * others as well. Rights that do not reach that far, or a store that does not list uploads, cost nothing but what was sent. */
 static vs_rc begin_upload(run *r, sending *s, vs_err *err) {
-  newest x = {0};
   vs_err ignored = {0};
   s3_place *place = r->u->place;
   const char *key = s->file->key;
   s->etags = tool_alloc(s->n_parts, sizeof *s->etags), s->found = tool_alloc(s->n_parts, sizeof *s->found);
-  vs_rc rc = s3_multipart_uploads(place, key, keep_newest, &x, &ignored);
-  if (!rc && x.id) rc = s3_multipart_parts(place, key, x.id, keep_part, s, &ignored);
-  if (!rc && x.id) {
-    s->upload_id = x.id;
+  vs_rc rc = s3_multipart_uploads(place, key, keep_upload, s, &ignored);
+  if (!rc && s->newest) rc = s3_multipart_parts(place, key, s->newest, keep_part, s, &ignored);
+  if (!rc && s->newest && !s->misfit) {
+    s->upload_id = tool_format("%s", s->newest);
     return VS_OK;
   }
-  free(x.id);
   memset(s->found, 0, s->n_parts * sizeof *s->found);
   return rc == VS_INTERRUPT ? vs_fail(err, rc, "interrupted") : s3_multipart_begin(place, key, &s->upload_id, err);
+}
+
+/* The object is there: what else was begun for it only costs. A run that is still at one finds the object. */
+static void abort_others(run *r, const sending *s) {
+  for (size_t i = 0; i < s->earlier.n; i++) {
+    vs_err ignored = {0};
+    if (strcmp(s->earlier.items[i], s->upload_id) && s3_multipart_abort(r->u->place, s->file->key, s->earlier.items[i], &ignored)) break;
+  }
 }
 
 /* ---- reading ---- */
@@ -136,6 +147,7 @@ static void close_file(run *r, sending *s) {
   r->open[s->file - r->u->files] = NULL;
   if (s->fd >= 0) close(s->fd);
   transfer_hash_free(s->hash);
+  tool_list_reset(&s->earlier);
   free(s->upload_id), free(s->etags), free(s->found), free(s);
 }
 
@@ -248,6 +260,7 @@ static vs_rc complete(run *r, sending *s, vs_err *err) {
   if (is_elsewhere(r, s)) return VS_OK;
   vs_rc rc = s3_multipart_finish(r->u->place, s->file->key, s->upload_id, s->etags, s->n_parts, NULL, &why);
   if (rc == VS_NOTFOUND) return look_elsewhere(r, s, &why, err);
+  if (!rc) abort_others(r, s);
   return rc ? vs_fail(err, rc, "%s", why.text) : check_size(r, s, err);
 }
 
