@@ -8,6 +8,8 @@ shapes    random rows, dimension, metric, partitions, bits, store, ids: exact an
 damage    one good shard, one byte flipped or the file cut: an error or right rows, never a crash, and verify finds it
 kill      builds killed with SIGKILL at random moments: no shard that a reader accepts, and the next build works
 readers   processes querying a database while shards are added and removed: right rows or an error, never a crash
+store     shards of random shapes on a real object store behind a proxy that breaks things at random: the rows that the local
+          folder gives, or an error that names the object; then publish and pull under the same faults: the same files
 Prints what it did and 'N passed, N failed'; exit status 1 when anything failed.
 """
 import argparse, json, os, random, shutil, signal, sqlite3, subprocess, sys, tempfile, time
@@ -230,7 +232,71 @@ def readers(rng, until, d):
     return n, bad
 
 
-CAMPAIGNS = {"shapes": shapes, "damage": damage, "kill": kill, "readers": readers}
+RULES = [dict(status=503, p=0.2), dict(status=500, first=1), dict(status=429, p=0.1, retry_after="0"), dict(reset=True, p=0.1),
+         dict(truncate=True, p=0.1), dict(drop=True, p=0.1), dict(corrupt=True, p=0.02, match="[.]ivf"), dict(latency_ms=2, jitter_ms=10),
+         dict(lose=True, p=0.05), dict(stall_ms=300, p=0.02), dict(redirect="eu-west-9")]
+
+
+def one_store(rng, d, uri, proxy):
+    bad, db = [], os.path.join(d, "db")
+    shutil.rmtree(db, ignore_errors=True)
+    dim = int(rng.choice([1, 3, 16, 61]))
+    for i in range(int(rng.integers(1, 5))):
+        np.save(os.path.join(d, "p.npy"), rng.standard_normal((int(rng.choice([0, 1, 300, 5000, 9000])), dim)).astype("<f4"))
+        tool("build", os.path.join(d, "p.npy"), "--metric", "l2", "--out", os.path.join(db, "s%d" % i), *(["--store", "f16"] if rng.integers(2) else []))
+    proxy.reset(seed=int(rng.integers(1 << 30)))
+    rules = [RULES[i] for i in rng.choice(len(RULES), int(rng.integers(0, 4)), replace=False)]
+    for r in rules:
+        proxy.faults(**r)
+    r = tool("publish", db, uri)
+    if r.returncode:
+        return ["publish under %s: %s" % (rules, r.stderr)]
+    c = connect()
+    c.execute("SELECT vecshard_config('cache_mb', ?)", (int(rng.choice([0, 1, 64])),))
+    for _ in range(6):
+        q = rng.standard_normal(dim).astype("<f4").tobytes()
+        sql = "SELECT shard, id, distance, embedding FROM shard_union(?, ?, %d) WHERE nprobe = %d AND refine = %d%s" % (
+            rng.choice([1, 10, 3000]), rng.choice([1, 8, 1000]), rng.choice([1, 5]), " AND exact = 1" if rng.integers(4) == 0 else "")
+        try:
+            if c.execute(sql, (uri, q)).fetchall() != c.execute(sql, (db, q)).fetchall():
+                bad.append("rows differ under %s: %s" % (rules, sql))
+        except sqlite3.Error as e:
+            if not any("corrupt" in r for r in rules) or "damaged" not in str(e):
+                bad.append("%s under %s" % (e, rules))
+    c.close()
+    back = os.path.join(d, "back")
+    shutil.rmtree(back, ignore_errors=True)
+    r = tool("pull", uri, back)
+    if r.returncode and "damaged" not in r.stderr:
+        bad.append("pull under %s: %s" % (rules, r.stderr))
+    elif not r.returncode and subprocess.run(["diff", "-r", db, back], capture_output=True).returncode:
+        bad.append("pulled files differ under %s" % rules)
+    return bad
+
+
+def store(rng, until, d):
+    sys.path.insert(0, os.path.join(ROOT, "test"))
+    from s3.client import Client
+    from s3.fault_proxy import FaultProxy
+    script = [sys.executable, os.path.join(ROOT, "test", "s3", "rgw.py")]
+    folder = os.path.join(d, "rgw")
+    subprocess.run([*script, "start", folder, "--owner", str(os.getpid())], check=True, stdout=subprocess.DEVNULL)
+    bad, n = [], 0
+    try:
+        env = dict(line.split("=", 1) for line in subprocess.run([*script, "env", folder], check=True, capture_output=True, text=True)
+                   .stdout.replace("export ", "").split("\n") if "=" in line)
+        Client(env["AWS_ENDPOINT_URL"], env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]).create_bucket("soak")
+        with FaultProxy(env["AWS_ENDPOINT_URL"]) as proxy:
+            os.environ.update({**env, "AWS_ENDPOINT_URL": proxy.endpoint})
+            while time.time() < until:
+                bad += one_store(rng, d, "s3://soak/%d" % n, proxy)
+                n += 1
+    finally:
+        subprocess.run([*script, "stop", folder, "--remove"])
+    return n, bad
+
+
+CAMPAIGNS = {"shapes": shapes, "damage": damage, "kill": kill, "readers": readers, "store": store}
 
 
 def main():

@@ -90,7 +90,7 @@ def test_unknown_sources(db, folder, tmp_path, no_credentials):
                          (" ", "source is empty"), ("no\"quote", "not a vecshard table"), ("no.such.name", "not a vecshard table"),
                          ("[", "not valid JSON"), ("[]", "names no shard"), ("[1]", "JSON texts"), ('["a"', "not valid JSON"), ("[null]", "JSON texts"),
                          (str(tmp_path / "none"), "none"), (str(tmp_path), "holds no shard"), ("s3://bucket/x", "no credentials"),
-                         (json.dumps([path, "s3://b/c"]), "no name of a bucket"), (json.dumps([path, str(tmp_path)]), "holds no shard")]:
+                         (json.dumps([path, "s3://b/c"]), "the name of a bucket"), (json.dumps([path, str(tmp_path)]), "holds no shard")]:
         fails(db, "SELECT * FROM shard_union(?, ?, 3)", source, QB, says=says)
     db.execute("CREATE VIRTUAL TABLE a USING vecshard(path='%s/a')" % path)
     for source in ("a,,a", "a, ,a", ",a", "a,,", "a,"):

@@ -420,8 +420,13 @@ static extent *claim(const s3_io *io, const vs_range *r, int *is_new) {
 static void release(vs_io *base, vs_range *r, size_t n) {
   (void)base;
   pthread_mutex_lock(&C.lock);
-  for (size_t i = 0; i < n; i++)
-    if (r[i].owner) let_go(r[i].owner);
+  for (size_t i = 0; i < n; i++) {
+    extent *e = r[i].owner;
+    if (!e) continue;
+    /* Who gave up waiting had a reason, a stalled read perhaps: the next reader begins anew instead of waiting for it, too. */
+    if (e->state == LOADING && (size_t)e->refs == e->pending + 1) take_from_table(e);
+    let_go(e);
+  }
   pthread_mutex_unlock(&C.lock);
   for (size_t i = 0; i < n; i++) r[i].owner = NULL, r[i].ptr = NULL;
 }

@@ -15,6 +15,7 @@
 #include <string.h>
 #include <strings.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -24,7 +25,8 @@
 #include "s3_xml.h"
 
 enum {
-  MAX_CONNECTIONS = 256,
+  MAX_CONNECTIONS = 512,     /* and a third of the descriptors that this process may have */
+  MIN_CONNECTIONS = 16,
   KEEP_EASY = 64,            /* idle easy handles kept for later jobs */
   CONNECT_TIMEOUT_MS = 5000,
   STALL_SECONDS = 10,        /* not a byte for so long: a new attempt */
@@ -319,7 +321,7 @@ static void set_options(s3_job *j, CURL *easy, const s3_attempt *a) {
   curl_easy_setopt(easy, CURLOPT_NOSIGNAL, 1L);
   curl_easy_setopt(easy, CURLOPT_QUICK_EXIT, 1L);
   curl_easy_setopt(easy, CURLOPT_TCP_KEEPALIVE, 1L);
-  curl_easy_setopt(easy, CURLOPT_BUFFERSIZE, 65536L);
+  curl_easy_setopt(easy, CURLOPT_BUFFERSIZE, 32768L);
   curl_easy_setopt(easy, CURLOPT_CONNECTTIMEOUT_MS, (long)CONNECT_TIMEOUT_MS);
   curl_easy_setopt(easy, CURLOPT_TIMEOUT_MS, (long)(left > 1 ? left : 1));
   curl_easy_setopt(easy, CURLOPT_LOW_SPEED_LIMIT, 1L);
@@ -675,14 +677,21 @@ static void init(void) {
   atexit(stop_at_exit); /* after curl_global_init, so that it runs before OpenSSL's own exit handler */
 }
 
+/* Requests that must wait for a connection make rounds of their own, so there are many; but the host needs descriptors, too. */
+static long max_connections(void) {
+  struct rlimit limit;
+  if (getrlimit(RLIMIT_NOFILE, &limit) || limit.rlim_cur / 3 >= MAX_CONNECTIONS) return MAX_CONNECTIONS;
+  return limit.rlim_cur / 3 > MIN_CONNECTIONS ? (long)limit.rlim_cur / 3 : MIN_CONNECTIONS;
+}
+
 /* Call with the lock held. 0: no thread to be had. */
 static int start_thread(void) {
   sigset_t all, old;
   if (E.running) return 1;
   if (E.stopping || init_failed) return 0;
   if (!E.multi && !(E.multi = curl_multi_init())) return 0;
-  curl_multi_setopt(E.multi, CURLMOPT_MAXCONNECTS, (long)MAX_CONNECTIONS);
-  curl_multi_setopt(E.multi, CURLMOPT_MAX_TOTAL_CONNECTIONS, (long)MAX_CONNECTIONS);
+  curl_multi_setopt(E.multi, CURLMOPT_MAXCONNECTS, max_connections());
+  curl_multi_setopt(E.multi, CURLMOPT_MAX_TOTAL_CONNECTIONS, max_connections());
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &old);
   E.running = pthread_create(&E.thread, NULL, engine_main, NULL) == 0;
