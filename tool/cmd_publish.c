@@ -1,12 +1,17 @@
 /* cmd_publish.c - puts a shard, or every shard of a database, into a store.
  *
- * The segments first, then the manifest, which only one writer can create, then `latest`: a reader sees a version when it is
- * complete, and not before. What is there already is not sent again, so an interrupted run is continued by the same command.
+ *   1 read     the newest local manifest of each shard
+ *   2 look     what is there, for all shards at once: one listing each. Whatever forbids publishing ends the run here
+ *   3 send     shard after shard: the segments that are not there (upload.c), then the manifest, which only one writer can
+ *              create, then `latest`
+ * A reader sees a version when it is complete, and not before. What is there is not sent again, so an interrupted run is
+ * continued by the same command.
  */
-#include <errno.h>
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "../ext/base/vs_pool.h"
 #include "../ext/s3vfs/s3_config.h"
 #include "../ext/shard/shard_files.h"
 #include "../ext/shard/shard_hint.h"
@@ -14,251 +19,322 @@
 #include "options.h"
 #include "output.h"
 #include "progress.h"
+#include "resources.h"
+#include "store_folder.h"
+#include "transfer.h"
 #include "upload.h"
 
-typedef struct publish_options { int json, only_writer; int64_t jobs, part_size; } publish_options;
+enum { LOOKS_AT_ONCE = 16 };
+
+typedef struct publish_options { int json, only_writer; int64_t jobs, memory, part_size; } publish_options;
 
 static const option_row rows[] = {
-    {"--jobs", OPTION_COUNT, "N", 1, 64, "8", 0, offsetof(publish_options, jobs), "parts sent at once; each is held in memory"},
+    {"--jobs", OPTION_COUNT, "N", 1, 64, NULL, 0, offsetof(publish_options, jobs),
+     "requests at once, each with a part in memory (default: 8, fewer where --memory does not hold the parts)"},
+    {"--memory", OPTION_SIZE, "SIZE", 5 << 20, INT64_MAX, "a quarter of the machine's, 256M to 8G", 0, offsetof(publish_options, memory),
+     "for the parts under way"},
     {"--part-size", OPTION_SIZE, "SIZE", 5 << 20, (int64_t)5 << 30, NULL, 0, offsetof(publish_options, part_size),
-     "of a multipart upload (16M, more for objects above 160 GB)"},
+     "larger files go in parts of this size (default: 16M; above 160 GB a 10,000th of the file)"},
     {"--only-writer", OPTION_FLAG, NULL, 0, 0, NULL, 0, offsetof(publish_options, only_writer),
      "nobody else publishes there: for stores without If-None-Match"},
     OPTION_JSON(publish_options),
 };
 static const option_command command = {
     "publish", "DIR s3://bucket/prefix",
-    "Puts a shard, or a database (a folder of shards), into an S3 store. Each file is verified while it is sent; running the "
-    "command again continues, and does nothing once all is there. Settings as the AWS SDKs read them: AWS_ACCESS_KEY_ID, "
-    "AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_PROFILE, AWS_ENDPOINT_URL for other stores.",
+    "Puts a shard, or a database (a folder of shards, each as prefix/NAME), into an S3 store. Each file is verified while it is\n"
+    "sent. Running the command again continues, and does nothing once all is there. Settings as the AWS SDKs read them:\n"
+    "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_PROFILE, and AWS_ENDPOINT_URL for other stores.",
     "  vecshard publish db s3://my-bucket/db\n"
     "  vecshard query s3://my-bucket/db --queries q.npy -k 10",
     2, 2, rows, sizeof rows / sizeof *rows};
 
-typedef struct there { shard_manifest *m; uint64_t newest; char newest_etag[S3_ETAG_MAX]; uint64_t *sizes; int has_hint; size_t skip; } there;
+typedef struct item {
+  const char *dir;
+  shard_manifest m;
+  char *text;             /* of the local manifest */
+  store_folder there;
+  char tag[S3_ETAG_MAX];  /* of the manifest in the store */
+  int is_database;        /* a prefix, not a shard of ours: may shards lie in it? */
+  int present;            /* this very version is published */
+  vs_rc rc;
+  vs_err err;
+} item;
 
 typedef struct publish_job {
   const publish_options *o;
-  s3_place *place;
-  uint64_t done, total;         /* bytes, of all shards */
-  uint64_t n_sent, n_bytes, n_reused, n_shards, n_present;
+  item *items;            /* the shards; for a database one more, the prefix that they lie in */
+  size_t n, n_items;
+  uint64_t done, total, n_sent, n_reused, n_files, n_present;
 } publish_job;
 
-static void add_progress(void *ctx, uint64_t bytes) {
+static void add_progress(void *ctx, uint64_t n_bytes, int is_new) {
   publish_job *j = ctx;
-  j->done += bytes;
+  if (is_new) j->done += n_bytes;
+  else j->total -= n_bytes; /* or it would pass for speed */
   progress_bytes("publish", j->done, j->total);
 }
 
-/* ---- what is there ---- */
+/* ---- reading ---- */
 
-static vs_rc note_object(void *ctx, const s3_entry *e, vs_err *err) {
-  there *t = ctx;
-  const char *name = e->key + t->skip;
-  uint64_t v = shard_manifest_version(name);
-  (void)err;
-  if (v > t->newest) t->newest = v, snprintf(t->newest_etag, sizeof t->newest_etag, "%s", e->etag);
-  if (!strcmp(name, SHARD_HINT_NAME)) t->has_hint = 1;
-  for (size_t i = 0; i < t->m->n_segments; i++)
-    if (!strcmp(t->m->segments[i].file, name)) t->sizes[i] = e->size;
-  return VS_OK;
-}
-
-static vs_rc look(publish_job *j, const char *prefix, shard_manifest *m, there *t, vs_err *err) {
-  *t = (there){.m = m, .skip = strlen(prefix), .sizes = tool_alloc(m->n_segments, sizeof *t->sizes)};
-  for (size_t i = 0; i < m->n_segments; i++) t->sizes[i] = UINT64_MAX;
-  return s3_list(j->place, prefix, "/", NULL, 0, note_object, t, err);
-}
-
-/* ---- one shard ---- */
-
-static vs_rc send_segments(publish_job *j, const char *dir, const char *prefix, const there *t, vs_err *err) {
-  vs_rc rc = VS_OK;
-  for (size_t i = 0; i < t->m->n_segments && !rc; i++) {
-    const shard_segment_ref *ref = &t->m->segments[i];
-    if (t->sizes[i] == ref->n_bytes) { /* the name comes from the content */
-      add_progress(j, ref->n_bytes);
-      continue;
-    }
-    char *key = tool_format("%s%s", prefix, ref->file), *path = tool_format("%s/%s", dir, ref->file);
-    upload u = {.place = j->place, .key = key, .path = path, .size = ref->n_bytes, .checksum = ref->checksum, .jobs = (int)j->o->jobs,
-                .part_size = (uint64_t)j->o->part_size, .progress = add_progress, .ctx = j};
-    rc = upload_file(&u, err);
-    if (!rc) j->n_sent++, j->n_bytes += ref->n_bytes - u.n_reused, j->n_reused += u.n_reused;
-    free(key), free(path);
-  }
-  return rc;
-}
-
-/* Is the manifest that is there the one that would be written? */
-static vs_rc same_manifest(publish_job *j, const char *key, const char *text, int *same, char *tag, vs_err *err) {
-  uint8_t *body;
-  size_t n;
-  s3_meta meta;
-  vs_rc rc = s3_get(j->place, key, 0, UINT64_MAX, NULL, SHARD_MAX_MANIFEST, &body, &n, &meta, err);
-  if (rc) return rc;
-  *same = n == strlen(text) && !memcmp(body, text, n);
-  strcpy(tag, meta.etag);
-  free(body);
-  return VS_OK;
-}
-
-/* Without the condition: look, then write. Two writers at the same moment would not see each other. */
-static vs_rc put_as_only_writer(publish_job *j, const char *key, const char *text, char *tag, vs_err *err) {
-  s3_meta meta;
-  vs_err ignored = {0};
-  vs_rc rc = s3_head(j->place, key, &meta, &ignored);
-  if (rc == VS_OK) return vs_fail(err, VS_EXISTS, "there");
-  if (rc != VS_NOTFOUND) return vs_fail(err, rc, "%s", ignored.text);
-  return s3_put(j->place, key, text, strlen(text), 0, tag, err);
-}
-
-static vs_rc put_manifest(publish_job *j, const char *key, const char *text, uint64_t version, char *tag, vs_err *err) {
-  vs_err why = {0};
-  int same = 0;
-  vs_rc rc = j->o->only_writer ? put_as_only_writer(j, key, text, tag, &why) : s3_put(j->place, key, text, strlen(text), 1, tag, &why);
-  if (rc == VS_UNSUPPORTED)
-    return vs_fail(err, rc, "%s\nThis store does not know If-None-Match, which keeps two writers apart. If nobody else publishes there, "
-                            "run the command again with --only-writer.", why.text);
-  if (rc != VS_EXISTS) return rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
-  vs_err_reset(&why);
-  if ((rc = same_manifest(j, key, text, &same, tag, &why))) return vs_fail(err, rc, "%s", why.text);
-  if (same) return VS_OK;
-  char *name = s3_place_name(j->place, key);
-  rc = vs_fail(err, VS_EXISTS, "%s: another writer published version %llu of another shard first; nothing is lost: publish to a place of its own",
-               name ? name : key, (unsigned long long)version);
-  free(name);
-  return rc;
-}
-
-/* A reader without the hint needs more rounds, nothing else: no reason to fail. */
-static void put_hint(publish_job *j, const char *dir, const char *prefix, const shard_manifest *m, const char *tag) {
-  vs_err err = {0};
-  uint8_t *body = NULL;
-  size_t n = 0;
-  char *key = tool_format("%s%s", prefix, SHARD_HINT_NAME);
-  vs_rc rc = shard_hint_make(dir, m, tag, &body, &n, &err);
-  if (!rc) rc = s3_put(j->place, key, body, n, 0, NULL, &err);
-  if (rc) tool_note("warning: %s (readers will need more requests)", err.text);
-  free(body), free(key);
-}
-
-static vs_rc publish_there(publish_job *j, const char *dir, const char *prefix, shard_manifest *m, const char *text, vs_err *err) {
-  there t;
-  char name[64], tag[S3_ETAG_MAX] = "";
-  int present = 0;
-  shard_manifest_file(m->version, name);
-  char *key = tool_format("%s%s", prefix, name);
-  vs_rc rc = look(j, prefix, m, &t, err);
-  if (!rc && t.newest > m->version)
-    rc = vs_fail(err, VS_EXISTS, "version %llu is published there already, and %s is at version %llu: pull it first, or publish to another place",
-                 (unsigned long long)t.newest, dir, (unsigned long long)m->version);
-  if (!rc && t.newest == m->version) rc = same_manifest(j, key, text, &present, tag, err);
-  if (!rc && t.newest == m->version && !present)
-    rc = vs_fail(err, VS_EXISTS, "another shard is published there at the same version: publish %s to a place of its own", dir);
-  if (!rc) rc = send_segments(j, dir, prefix, &t, err);
-  if (!rc && !present) rc = put_manifest(j, key, text, m->version, tag, err);
-  if (!rc && (!present || !t.has_hint)) put_hint(j, dir, prefix, m, tag);
-  j->n_shards += !rc, j->n_present += !rc && present;
-  free(t.sizes), free(key);
-  return rc;
-}
-
-static vs_rc read_manifest(const char *dir, shard_manifest *m, char **text, vs_err *err) {
+static vs_rc read_manifest(item *x, vs_err *err) {
   char name[64];
-  vs_rc rc = shard_manifest_read(dir, 0, m, err);
+  vs_rc rc = shard_manifest_read(x->dir, 0, &x->m, err);
   if (rc) return rc;
-  shard_manifest_file(m->version, name);
-  char *path = tool_format("%s/%s", dir, name);
-  rc = output_read_text(path, SHARD_MAX_MANIFEST, text, err);
+  shard_manifest_file(x->m.version, name);
+  char *path = tool_format("%s/%s", x->dir, name);
+  rc = output_read_text(path, SHARD_MAX_MANIFEST, &x->text, err); /* the very bytes: parsing drops what this build does not know */
   free(path);
+  for (size_t i = 0; i < x->m.n_segments && !rc; i++)
+    if (!store_is_segment_name(x->m.segments[i].file))
+      rc = vs_corrupt(err, "%s: damaged manifest: a segment is called %s", x->dir, x->m.segments[i].file);
   return rc;
 }
-
-static vs_rc publish_shard(publish_job *j, const char *dir, const char *uri, vs_err *err) {
-  shard_manifest m = {0};
-  char *text = NULL, *key = NULL;
-  vs_err why = {0};
-  s3_place_close(j->place);
-  j->place = NULL;
-  vs_rc rc = read_manifest(dir, &m, &text, &why);
-  if (!rc) rc = s3_place_open(uri, &j->place, &key, &why);
-  if (!rc) {
-    char *prefix = tool_format("%s%s", key, *key ? "/" : "");
-    rc = publish_there(j, dir, prefix, &m, text, &why);
-    free(prefix);
-  }
-  free(key), free(text);
-  shard_manifest_reset(&m);
-  if (!rc) return VS_OK;
-  if (rc == VS_INTERRUPT) return vs_fail(err, rc, "interrupted: run the command again to continue");
-  return strncmp(why.text, "s3://", 5) && rc == VS_EXISTS ? vs_fail(err, rc, "%s: %s", uri, why.text) : vs_fail(err, rc, "%s", why.text);
-}
-
-/* ---- all of them ---- */
 
 static const char *last_part(const char *path) {
   const char *slash = strrchr(path, '/');
   return slash ? slash + 1 : path;
 }
 
-static vs_rc measure(publish_job *j, char **dirs, size_t n, vs_err *err) {
+static vs_rc read_items(publish_job *j, char **dirs, int is_database, const char *to, vs_err *err) {
   vs_rc rc = VS_OK;
-  for (size_t i = 0; i < n && !rc; i++) {
-    shard_manifest m = {0};
-    rc = shard_manifest_read(dirs[i], 0, &m, err);
-    for (size_t g = 0; g < m.n_segments; g++) j->total += m.segments[g].n_bytes;
-    shard_manifest_reset(&m);
+  s3_place *place = NULL;
+  int len = (int)strlen(to);
+  while (to[len - 1] == '/') len--;
+  j->n_items = j->n + (size_t)is_database;
+  j->items = tool_alloc(j->n_items, sizeof *j->items);
+  for (size_t i = 0; i < j->n_items && !rc; i++) {
+    item *x = &j->items[i];
+    x->is_database = i == j->n, x->dir = i < j->n ? dirs[i] : "";
+    char *uri = i < j->n && is_database ? tool_format("%.*s/%s", len, to, last_part(dirs[i])) : tool_format("%.*s", len, to);
+    if (i < j->n) rc = read_manifest(x, err);
+    if (!rc) rc = store_folder_open(uri, place, &x->there, err);
+    place = j->items[0].there.place; /* one for all: what is learned of region and clock holds for all */
+    free(uri);
   }
   return rc;
+}
+
+/* ---- looking ---- */
+
+/* A shard may not go where it would hide those of a database. */
+static vs_rc refuse_database(const item *x, vs_err *err) {
+  char **uris;
+  size_t n;
+  vs_err ignored = {0};
+  vs_rc rc = x->there.folders.n ? shard_paths(x->there.uri, &uris, &n, &ignored) : VS_NOTFOUND;
+  if (rc == VS_NOTFOUND) return VS_OK;
+  if (rc) return vs_fail(err, rc, "%s", ignored.text);
+  shard_names_free(uris, n);
+  return vs_fail(err, VS_EXISTS, "%s is a database of %zu shards: publish to %s/NAME, a place of its own", x->there.uri, n, x->there.uri);
+}
+
+static vs_rc read_published(const item *x, uint64_t version, shard_manifest *m, char **text, char *tag, vs_err *err) {
+  vs_rc rc = store_folder_manifest(&x->there, version, text, tag, err);
+  return rc ? rc : shard_manifest_parse(*text, strlen(*text), x->there.uri, m, err);
+}
+
+/* A manifest of the same version is there: it must be ours. */
+static vs_rc compare(item *x, vs_err *err) {
+  shard_manifest theirs = {0};
+  char *text = NULL;
+  vs_rc rc = read_published(x, x->m.version, &theirs, &text, x->tag, err);
+  int is_other = !rc && strcmp(theirs.uuid, x->m.uuid);
+  x->present = !rc && !strcmp(text, x->text);
+  free(text);
+  shard_manifest_reset(&theirs);
+  if (rc || x->present) return rc;
+  return vs_fail(err, VS_EXISTS, "%s: another writer published version %" PRIu64 "%s first; nothing is lost: %s", x->there.uri, x->m.version,
+                 is_other ? " of another shard" : "",
+                 is_other ? "publish to a place of its own" : "pull that version, or publish to a place of its own");
+}
+
+static vs_rc compare_listed(item *x, vs_err *err) {
+  char name[64];
+  shard_manifest_file(x->m.version, name);
+  const store_object *o = store_folder_find(&x->there, name);
+  x->present = strlen(o->etag) < sizeof x->tag && transfer_is_md5(o->etag, x->text, strlen(x->text));
+  if (!x->present) return compare(x, err);
+  strcpy(x->tag, o->etag);
+  return VS_OK;
+}
+
+/* An older version must be of the same shard: else two shards would share a place. */
+static vs_rc check_older(const item *x, vs_err *err) {
+  shard_manifest older = {0};
+  char *text = NULL, tag[S3_ETAG_MAX];
+  vs_rc rc = read_published(x, x->there.newest, &older, &text, tag, err);
+  if (!rc && strcmp(older.uuid, x->m.uuid))
+    rc = vs_fail(err, VS_EXISTS, "%s holds another shard: publish %s to a place of its own", x->there.uri, x->dir);
+  shard_manifest_reset(&older);
+  free(text);
+  return rc;
+}
+
+static vs_rc look_at(item *x, vs_err *err) {
+  vs_rc rc = store_folder_list(&x->there, err);
+  uint64_t newest = x->there.newest;
+  if (rc) return rc;
+  if (x->is_database)
+    return newest ? vs_fail(err, VS_EXISTS, "%s is a shard, and shards cannot lie in one: publish to another place", x->there.uri) : VS_OK;
+  if (newest > x->m.version)
+    return vs_fail(err, VS_EXISTS, "%s: version %" PRIu64 " is published, and %s is at version %" PRIu64 ": pull it first, or publish to another place",
+                   x->there.uri, newest, x->dir, x->m.version);
+  return !newest ? refuse_database(x, err) : newest < x->m.version ? check_older(x, err) : compare_listed(x, err);
+}
+
+static void look(void *ctx, size_t i) {
+  item *x = &((publish_job *)ctx)->items[i];
+  x->rc = look_at(x, &x->err);
+}
+
+static int is_there(const item *x, const shard_segment_ref *ref) {
+  const store_object *o = store_folder_find(&x->there, ref->file);
+  return o && o->size == ref->n_bytes; /* the name comes from the content */
+}
+
+static vs_rc look_at_all(publish_job *j, vs_err *err) {
+  vs_pool_run(j->n_items, LOOKS_AT_ONCE, look, j);
+  for (size_t i = 0; i < j->n_items; i++) {
+    item *x = &j->items[i];
+    if (x->rc) return vs_fail(err, x->rc, "%s", x->err.text);
+    for (size_t g = 0; g < x->m.n_segments; g++)
+      if (!is_there(x, &x->m.segments[g])) j->total += x->m.segments[g].n_bytes;
+  }
+  return VS_OK;
+}
+
+/* ---- sending ---- */
+
+static vs_rc send_segments(publish_job *j, item *x, vs_err *err) {
+  upload_file *files = tool_alloc(x->m.n_segments, sizeof *files);
+  upload u = {.place = x->there.place, .files = files, .jobs = (int)j->o->jobs, .part_size = (uint64_t)j->o->part_size, .progress = add_progress,
+              .ctx = j, .memory = j->o->memory ? (uint64_t)j->o->memory : resources_default_memory()};
+  for (size_t i = 0; i < x->m.n_segments; i++) {
+    const shard_segment_ref *ref = &x->m.segments[i];
+    if (is_there(x, ref)) continue;
+    files[u.n_files++] = (upload_file){store_folder_key(&x->there, ref->file), tool_format("%s/%s", x->dir, ref->file), ref->n_bytes, ref->checksum};
+  }
+  vs_rc rc = upload_files(&u, err);
+  j->n_sent += u.n_sent, j->n_reused += u.n_reused, j->n_files += u.n_files;
+  for (size_t i = 0; i < u.n_files; i++) free(files[i].key), free(files[i].path);
+  free(files);
+  return rc;
+}
+
+/* Without the condition: look, then write. Two writers at the same moment would not see each other. */
+static vs_rc put_as_only_writer(const item *x, const char *key, char *tag, vs_err *err) {
+  s3_meta meta;
+  vs_err why = {0};
+  vs_rc rc = s3_head(x->there.place, key, &meta, &why);
+  if (!rc) return VS_EXISTS;
+  if (rc != VS_NOTFOUND) return vs_fail(err, rc, "%s", why.text);
+  return s3_put(x->there.place, key, x->text, strlen(x->text), 0, tag, err);
+}
+
+static vs_rc put_manifest(const publish_job *j, item *x, vs_err *err) {
+  char name[64];
+  vs_err why = {0};
+  shard_manifest_file(x->m.version, name);
+  char *key = store_folder_key(&x->there, name);
+  vs_rc rc = j->o->only_writer ? put_as_only_writer(x, key, x->tag, &why)
+                               : s3_put(x->there.place, key, x->text, strlen(x->text), 1, x->tag, &why);
+  free(key);
+  if (!rc) return VS_OK;
+  if (rc == VS_EXISTS) return compare(x, err);
+  if (rc == VS_UNSUPPORTED)
+    return vs_fail(err, rc, "%s (this store does not know If-None-Match, which keeps two writers apart; when nobody else publishes there, run "
+                            "the command again with --only-writer)", why.text);
+  return vs_fail(err, rc, "%s", why.text);
+}
+
+/* The hint, unless it is there. A reader without it needs more rounds, nothing else: no reason to fail. */
+static void put_hint(const item *x) {
+  vs_err err = {0};
+  uint8_t *body = NULL;
+  size_t n = 0;
+  const store_object *o = store_folder_find(&x->there, SHARD_HINT_NAME);
+  char *key = store_folder_key(&x->there, SHARD_HINT_NAME);
+  vs_rc rc = shard_hint_make(x->dir, &x->m, x->tag, &body, &n, &err);
+  if (!rc && !(x->present && o && transfer_is_md5(o->etag, body, n))) rc = s3_put(x->there.place, key, body, n, 0, NULL, &err);
+  if (rc && rc != VS_INTERRUPT) tool_note("warning: %s (readers will need more requests)", err.text);
+  free(body), free(key);
+}
+
+static vs_rc publish_items(publish_job *j, vs_err *err) {
+  vs_rc rc = VS_OK;
+  for (size_t i = 0; i < j->n && !rc; i++) {
+    item *x = &j->items[i];
+    int was_present = x->present;
+    rc = send_segments(j, x, err);
+    if (!rc && !x->present) rc = put_manifest(j, x, err);
+    if (!rc) put_hint(x);
+    j->n_present += !rc && was_present;
+  }
+  return rc;
+}
+
+/* ---- the whole ---- */
+
+static void reset(publish_job *j) {
+  for (size_t i = 0; i < j->n_items; i++) {
+    shard_manifest_reset(&j->items[i].m);
+    store_folder_reset(&j->items[i].there);
+    free(j->items[i].text);
+  }
+  free(j->items);
 }
 
 static vs_rc publish(publish_job *j, const char *dir, const char *to, vs_err *err) {
   char **dirs;
-  size_t n, len = strlen(to);
-  if (s3_is_uri(dir)) return vs_fail(err, VS_INVALID, "%s: publish takes a local folder first, then where it goes", dir);
-  while (len && to[len - 1] == '/') len--;
-  vs_rc rc = shard_paths(dir, &dirs, &n, err);
-  int single = !rc && shard_dir_is_shard(dir);
-  if (!rc) rc = measure(j, dirs, n, err);
-  for (size_t i = 0; i < n && !rc; i++) {
-    char *uri = single ? tool_format("%.*s", (int)len, to) : tool_format("%.*s/%s", (int)len, to, last_part(dirs[i]));
-    rc = publish_shard(j, dirs[i], uri, err);
-    free(uri);
-  }
-  shard_names_free(dirs, n);
-  s3_place_close(j->place);
+  vs_rc rc = shard_paths(dir, &dirs, &j->n, err);
+  if (rc) return rc;
+  rc = read_items(j, dirs, !shard_dir_is_shard(dir), to, err);
+  if (!rc) rc = look_at_all(j, err);
+  if (!rc) rc = publish_items(j, err);
+  shard_names_free(dirs, j->n);
   return rc;
 }
 
 static void print_result(const publish_job *j, const char *to, double seconds) {
-  char sent[32];
+  char sent[32], reused[32];
   if (j->o->json) {
     printf("{\"to\":");
     json_put_text(stdout, to);
-    printf(",\"shards\":%llu,\"present\":%llu,\"files_sent\":%llu,\"bytes_sent\":%llu,\"bytes_reused\":%llu,\"seconds\":%.3f}\n",
-           (unsigned long long)j->n_shards, (unsigned long long)j->n_present, (unsigned long long)j->n_sent,
-           (unsigned long long)j->n_bytes, (unsigned long long)j->n_reused, seconds);
+    printf(",\"shards\":%zu,\"present\":%" PRIu64 ",\"files_sent\":%" PRIu64 ",\"bytes_sent\":%" PRIu64 ",\"bytes_reused\":%" PRIu64 ",\"seconds\":%.3f}\n",
+           j->n, j->n_present, j->n_files, j->n_sent, j->n_reused, seconds);
     return;
   }
-  printf("%s: %llu shard%s", to, (unsigned long long)j->n_shards, j->n_shards == 1 ? "" : "s");
-  if (j->n_present == j->n_shards) printf(", already published\n");
-  else printf(" published, %s sent in %.1f s\n", output_size(j->n_bytes, sent), seconds);
+  printf("%s: %zu shard%s", to, j->n, j->n == 1 ? "" : "s");
+  if (j->n_present == j->n && !j->n_files) printf(", already published\n");
+  else {
+    printf(" published, %s sent in %.1f s", output_size(j->n_sent, sent), seconds);
+    if (j->n_reused) printf(", %s were there", output_size(j->n_reused, reused));
+    putchar('\n');
+  }
+}
+
+static int run(const publish_options *o, const char *dir, const char *to) {
+  publish_job j = {.o = o};
+  vs_err err = {0};
+  double started = tool_seconds();
+  vs_rc rc = publish(&j, dir, to, &err);
+  if (rc == VS_INTERRUPT) {
+    vs_err_reset(&err);
+    rc = vs_fail(&err, VS_INTERRUPT, "interrupted; what was sent stays: run the command again to continue");
+  }
+  int status = (int)tool_report(&err);
+  if (!rc) print_result(&j, to, tool_seconds() - started);
+  reset(&j);
+  return status;
 }
 
 int cmd_publish(int argc, char **argv) {
   publish_options o = {0};
-  publish_job j = {.o = &o};
   tool_list args = {0};
-  vs_err err = {0};
-  double started = tool_seconds();
   int status = options_read(&command, argc, argv, &o, &args);
-  if (status < 0 && strncmp(args.items[1], "s3://", 5)) status = (int)options_wrong(&command, "where it goes must be like s3://bucket/prefix");
-  if (status < 0) {
-    vs_rc rc = publish(&j, args.items[0], args.items[1], &err);
-    status = tool_report(&err);
-    if (!rc) print_result(&j, args.items[1], tool_seconds() - started);
-  }
+  if (status < 0 && (s3_is_uri(args.items[0]) || !store_is_uri(args.items[1])))
+    status = (int)options_wrong(&command, "it is `vecshard publish DIR s3://bucket/prefix`");
+  if (status < 0) status = run(&o, args.items[0], args.items[1]);
   tool_list_reset(&args);
   return status;
 }

@@ -169,9 +169,9 @@ vs_rc output_check_space(const char *out, uint64_t n_out, const char *temp, uint
   return VS_OK;
 }
 
-uint64_t output_allocated(const char *path) {
-  struct stat st;
-  if (stat(path, &st)) return 0;
-  uint64_t blocks = (uint64_t)st.st_blocks * 512, size = (uint64_t)st.st_size;
-  return blocks < size ? blocks : size; /* a file that is not filled yet has holes */
+vs_rc output_check_room(const char *folder, uint64_t n_bytes, const char *what, const char *advice, vs_err *err) {
+  uint64_t have;
+  dev_t device;
+  vs_rc rc = free_bytes(folder, &have, &device, err);
+  return rc || n_bytes <= have ? rc : no_space(folder, n_bytes, what, have, advice, err);
 }

@@ -40,16 +40,16 @@ enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
 /* ---- what the commands share ---- */
 
-static volatile sig_atomic_t stop_wanted;
+static int stop_wanted; /* atomic: set by a signal, read by any thread */
 
 static void on_signal(int number) {
   (void)number;
-  stop_wanted = 1;
+  __atomic_store_n(&stop_wanted, 1, __ATOMIC_RELAXED);
 }
 
 int tool_stop(void *ctx) {
   (void)ctx;
-  return stop_wanted;
+  return __atomic_load_n(&stop_wanted, __ATOMIC_RELAXED);
 }
 
 void tool_note(const char *fmt, ...) {

@@ -159,16 +159,22 @@ static vs_rc publish(const char *dir, const char *temp, const char *final, uint6
   return rc;
 }
 
-vs_rc shard_manifest_commit(const char *dir, const shard_manifest *m, vs_err *err) {
-  char name[64], final[4400], temp[4460], *json = NULL;
-  shard_manifest_file(m->version, name);
+vs_rc shard_manifest_commit_text(const char *dir, uint64_t version, const char *json, vs_err *err) {
+  char name[64], final[4400], temp[4460];
+  shard_manifest_file(version, name);
   if (snprintf(final, sizeof final, "%s/%s", dir, name) >= (int)sizeof final)
     return vs_fail(err, VS_INVALID, "%s: path too long", dir);
   snprintf(temp, sizeof temp, "%s/.%.29s.tmp-%d-XXXXXX", dir, name, (int)getpid());
+  vs_rc rc = write_temp(dir, temp, json, err);
+  return rc ? rc : publish(dir, temp, final, version, err);
+}
+
+vs_rc shard_manifest_commit(const char *dir, const shard_manifest *m, vs_err *err) {
+  char *json = NULL;
   vs_rc rc = print_checked(dir, m, &json, err);
-  if (!rc) rc = write_temp(dir, temp, json, err);
+  if (!rc) rc = shard_manifest_commit_text(dir, m->version, json, err);
   free(json);
-  return rc ? rc : publish(dir, temp, final, m->version, err);
+  return rc;
 }
 
 /* ---- folders ---- */

@@ -68,6 +68,8 @@ vs_rc shard_manifest_read(const char *dir, uint64_t version, shard_manifest *out
 /* Creates the manifest of m->version exclusively (temporary file, fsync, link, fsync of the folder). VS_EXISTS, with advice,
  * when another writer committed that version first; nothing is lost then. */
 vs_rc shard_manifest_commit(const char *dir, const shard_manifest *m, vs_err *err) VS_WARN_UNUSED;
+/* The same with a text that the caller has parsed: a copy of a manifest keeps what this build does not know. */
+vs_rc shard_manifest_commit_text(const char *dir, uint64_t version, const char *json, vs_err *err) VS_WARN_UNUSED;
 
 /* Is there at least one manifest in this folder? */
 int shard_dir_is_shard(const char *dir);
