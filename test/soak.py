@@ -10,6 +10,8 @@ kill      builds killed with SIGKILL at random moments: no shard that a reader a
 readers   processes querying a database while shards are added and removed: right rows or an error, never a crash
 store     shards of random shapes on a real object store behind a proxy that breaks things at random: the rows that the local
           folder gives, or an error that names the object; then publish and pull under the same faults: the same files
+travel    up to three publishers and three pullers of one shard at a time, killed and interrupted at random, amid faults: who
+          sees a manifest sees all files, and in the end one run of each makes them the same, with no parts left in the folder
 Prints what it did and 'N passed, N failed'; exit status 1 when anything failed.
 """
 import argparse, json, os, random, shutil, signal, sqlite3, subprocess, sys, tempfile, time
@@ -274,7 +276,67 @@ def one_store(rng, d, uri, proxy):
     return bad
 
 
-def store(rng, until, d):
+def segment(rng, folder, n_bytes):
+    """A shard's segment with so many bytes, or a few more; returns what a manifest says of it."""
+    dim = int(rng.choice([16, 500]))
+    np.save(folder + ".npy", rng.standard_normal((max(1, n_bytes // (4 * dim + 40)), dim)).astype("<f4"))
+    shutil.rmtree(folder + "-one", ignore_errors=True)
+    assert tool("build", folder + ".npy", "--metric", "l2", "--partitions", 1, "--out", folder + "-one").returncode == 0
+    names = os.listdir(folder + "-one")
+    return folder + "-one", [n for n in names if n.endswith("ivf")][0], [n for n in names if n.startswith("manifest-")][0]
+
+
+def many_segments(rng, folder):
+    """A folder that publish and pull take for a shard, of segments that have not much to do with one another."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    segments = []
+    for _ in range(int(rng.integers(1, 6))):
+        one, seg, name = segment(rng, folder, int(rng.choice([1000, 300_000, 6_000_000, 20_000_000])))
+        m = json.load(open(os.path.join(one, name)))
+        if not any(s["file"] == seg for s in segments):
+            segments += m["segments"]
+        os.replace(os.path.join(one, seg), os.path.join(folder, seg))
+    json.dump({**m, "segments": segments}, open(os.path.join(folder, name), "w"))
+    return {s["file"]: s["bytes"] for s in segments}
+
+
+def end_some(rng, ps):
+    for p in ps:
+        kind = rng.integers(3)
+        time.sleep(float(rng.random()) * 0.4)
+        if kind:
+            p.send_signal(signal.SIGKILL if kind == 1 else signal.SIGINT)
+    return [p.wait(timeout=600) for p in ps]
+
+
+def one_travel(rng, d, uri, proxy):
+    bad, here, back = [], os.path.join(d, "here"), os.path.join(d, "back")
+    files = many_segments(rng, here)
+    shutil.rmtree(back, ignore_errors=True)
+    bucket, prefix = uri[5:].split("/", 1)
+    proxy.reset(seed=int(rng.integers(1 << 30)))
+    rules = [RULES[i] for i in rng.choice(len(RULES), int(rng.integers(0, 3)), replace=False) if "corrupt" not in RULES[i]]
+    for r in rules + [dict(bytes_per_s=30e6)]:
+        proxy.faults(**r)
+    ways = (["publish", here, uri, "--part-size", str(rng.choice(["5M", "7M"]))], ["pull", uri, back])
+    for way in ways:
+        for _ in range(3):
+            end_some(rng, [subprocess.Popen([TOOL, *way, "--jobs", str(rng.integers(1, 5))], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                           for _ in range(int(rng.integers(1, 4)))])
+            there = {e["key"][len(prefix) + 1:]: e["size"] for e in proxy.client.entries(bucket, prefix + "/")} if way[0] == "publish" else {
+                f: os.path.getsize(os.path.join(back, f)) for f in (os.listdir(back) if os.path.isdir(back) else [])}
+            if any(n.startswith("manifest-") for n in there) and any(there.get(f) != size for f, size in files.items()):
+                bad.append("%s under %s: a manifest without its files" % (way[0], rules))
+        r = tool(*way)
+        if r.returncode:
+            return bad + ["%s under %s: %s" % (way[0], rules, r.stderr)]
+    if subprocess.run(["diff", "-r", here, back], capture_output=True).returncode:
+        bad.append("pulled files differ under %s" % rules)
+    return bad
+
+
+def on_a_store(one_round, rng, until, d):
     sys.path.insert(0, os.path.join(ROOT, "test"))
     from s3.client import Client
     from s3.fault_proxy import FaultProxy
@@ -288,15 +350,24 @@ def store(rng, until, d):
         Client(env["AWS_ENDPOINT_URL"], env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]).create_bucket("soak")
         with FaultProxy(env["AWS_ENDPOINT_URL"]) as proxy:
             os.environ.update({**env, "AWS_ENDPOINT_URL": proxy.endpoint})
+            proxy.client = Client(env["AWS_ENDPOINT_URL"], env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"])
             while time.time() < until:
-                bad += one_store(rng, d, "s3://soak/%d" % n, proxy)
+                bad += one_round(rng, d, "s3://soak/%d" % n, proxy)
                 n += 1
     finally:
         subprocess.run([*script, "stop", folder, "--remove"])
     return n, bad
 
 
-CAMPAIGNS = {"shapes": shapes, "damage": damage, "kill": kill, "readers": readers, "store": store}
+def store(rng, until, d):
+    return on_a_store(one_store, rng, until, d)
+
+
+def travel(rng, until, d):
+    return on_a_store(one_travel, rng, until, d)
+
+
+CAMPAIGNS = {"shapes": shapes, "damage": damage, "kill": kill, "readers": readers, "store": store, "travel": travel}
 
 
 def main():

@@ -242,6 +242,14 @@ def test_errors(s3, shard, tmp_path):
         assert r.returncode == 2, wrong
 
 
+def test_a_bucket_of_its_own(s3, shard, database, tmp_path):
+    for folder in (shard.path, database):
+        uri = "s3://" + s3.bucket("own")
+        tool("publish", folder, uri, env=s3.env)
+        tool("pull", uri + "/", tmp_path / os.path.basename(folder), env=s3.env)
+        assert same_folders(folder, tmp_path / os.path.basename(folder))
+
+
 def test_an_empty_shard(s3, tmp_path):
     empty = build_shard(tmp_path / "empty", np.zeros((0, 4), dtype="<f4"))
     uri = s3.uri("empty")
@@ -504,6 +512,18 @@ def test_memory(s3, large):
     assert "choose --memory 16M or more" in refused("publish", large.path, uri, "--part-size", "16M", "--memory", "15M", env=s3.env)
     assert not objects(s3, uri)
     tool("publish", large.path, uri, "--part-size", "5M", "--memory", "11M", env=s3.env)
+
+
+@pytest.mark.parametrize("size, part", [(768 * 10**9, "77.6 MB"), (5 * 2**40, "550.5 MB")])
+def test_parts_of_very_large_files(s3, copy, size, part):
+    """10,000 parts suffice, and their size is told before anything is read."""
+    segment = next(copy.glob("*.ivf"))
+    try:
+        os.truncate(segment, size)
+    except OSError:
+        pytest.skip("files of this size cannot be here")
+    edit_manifest(copy, segments=[{**json.loads((copy / MANIFEST).read_text())["segments"][0], "bytes": size}])
+    assert "a part of %s needs more" % part in refused("publish", copy, s3.uri("x"), "--memory", "16M", env=s3.env)
 
 
 # ---- hostile stores ----

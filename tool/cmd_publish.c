@@ -31,8 +31,8 @@ typedef struct publish_options { int json, only_writer; int64_t jobs, memory, pa
 static const option_row rows[] = {
     {"--jobs", OPTION_COUNT, "N", 1, 64, NULL, 0, offsetof(publish_options, jobs),
      "requests at once, each with a part in memory (default: 8, fewer where --memory does not hold the parts)"},
-    {"--memory", OPTION_SIZE, "SIZE", 5 << 20, INT64_MAX, "a quarter of the machine's, 256M to 8G", 0, offsetof(publish_options, memory),
-     "for the parts under way"},
+    {"--memory", OPTION_SIZE, "SIZE", 5 << 20, INT64_MAX, "a quarter of the machine's, 256M to 8G", 0,
+     offsetof(publish_options, memory), "for the parts under way"},
     {"--part-size", OPTION_SIZE, "SIZE", 5 << 20, (int64_t)5 << 30, NULL, 0, offsetof(publish_options, part_size),
      "larger files go in parts of this size (default: 16M; above 160 GB a 10,000th of the file)"},
     {"--only-writer", OPTION_FLAG, NULL, 0, 0, NULL, 0, offsetof(publish_options, only_writer),
@@ -41,9 +41,9 @@ static const option_row rows[] = {
 };
 static const option_command command = {
     "publish", "DIR s3://bucket/prefix",
-    "Puts a shard, or a database (a folder of shards, each as prefix/NAME), into an S3 store. Each file is verified while it is\n"
-    "sent. Running the command again continues, and does nothing once all is there. Settings as the AWS SDKs read them:\n"
-    "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_PROFILE, and AWS_ENDPOINT_URL for other stores.",
+    "Puts a shard, or a database (a folder of shards, each as prefix/NAME), into an S3 store. Each file is verified\n"
+    "while it is sent. Running the command again continues, and does nothing once all is there. Settings as the AWS\n"
+    "SDKs read them: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_PROFILE, AWS_ENDPOINT_URL for others.",
     "  vecshard publish db s3://my-bucket/db\n"
     "  vecshard query s3://my-bucket/db --queries q.npy -k 10",
     2, 2, rows, sizeof rows / sizeof *rows};
@@ -82,7 +82,8 @@ static vs_rc read_manifest(item *x, vs_err *err) {
   if (rc) return rc;
   shard_manifest_file(x->m.version, name);
   char *path = tool_format("%s/%s", x->dir, name);
-  rc = output_read_text(path, SHARD_MAX_MANIFEST, &x->text, err); /* the very bytes: parsing drops what this build does not know */
+  /* The very bytes: parsing drops what this build does not know. */
+  rc = output_read_text(path, SHARD_MAX_MANIFEST, &x->text, err);
   free(path);
   for (size_t i = 0; i < x->m.n_segments && !rc; i++)
     if (!store_is_segment_name(x->m.segments[i].file))
@@ -105,7 +106,8 @@ static vs_rc read_items(publish_job *j, char **dirs, int is_database, const char
   for (size_t i = 0; i < j->n_items && !rc; i++) {
     item *x = &j->items[i];
     x->is_database = i == j->n, x->dir = i < j->n ? dirs[i] : "";
-    char *uri = i < j->n && is_database ? tool_format("%.*s/%s", len, to, last_part(dirs[i])) : tool_format("%.*s", len, to);
+    char *uri =
+        i < j->n && is_database ? tool_format("%.*s/%s", len, to, last_part(dirs[i])) : tool_format("%.*s", len, to);
     if (i < j->n) rc = read_manifest(x, err);
     if (!rc) rc = store_folder_open(uri, place, &x->there, err);
     place = j->items[0].there.place; /* one for all: what is learned of region and clock holds for all */
@@ -125,7 +127,8 @@ static vs_rc refuse_database(const item *x, vs_err *err) {
   if (rc == VS_NOTFOUND) return VS_OK;
   if (rc) return vs_fail(err, rc, "%s", ignored.text);
   shard_names_free(uris, n);
-  return vs_fail(err, VS_EXISTS, "%s is a database of %zu shards: publish to %s/NAME, a place of its own", x->there.uri, n, x->there.uri);
+  return vs_fail(err, VS_EXISTS, "%s is a database of %zu shards: publish to %s/NAME, a place of its own", x->there.uri,
+                 n, x->there.uri);
 }
 
 static vs_rc read_published(const item *x, uint64_t version, shard_manifest *m, char **text, char *tag, vs_err *err) {
@@ -143,8 +146,8 @@ static vs_rc compare(item *x, vs_err *err) {
   free(text);
   shard_manifest_reset(&theirs);
   if (rc || x->present) return rc;
-  return vs_fail(err, VS_EXISTS, "%s: another writer published version %" PRIu64 "%s first; nothing is lost: %s", x->there.uri, x->m.version,
-                 is_other ? " of another shard" : "",
+  return vs_fail(err, VS_EXISTS, "%s: another writer published version %" PRIu64 "%s first; nothing is lost: %s",
+                 x->there.uri, x->m.version, is_other ? " of another shard" : "",
                  is_other ? "publish to a place of its own" : "pull that version, or publish to a place of its own");
 }
 
@@ -175,9 +178,13 @@ static vs_rc look_at(item *x, vs_err *err) {
   uint64_t newest = x->there.newest;
   if (rc) return rc;
   if (x->is_database)
-    return newest ? vs_fail(err, VS_EXISTS, "%s is a shard, and shards cannot lie in one: publish to another place", x->there.uri) : VS_OK;
+    return newest ? vs_fail(err, VS_EXISTS, "%s is a shard, and shards cannot lie in one: publish to another place",
+                            x->there.uri)
+                  : VS_OK;
   if (newest > x->m.version)
-    return vs_fail(err, VS_EXISTS, "%s: version %" PRIu64 " is published, and %s is at version %" PRIu64 ": pull it first, or publish to another place",
+    return vs_fail(err, VS_EXISTS,
+                   "%s: version %" PRIu64 " is published, and %s is at version %" PRIu64
+                   ": pull it first, or publish to another place",
                    x->there.uri, newest, x->dir, x->m.version);
   return !newest ? refuse_database(x, err) : newest < x->m.version ? check_older(x, err) : compare_listed(x, err);
 }
@@ -207,12 +214,18 @@ static vs_rc look_at_all(publish_job *j, vs_err *err) {
 
 static vs_rc send_segments(publish_job *j, item *x, vs_err *err) {
   upload_file *files = tool_alloc(x->m.n_segments, sizeof *files);
-  upload u = {.place = x->there.place, .files = files, .jobs = (int)j->o->jobs, .part_size = (uint64_t)j->o->part_size, .progress = add_progress,
-              .ctx = j, .memory = j->o->memory ? (uint64_t)j->o->memory : resources_default_memory()};
+  upload u = {.place = x->there.place,
+              .files = files,
+              .jobs = (int)j->o->jobs,
+              .part_size = (uint64_t)j->o->part_size,
+              .progress = add_progress,
+              .ctx = j,
+              .memory = j->o->memory ? (uint64_t)j->o->memory : resources_default_memory()};
   for (size_t i = 0; i < x->m.n_segments; i++) {
     const shard_segment_ref *ref = &x->m.segments[i];
     if (is_there(x, ref)) continue;
-    files[u.n_files++] = (upload_file){store_folder_key(&x->there, ref->file), tool_format("%s/%s", x->dir, ref->file), ref->n_bytes, ref->checksum};
+    files[u.n_files++] = (upload_file){store_folder_key(&x->there, ref->file), tool_format("%s/%s", x->dir, ref->file),
+                                       ref->n_bytes, ref->checksum};
   }
   vs_rc rc = upload_files(&u, err);
   j->n_sent += u.n_sent, j->n_reused += u.n_reused, j->n_files += u.n_files;
@@ -242,8 +255,10 @@ static vs_rc put_manifest(const publish_job *j, item *x, vs_err *err) {
   if (!rc) return VS_OK;
   if (rc == VS_EXISTS) return compare(x, err);
   if (rc == VS_UNSUPPORTED)
-    return vs_fail(err, rc, "%s (this store does not know If-None-Match, which keeps two writers apart; when nobody else publishes there, run "
-                            "the command again with --only-writer)", why.text);
+    return vs_fail(err, rc,
+                   "%s (this store does not know If-None-Match, which keeps two writers apart; when nobody else "
+                   "publishes there, run the command again with --only-writer)",
+                   why.text);
   return vs_fail(err, rc, "%s", why.text);
 }
 
@@ -255,7 +270,8 @@ static void put_hint(const item *x) {
   const store_object *o = store_folder_find(&x->there, SHARD_HINT_NAME);
   char *key = store_folder_key(&x->there, SHARD_HINT_NAME);
   vs_rc rc = shard_hint_make(x->dir, &x->m, x->tag, &body, &n, &err);
-  if (!rc && !(x->present && o && transfer_is_md5(o->etag, body, n))) rc = s3_put(x->there.place, key, body, n, 0, NULL, &err);
+  if (!rc && !(x->present && o && transfer_is_md5(o->etag, body, n)))
+    rc = s3_put(x->there.place, key, body, n, 0, NULL, &err);
   if (rc && rc != VS_INTERRUPT) tool_note("warning: %s (readers will need more requests)", err.text);
   free(body), free(key);
 }
@@ -300,7 +316,8 @@ static void print_result(const publish_job *j, const char *to, double seconds) {
   if (j->o->json) {
     printf("{\"to\":");
     json_put_text(stdout, to);
-    printf(",\"shards\":%zu,\"present\":%" PRIu64 ",\"files_sent\":%" PRIu64 ",\"bytes_sent\":%" PRIu64 ",\"bytes_reused\":%" PRIu64 ",\"seconds\":%.3f}\n",
+    printf(",\"shards\":%zu,\"present\":%" PRIu64 ",\"files_sent\":%" PRIu64 ",\"bytes_sent\":%" PRIu64
+           ",\"bytes_reused\":%" PRIu64 ",\"seconds\":%.3f}\n",
            j->n, j->n_present, j->n_files, j->n_sent, j->n_reused, seconds);
     return;
   }

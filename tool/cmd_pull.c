@@ -1,10 +1,10 @@
 /* cmd_pull.c - gets a shard, or every shard of a database, out of a store.
  *
- *   1 look      the listing says whether it is a shard or holds some; then each one's listing and newest manifest, all at once
+ *   1 look      the listing says whether it is a shard or holds some; then each one's listing and newest manifest
  *   2 compare   with what the folders hold. Whatever forbids pulling, and a disk that is too small, ends the run here
  *   3 fetch     shard after shard: the segments that are not there (download.c), then the manifest
- * A reader sees a shard when it is complete, and not before. What is there is not fetched again, so an interrupted run is
- * continued by the same command. Names of folders and files come from the store: none leaves DIR.
+ * A reader sees a shard when it is complete, and not before. What is there is not fetched again, so an interrupted run
+ * is continued by the same command. Names of folders and files come from the store: none leaves DIR.
  */
 #include <inttypes.h>
 #include <stdlib.h>
@@ -26,13 +26,14 @@ enum { LOOKS_AT_ONCE = 16 };
 typedef struct pull_options { int json; int64_t jobs; } pull_options;
 
 static const option_row rows[] = {
-    {"--jobs", OPTION_COUNT, "N", 1, 64, "8", 0, offsetof(pull_options, jobs), "requests at once, each with some 16 MiB in memory"},
+    {"--jobs", OPTION_COUNT, "N", 1, 64, "8", 0, offsetof(pull_options, jobs),
+     "requests at once, each with some 16 MiB in memory"},
     OPTION_JSON(pull_options),
 };
 static const option_command command = {
     "pull", "s3://bucket/prefix DIR",
-    "Gets a shard into DIR, or a database (a prefix with shards below it) into folders in DIR. Each file is verified. Running the\n"
-    "command again continues, and does nothing once all is there.",
+    "Gets a shard into DIR, or a database (a prefix with shards below it) into folders in DIR. Each file is verified.\n"
+    "Running the command again continues, and does nothing once all is there.",
     "  vecshard pull s3://my-bucket/db db", 2, 2, rows, sizeof rows / sizeof *rows};
 
 typedef struct item {
@@ -71,14 +72,16 @@ static vs_rc read_manifest(item *x, vs_err *err) {
   shard_manifest_file(version, name);
   char *path = tool_format("%s/%s", x->from.uri, name);
   rc = shard_manifest_parse(x->text, strlen(x->text), path, &x->m, err);
-  if (!rc && x->m.version != version) rc = vs_corrupt(err, "%s: damaged manifest: it states version %" PRIu64, path, x->m.version);
+  if (!rc && x->m.version != version)
+    rc = vs_corrupt(err, "%s: damaged manifest: it states version %" PRIu64, path, x->m.version);
   for (size_t i = 0; i < x->m.n_segments && !rc; i++) {
     const shard_segment_ref *ref = &x->m.segments[i];
     const store_object *o = store_folder_find(&x->from, ref->file);
     if (!store_is_segment_name(ref->file)) rc = vs_corrupt(err, "%s: damaged manifest: a segment is called %s", path, ref->file);
-    else if (!o) rc = vs_fail(err, VS_CORRUPT, "%s/%s: there is no such object, but the manifest names it", x->from.uri, ref->file);
+    else if (!o) rc = vs_corrupt(err, "%s/%s: there is no such object, but the manifest names it", x->from.uri, ref->file);
     else if (o->size != ref->n_bytes)
-      rc = vs_corrupt(err, "%s/%s: damaged: the object has %" PRIu64 " bytes, %" PRIu64 " in the manifest", x->from.uri, ref->file, o->size, ref->n_bytes);
+      rc = vs_corrupt(err, "%s/%s: damaged: the object has %" PRIu64 " bytes, %" PRIu64 " in the manifest", x->from.uri,
+                      ref->file, o->size, ref->n_bytes);
   }
   free(path);
   return rc;
@@ -94,7 +97,8 @@ static void look(void *ctx, size_t i) {
 /* A folder's name must stay in DIR, and be found there: those with a dot in front are no shards to any command. */
 static vs_rc check_name(const store_folder *source, const char *name, vs_err *err) {
   if (*name && *name != '.' && strlen(name) <= 255) return VS_OK;
-  return vs_fail(err, VS_INVALID, "%s/%s: a folder in DIR cannot have this name; pull the shards one by one", source->uri, name);
+  return vs_fail(err, VS_INVALID, "%s/%s: a folder in DIR cannot have this name; pull the shards one by one",
+                 source->uri, name);
 }
 
 /* One item for a shard; for what may be a database one for each folder in it. */
@@ -130,7 +134,9 @@ static vs_rc look_at_source(pull_job *j, const char *uri, const char *dir, vs_er
     if (x->rc) rc = vs_fail(err, x->rc, "%s", x->err.text);
     else if (x->m.version && source.uri) rc = check_name(&source, source.folders.items[i], err);
   }
-  if (!rc && !n_shards) rc = vs_fail(err, VS_NOTFOUND, "%s is not a shard and holds none: there is no manifest; is the path right?", source.uri);
+  if (!rc && !n_shards)
+    rc = vs_fail(err, VS_NOTFOUND, "%s is not a shard and holds none: there is no manifest; is the path right?",
+                 source.uri);
   store_folder_reset(&source);
   return rc;
 }
@@ -158,23 +164,31 @@ static vs_rc compare_folder(item *x, vs_err *err) {
   }
   vs_rc rc = shard_manifest_read(x->dir, 0, &x->have, err);
   if (rc) return rc;
-  if (strcmp(x->have.uuid, x->m.uuid)) return vs_fail(err, VS_EXISTS, "%s holds another shard: pull into a folder of its own", x->dir);
+  if (strcmp(x->have.uuid, x->m.uuid))
+    return vs_fail(err, VS_EXISTS, "%s holds another shard: pull into a folder of its own", x->dir);
   if (x->have.version > x->m.version)
-    return vs_fail(err, VS_EXISTS, "%s is at version %" PRIu64 ", newer than version %" PRIu64 " of %s: nothing pulled", x->dir, x->have.version,
-                   x->m.version, x->from.uri);
+    return vs_fail(err, VS_EXISTS, "%s is at version %" PRIu64 ", newer than version %" PRIu64 " of %s: nothing pulled",
+                   x->dir, x->have.version, x->m.version, x->from.uri);
   if (x->have.version < x->m.version) return VS_OK;
   rc = read_local_text(x, &text, err);
   x->present = !rc && !strcmp(text, x->text);
   free(text);
   if (rc || x->present) return rc;
-  return vs_fail(err, VS_EXISTS, "%s holds another version %" PRIu64 " of the shard: pull into a folder of its own", x->dir, x->m.version);
+  return vs_fail(err, VS_EXISTS, "%s holds another version %" PRIu64 " of the shard: pull into a folder of its own",
+                 x->dir, x->m.version);
 }
 
 static download download_of(pull_job *j, const item *x, size_t i) {
   const shard_segment_ref *ref = &x->m.segments[i];
-  return (download){.place = x->from.place, .key = store_folder_key(&x->from, ref->file), .etag = store_folder_find(&x->from, ref->file)->etag,
-                    .path = tool_format("%s/%s", x->dir, ref->file), .size = ref->n_bytes, .checksum = ref->checksum, .jobs = (int)j->o->jobs,
-                    .progress = add_progress, .ctx = j};
+  return (download){.place = x->from.place,
+                    .key = store_folder_key(&x->from, ref->file),
+                    .etag = store_folder_find(&x->from, ref->file)->etag,
+                    .path = tool_format("%s/%s", x->dir, ref->file),
+                    .size = ref->n_bytes,
+                    .checksum = ref->checksum,
+                    .jobs = (int)j->o->jobs,
+                    .progress = add_progress,
+                    .ctx = j};
 }
 
 static void reset_download(download *d) {
@@ -183,7 +197,8 @@ static void reset_download(download *d) {
 }
 
 /* A file that the folder's manifest names was verified when it came; one of a run that did not finish is read again. */
-static vs_rc look_for_segment(const item *x, const download *d, const shard_segment_ref *ref, unsigned char *done, vs_err *err) {
+static vs_rc look_for_segment(const item *x, const download *d, const shard_segment_ref *ref, unsigned char *done,
+                              vs_err *err) {
   struct stat st;
   int found = 0;
   if (stat(d->path, &st) || !S_ISREG(st.st_mode) || (uint64_t)st.st_size != d->size) return VS_OK;
@@ -267,7 +282,8 @@ static void print_result(const pull_job *j, const char *dir, double seconds) {
   if (j->o->json) {
     printf("{\"to\":");
     json_put_text(stdout, dir);
-    printf(",\"shards\":%zu,\"present\":%" PRIu64 ",\"files_received\":%" PRIu64 ",\"bytes_received\":%" PRIu64 ",\"bytes_reused\":%" PRIu64 ",\"seconds\":%.3f}\n",
+    printf(",\"shards\":%zu,\"present\":%" PRIu64 ",\"files_received\":%" PRIu64 ",\"bytes_received\":%" PRIu64
+           ",\"bytes_reused\":%" PRIu64 ",\"seconds\":%.3f}\n",
            n, j->n_present, j->n_files, j->n_received, j->n_found, seconds);
     return;
   }

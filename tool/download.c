@@ -1,11 +1,13 @@
 /* download.c - see download.h.
  *
- * Workers fetch steps of STEP bytes and write them where they belong; .NAME.map has a byte per step, set after the step was
- * written. It need not be true after a crash of the machine: the checksum of the whole decides, and a file that fails it is
- * fetched anew once. The checksum wants the bytes in order: whoever has written a step takes what has become contiguous into
- * it, mostly from the system's cache, so that nothing is left to read when the last step arrives.
+ * Workers fetch steps of STEP bytes and write them where they belong; .NAME.map has a byte per step, set after the step
+ * was written. It need not be true after a crash of the machine: the checksum of the whole decides, and a file that
+ * fails it is fetched anew once. The checksum wants the bytes in order: whoever has written a step takes what has
+ * become contiguous into it, mostly from the system's cache, so that nothing is left to read when the last step
+ * arrives.
  *
- * .NAME.part is locked while a process works on it. No file of a shard begins with a dot, so neither is ever taken for one.
+ * .NAME.part is locked while a process works on it. No file of a shard begins with a dot, so neither is ever taken for
+ * one.
  */
 #include "download.h"
 
@@ -73,10 +75,12 @@ vs_rc download_is_done(const download *d, int *done, vs_err *err) {
   vs_rc rc = VS_OK;
   *done = 0;
   int fd = open(d->path, O_RDONLY | O_CLOEXEC);
-  transfer_hash *h = fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode) || (uint64_t)st.st_size != d->size ? NULL : transfer_hash_new();
+  transfer_hash *h =
+      fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode) || (uint64_t)st.st_size != d->size ? NULL : transfer_hash_new();
   for (uint64_t at = 0; h && at < d->size && !rc; at += STEP) {
     progress_bytes("check", at, d->size);
-    rc = tool_stop(NULL) ? vs_fail(err, VS_INTERRUPT, "interrupted") : hash_range(fd, d->path, at, step_bytes(d, at / STEP), h, err);
+    rc = tool_stop(NULL) ? vs_fail(err, VS_INTERRUPT, "interrupted")
+                         : hash_range(fd, d->path, at, step_bytes(d, at / STEP), h, err);
   }
   *done = h && !rc && transfer_hash_is(h, d->checksum);
   transfer_hash_free(h);
@@ -166,7 +170,8 @@ static vs_rc open_part(fetching *f, vs_err *err) {
   if (f->fd < 0) return vs_fail(err, VS_IO, "%s: cannot write: %s", f->part, strerror(errno));
   int locked = !flock(f->fd, LOCK_EX | LOCK_NB) || errno != EWOULDBLOCK; /* a file system without locks: go on without */
   if (!locked || fstat(f->fd, &ours) || stat(f->part, &named) || ours.st_ino != named.st_ino)
-    return vs_fail(err, VS_EXISTS, "%s: another process is pulling this file; run the command again when it has ended", f->part);
+    return vs_fail(err, VS_EXISTS, "%s: another process is pulling this file; run the command again when it has ended",
+                   f->part);
   f->map_fd = open(f->map, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
   return f->map_fd < 0 ? vs_fail(err, VS_IO, "%s: cannot write: %s", f->map, strerror(errno)) : VS_OK;
 }
@@ -199,7 +204,8 @@ static vs_rc fetch_all(fetching *f, vs_err *err) {
   if (transfer_hash_is(f->hash, f->d->checksum)) return VS_OK;
   unlink(f->part), unlink(f->map); /* which bytes are wrong, nobody knows */
   char *name = s3_place_name(f->d->place, f->d->key);
-  vs_rc rc = vs_corrupt(err, "%s: damaged: what arrived has not the checksum that the manifest states", name ? name : f->d->key);
+  vs_rc rc = vs_corrupt(err, "%s: damaged: what arrived has not the checksum that the manifest states",
+                        name ? name : f->d->key);
   free(name);
   return rc;
 }

@@ -27,7 +27,8 @@ vs_rc output_check_space(const char *out, uint64_t n_out, const char *temp, uint
                          vs_err *err) VS_WARN_UNUSED;
 
 /* The same for one purpose, such as "for the shards". */
-vs_rc output_check_room(const char *folder, uint64_t n_bytes, const char *what, const char *advice, vs_err *err) VS_WARN_UNUSED;
+vs_rc output_check_room(const char *folder, uint64_t n_bytes, const char *what, const char *advice,
+                        vs_err *err) VS_WARN_UNUSED;
 
 /* "23.4 MB", decimal. */
 const char *output_size(uint64_t n_bytes, char buf[32]);

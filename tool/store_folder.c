@@ -1,4 +1,5 @@
-/* store_folder.c - see store_folder.h. Listings come from a store and are hostile: names are compared, never used as paths here. */
+/* store_folder.c - see store_folder.h. Listings come from a store and are hostile: names are compared, never used as
+ * paths here. */
 #include "store_folder.h"
 
 #include <stdlib.h>
@@ -55,7 +56,9 @@ static vs_rc add_entry(void *ctx, const s3_entry *e, vs_err *err) {
   return VS_OK;
 }
 
-static int by_name(const void *a, const void *b) { return strcmp(((const store_object *)a)->name, ((const store_object *)b)->name); }
+static int by_name(const void *a, const void *b) {
+  return strcmp(((const store_object *)a)->name, ((const store_object *)b)->name);
+}
 
 vs_rc store_folder_list(store_folder *f, vs_err *err) {
   vs_rc rc = s3_list(f->place, f->prefix, "/", NULL, 0, add_entry, f, err);

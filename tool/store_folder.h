@@ -23,7 +23,8 @@ vs_rc store_folder_list(store_folder *f, vs_err *err) VS_WARN_UNUSED;
 const store_object *store_folder_find(const store_folder *f, const char *name); /* NULL: it was not listed */
 char *store_folder_key(const store_folder *f, const char *name);                /* for free */
 /* The text of a manifest, malloc'ed and NUL terminated, and its ETag. */
-vs_rc store_folder_manifest(const store_folder *f, uint64_t version, char **text, char etag[S3_ETAG_MAX], vs_err *err) VS_WARN_UNUSED;
+vs_rc store_folder_manifest(const store_folder *f, uint64_t version, char **text, char etag[S3_ETAG_MAX],
+                            vs_err *err) VS_WARN_UNUSED;
 void store_folder_reset(store_folder *f); /* legal on a zeroed struct */
 
 /* May a segment be called so? A manifest could name files that mean something else in the folder of a shard. */

@@ -1,13 +1,13 @@
 /* upload.c - see upload.h.
  *
- * Workers take turns to read the next piece (a part, or a file that is small enough to go whole), so that every file is read
- * once and in order and its checksum computed on the way; they send their pieces at the same time, across the files' borders.
- * Whoever sent the last piece of a file in parts completes it. A file's last piece is sent only when the checksum of the whole
- * is right, so nothing damaged is ever completed.
+ * Workers take turns to read the next piece (a part, or a file that is small enough to go whole), so that every file is
+ * read once and in order and its checksum computed on the way; they send their pieces at the same time, across the
+ * files' borders. Whoever sent the last piece of a file in parts completes it. A file's last piece is sent only when
+ * the checksum of the whole is right, so nothing damaged is ever completed.
  *
- * Parts of an unfinished upload of the same object are used again when the store's ETag is the MD5 of the very bytes (it is, but
- * for encrypted buckets: then they are sent anew). Two runs that publish the same file at the same time may thus share an
- * upload: when one completes it, the other finds the upload gone and the object there, and is content.
+ * Parts of an unfinished upload of the same object are used again when the store's ETag is the MD5 of the very bytes
+ * (it is, but for encrypted buckets: then they are sent anew). Two runs that publish the same file at the same time may
+ * thus share an upload: when one completes it, the other finds the upload gone and the object there, and is content.
  *
  * Two locks: `reading` is held while a piece is read and an upload begun, `state` for a few instructions.
  */
@@ -116,8 +116,9 @@ static vs_rc keep_part(void *ctx, int number, uint64_t size, const char *tag, vs
   return VS_OK;
 }
 
-/* Goes on with the newest unfinished upload of the object, if it was cut into the same parts: radosgw completes none that has
- * others as well. Rights that do not reach that far, or a store that does not list uploads, cost nothing but what was sent. */
+/* Goes on with the newest unfinished upload of the object, if it was cut into the same parts: radosgw completes none
+ * that has others as well. Rights that do not reach that far, or a store that does not list uploads, cost nothing but
+ * what was sent. */
 static vs_rc begin_upload(run *r, sending *s, vs_err *err) {
   vs_err ignored = {0};
   s3_place *place = r->u->place;
@@ -137,7 +138,9 @@ static vs_rc begin_upload(run *r, sending *s, vs_err *err) {
 static void abort_others(run *r, const sending *s) {
   for (size_t i = 0; i < s->earlier.n; i++) {
     vs_err ignored = {0};
-    if (strcmp(s->earlier.items[i], s->upload_id) && s3_multipart_abort(r->u->place, s->file->key, s->earlier.items[i], &ignored)) break;
+    if (strcmp(s->earlier.items[i], s->upload_id) &&
+        s3_multipart_abort(r->u->place, s->file->key, s->earlier.items[i], &ignored))
+      break;
   }
 }
 
@@ -160,8 +163,8 @@ static vs_rc open_file(run *r, size_t i, vs_err *err) {
   s->n_left = s->n_parts;
   if (s->fd < 0 || fstat(s->fd, &st)) return vs_fail(err, VS_IO, "%s: %s", file->path, strerror(errno));
   if ((uint64_t)st.st_size != file->size)
-    return vs_corrupt(err, "%s: damaged: it has %lld bytes, %" PRIu64 " in the manifest; nothing of it was published", file->path,
-                      (long long)st.st_size, file->size);
+    return vs_corrupt(err, "%s: damaged: it has %lld bytes, %" PRIu64 " in the manifest; nothing of it was published",
+                      file->path, (long long)st.st_size, file->size);
   if (!(s->hash = transfer_hash_new())) return vs_nomem(err);
   return s->n_parts > 1 ? begin_upload(r, s, err) : VS_OK;
 }
@@ -170,7 +173,8 @@ static vs_rc read_piece(const sending *s, uint64_t number, uint8_t *buf, size_t 
   for (size_t at = 0; at < n;) {
     ssize_t got = pread(s->fd, buf + at, n - at, (off_t)(number * s->part_size + at));
     if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) return vs_fail(err, VS_IO, "%s: %s", s->file->path, got ? strerror(errno) : "cut short while it was read");
+    if (got <= 0)
+      return vs_fail(err, VS_IO, "%s: %s", s->file->path, got ? strerror(errno) : "cut short while it was read");
     at += (size_t)got;
   }
   return VS_OK;
@@ -186,7 +190,8 @@ static vs_rc read_next(run *r, uint8_t *buf, piece *p, vs_err *err) {
   if (++s->next < s->n_parts) return VS_OK;
   if (!transfer_hash_is(s->hash, s->file->checksum)) {
     r->damaged = s;
-    return vs_corrupt(err, "%s: damaged: its checksum is not the one in the manifest; nothing of it was published", s->file->path);
+    return vs_corrupt(err, "%s: damaged: its checksum is not the one in the manifest; nothing of it was published",
+                      s->file->path);
   }
   r->current = NULL;
   return VS_OK;
@@ -233,7 +238,8 @@ static vs_rc check_size(run *r, const sending *s, vs_err *err) {
   vs_rc rc = s3_head(r->u->place, s->file->key, &meta, err);
   if (rc || meta.size == s->file->size) return rc;
   char *name = s3_place_name(r->u->place, s->file->key);
-  rc = vs_fail(err, VS_IO, "%s: the store says %" PRIu64 " bytes, %" PRIu64 " were sent", name ? name : s->file->key, meta.size, s->file->size);
+  rc = vs_fail(err, VS_IO, "%s: the store says %" PRIu64 " bytes, %" PRIu64 " were sent", name ? name : s->file->key,
+               meta.size, s->file->size);
   free(name);
   return rc;
 }
@@ -249,7 +255,8 @@ static vs_rc send_part(run *r, const piece *p, const uint8_t *buf, int *found, v
   vs_err why = {0};
   *found = is_elsewhere(r, s) || (s->found[p->number] == p->n && transfer_is_md5(s->etags[p->number], buf, p->n));
   if (*found) return VS_OK;
-  vs_rc rc = s3_multipart_part(r->u->place, s->file->key, s->upload_id, (int)p->number + 1, buf, p->n, s->etags[p->number], &why);
+  vs_rc rc = s3_multipart_part(r->u->place, s->file->key, s->upload_id, (int)p->number + 1, buf, p->n,
+                               s->etags[p->number], &why);
   if (rc == VS_NOTFOUND) rc = look_elsewhere(r, s, &why, err);
   else if (rc) vs_fail(err, rc, "%s", why.text);
   return rc;
@@ -309,11 +316,12 @@ static size_t count_jobs(const upload *u, size_t piece_max, size_t n_pieces, vs_
   if (fit && !u->jobs) return (size_t)fit;
   output_size(piece_max, part), output_size(u->memory, memory);
   if (fit)
-    vs_fail(err, VS_INVALID, "%" PRIu64 " parts of %s at once need more than %s of memory: choose --jobs %" PRIu64 ", or more --memory", jobs,
-            part, memory, fit);
+    vs_fail(err, VS_INVALID,
+            "%" PRIu64 " parts of %s at once need more than %s of memory: choose --jobs %" PRIu64 ", or more --memory",
+            jobs, part, memory, fit);
   else
-    vs_fail(err, VS_INVALID, "a part of %s needs more than %s of memory: choose --memory %" PRIu64 "M or more", part, memory,
-            ((uint64_t)piece_max + MIB - 1) / MIB);
+    vs_fail(err, VS_INVALID, "a part of %s needs more than %s of memory: choose --memory %" PRIu64 "M or more", part,
+            memory, ((uint64_t)piece_max + MIB - 1) / MIB);
   return 0;
 }
 

@@ -24,9 +24,9 @@ typedef struct upload {
 /* Bytes of one part: at least 16 MiB, more where 10,000 parts would not reach. */
 uint64_t upload_part_size(uint64_t size);
 
-/* Sends the files, in their order as far as they begin. Stopped or failing it leaves the parts that were sent, for the next run.
- * A file whose content is not what its checksum says is VS_CORRUPT, and nothing of it appears. VS_INVALID, with advice, when
- * the memory does not hold the parts. */
+/* Sends the files, in their order as far as they begin. Stopped or failing it leaves the parts that were sent, for the
+ * next run. A file whose content is not what its checksum says is VS_CORRUPT, and nothing of it appears. VS_INVALID,
+ * with advice, when the memory does not hold the parts. */
 vs_rc upload_files(upload *u, vs_err *err) VS_WARN_UNUSED;
 
 #endif
