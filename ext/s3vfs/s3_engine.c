@@ -153,6 +153,10 @@ static int parse_content_range(const char *text, uint64_t *first, uint64_t *tota
 static void take_head(s3_job *j) {
   const char *etag = header(j->easy, "ETag"), *modified = header(j->easy, "Last-Modified");
   uint64_t first;
+  if (j->status == 206 && is_ranged(j) && !header(j->easy, "Content-Range")) {
+    j->cut = 1; /* a head that broke off, most likely: nothing in it counts */
+    return;
+  }
   if (etag && strlen(etag) < sizeof j->etag) {
     if (j->method == S3_GET && j->etag[0] && strcmp(j->etag, etag)) {
       refuse(j, VS_IO, "the object changed while it was read: open it again");
@@ -225,7 +229,7 @@ static size_t on_body(char *p, size_t size, size_t n, void *ctx) {
   s3_job *j = ctx;
   n *= size;
   look_at_status(j);
-  if (j->refused) return 0;
+  if (j->refused || j->cut) return 0;
   if (j->status / 100 != 2) {
     return take_error_text(j, p, n) ? n : 0;
   }
@@ -334,7 +338,7 @@ static void set_options(s3_job *j, CURL *easy, const s3_attempt *a) {
   curl_easy_setopt(easy, CURLOPT_CONNECTTIMEOUT_MS, (long)CONNECT_TIMEOUT_MS);
   curl_easy_setopt(easy, CURLOPT_TIMEOUT_MS, (long)(left > 1 ? left : 1));
   curl_easy_setopt(easy, CURLOPT_LOW_SPEED_LIMIT, 1L);
-  curl_easy_setopt(easy, CURLOPT_LOW_SPEED_TIME, (long)STALL_SECONDS);
+  curl_easy_setopt(easy, CURLOPT_LOW_SPEED_TIME, j->timeout_ms < STALL_SECONDS * 1000 ? (long)(j->timeout_ms + 999) / 1000 : (long)STALL_SECONDS);
   curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, on_body);
   curl_easy_setopt(easy, CURLOPT_WRITEDATA, j);
   curl_easy_setopt(easy, CURLOPT_ERRORBUFFER, j->curl_error);
@@ -366,7 +370,7 @@ static int set_headers(s3_job *j, const s3_attempt *a) {
 /* Nothing of an earlier attempt remains but the bytes of a ranged answer. */
 static void forget_attempt(s3_job *j) {
   j->status = 0, j->code[0] = 0, j->refused = 0, j->n_error = 0, j->curl_error[0] = 0;
-  j->sent = 0;
+  j->sent = 0, j->cut = 0;
   if (!is_ranged(j) || !j->etag[0]) j->have = 0, j->n_data = 0; /* without an ETag nobody knows that both halves belong together */
 }
 
@@ -542,6 +546,10 @@ static void attempt_ended(s3_job *j, CURLcode code) {
   if (j->refused) {
     drop_easy(j);
     finish(j);
+  } else if (j->cut) {
+    drop_easy(j);
+    j->connect_failures++; /* no server does this for long */
+    try_again(j, 0, VS_IO, "the head of the answer was cut short");
   } else if (j->status / 100 != 2 && (code == CURLE_OK || (j->status >= 300 && !is_passing_status(j)))) http_failed(j);
   else if (code == CURLE_OK && is_ranged(j) && j->have < j->len && !(j->may_be_shorter && is_at_end(j))) {
     drop_easy(j);
