@@ -323,7 +323,7 @@ def test_refusals_name_the_object_and_what_the_store_said(cold, s3, monkeypatch)
     assert "another.db" in why(other) and "another.db" not in why(c), "each connection has its own"
 
 
-@pytest.mark.skipif(SLOW or not shutil.which("sqlite3"), reason="no sqlite3 shell, or it has no sanitizer runtime")
+@pytest.mark.skipif(SLOW or not shutil.which("sqlite3"), reason="the shell has no sanitizer runtime, or there is none")
 def test_the_shell(cold, s3):
     def shell(*lines):
         r = subprocess.run(["sqlite3", "-batch", ":memory:"], input="\n".join((".load %s" % (BUILD / "vecshard"),) + lines),
@@ -460,7 +460,7 @@ def test_interrupt(cold, local):
         t.join()
 
 
-@pytest.mark.skipif(SLOW or not shutil.which("sqlite3"), reason="no sqlite3 shell, or it has no sanitizer runtime")
+@pytest.mark.skipif(SLOW or not shutil.which("sqlite3"), reason="the shell has no sanitizer runtime, or there is none")
 @pytest.mark.parametrize("sql", ["ATTACH '%s' AS x;", "ATTACH '%s' AS x; SELECT sum(length(body)) FROM x.t;"], ids=["attach", "scan"])
 def test_ctrl_c_in_the_shell(cold, sql):
     cold.proxy.faults(match="local.db", stall_ms=2000, skip=1 if "SELECT" in sql else 0)

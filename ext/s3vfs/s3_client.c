@@ -267,9 +267,10 @@ static vs_rc part_element(void *ctx, const char *parent, const char *name, const
 }
 
 /* Between two pages: the marker of the next one must be another, or a broken store is asked for ever. *last keeps a copy. */
-static vs_rc check_progress(char **last, const char *marker, vs_err *err) {
+static vs_rc check_progress(s3_place *p, char **last, const char *marker, vs_err *err) {
   if (vs_scope_stopped()) return vs_fail(err, VS_INTERRUPT, "interrupted");
-  if (!*marker || (*last && !strcmp(*last, marker))) return vs_fail(err, VS_IO, "the store's listing does not go on: it names the same page again");
+  if (!*marker || (*last && !strcmp(*last, marker)))
+    return bad_answer(p, "", &(vs_err){.rc = VS_IO, .text = "the store's listing does not go on: it names the same page again"}, err);
   return take_text(last, marker, err);
 }
 
@@ -297,7 +298,7 @@ vs_rc s3_multipart_parts(s3_place *p, const char *key, const char *upload_id, s3
     free(g.next);
     g.next = NULL, g.more = 0;
     rc = get_xml(p, key, query, part_element, &g, err);
-    if (!rc && g.more && g.next) rc = check_progress(&last, g.next, err);
+    if (!rc && g.more && g.next) rc = check_progress(p, &last, g.next, err);
   } while (!rc && g.more && g.next);
   free(g.next), free(last);
   return rc;
@@ -335,7 +336,7 @@ vs_rc s3_multipart_uploads(s3_place *p, const char *key, s3_upload_fn fn, void *
     free(prefix), free(k), free(i);
     g.more = 0;
     rc = get_xml(p, "", n < 0 ? NULL : q, upload_element, &g, err);
-    if (!rc && g.more && g.next_key && g.next_id) rc = check_progress(&last, g.next_id, err);
+    if (!rc && g.more && g.next_key && g.next_id) rc = check_progress(p, &last, g.next_id, err);
   } while (!rc && g.more && g.next_key && g.next_id);
   free(last), free(g.upload_key), free(g.id), free(g.next_key), free(g.next_id);
   return rc;
@@ -421,7 +422,7 @@ vs_rc s3_list(s3_place *p, const char *prefix, const char *delimiter, const char
     free(g.token);
     g.token = NULL, g.more = 0;
     rc = get_xml(p, "", query, list_element, &g, err);
-    if (!rc && g.more && g.token && g.left) rc = check_progress(&last, g.token, err);
+    if (!rc && g.more && g.token && g.left) rc = check_progress(p, &last, g.token, err);
   } while (!rc && g.more && g.token && g.left);
   free(g.key), free(g.token), free(last);
   return rc;

@@ -63,6 +63,7 @@ struct s3_job {
   char *error_body;
   void *easy, *headers;
   char curl_error[256];
+  int cut;                 /* its head was not whole */
   int refused;             /* the answer to this attempt was refused while it arrived: rc and err say why */
   s3_job *next;
 };
