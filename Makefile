@@ -63,6 +63,8 @@ $(OUT)/test/test_manifest: $(OUT)/libvecshard.a
 $(OUT)/test/test_embed: $(OUT)/libvecshard.a
 SQLITE_LIB_test_manifest := -lsqlite3
 SQLITE_LIB_test_embed := -lsqlite3
+$(OUT)/test/s3_threads: $(OUT)/libvecshard.a
+SQLITE_LIB_s3_threads := -lsqlite3
 $(OUT)/test/%: $(OUT)/obj/core/test/%.o
 	@mkdir -p $(@D)
 	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ -lcmocka $(if $(findstring test_input,$@),$(HDF5_LIBS)) $(SQLITE_LIB_$(notdir $@)) $(LIBS)

@@ -5,6 +5,7 @@
  */
 #include "vecshard.h"
 
+#include "s3vfs/s3_vfs.h"
 #include "vtab/modules.h"
 #include "vtab/vec_functions.h"
 SQLITE_EXTENSION_INIT1
@@ -26,6 +27,9 @@ __attribute__((visibility("default"))) int sqlite3_vecshard_init(sqlite3 *db, ch
   if (!rc) rc = vecshard_table_register(c);
   if (!rc) rc = union_table_register(c);
   if (!rc) rc = info_tables_register(c);
+  if (!rc) rc = s3_vfs_register();
+  if (!rc) rc = s3_vfs_connect(db);
+  if (!rc) rc = s3_functions_register(c);
   conn_release(c);
   if (rc) return rc;
 #ifdef SQLITE_CORE

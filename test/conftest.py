@@ -3,15 +3,28 @@
 `db` is a connection, connect(path) makes more; `tool(*args)` runs the command line; `make_shard(...)` builds a shard once per
 session and returns what went in, with brute force over it as the truth. VECSHARD_BUILD names another build folder, relative
 to the project. Needs a Python whose sqlite3 loads extensions (Debian: /usr/bin/python3).
+
+`s3` is a real object store on this machine, started when the first test asks for it and ended with the session, or with the
+process whose number is in VECSHARD_S3_OWNER; `proxy` stands in front of it and breaks things. VECSHARD_S3_DIR names a folder
+whose store is used, started where it does not run, and left running (test/s3/rgw.py stop DIR ends it): saves five seconds.
+VECSHARD_TEST_NO_S3=1: without the packages that a store needs, these tests are skipped instead of failing.
 """
+import itertools
+import json
 import os
 import pathlib
 import sqlite3
+import shutil
 import struct
 import subprocess
+import tempfile
+import time
 
 import numpy as np
 import pytest
+from s3.client import Client
+from s3.fault_proxy import FaultProxy
+from s3.rgw import MISSING, environment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ROOT / os.environ.get("VECSHARD_BUILD", "build")
@@ -30,11 +43,24 @@ def blob(v):
     return struct.pack("<%df" % len(v), *v)
 
 
-def tool(*args, ok=True):
-    """Runs the command-line tool; ok=False: its failure is what the test is about."""
-    # an address-sanitized library is preloaded into Python, but the tool has its own copy linked
-    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    r = subprocess.run([str(BUILD / "vecshard"), *map(str, args)], capture_output=True, text=True, timeout=300, env=env)
+def plain_environ(env=None):
+    """This process's environment for programs with libraries of their own: an address-sanitized one is preloaded into Python only.
+    With env, that replaces all settings of S3."""
+    kept = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD" and not (env is not None and k.startswith("AWS_"))}
+    return {**kept, **(env or {})}
+
+
+def use_environ(monkeypatch, env):
+    """The settings of S3 for the extension in this process, until the test ends: use_environ(monkeypatch, proxy.env)."""
+    for name in [k for k in os.environ if k.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+
+
+def tool(*args, ok=True, env=None):
+    """Runs the command-line tool; ok=False: its failure is what the test is about. env: the settings of S3, such as s3.env."""
+    r = subprocess.run([str(BUILD / "vecshard"), *map(str, args)], capture_output=True, text=True, timeout=300, env=plain_environ(env))
     assert (r.returncode == 0) == ok, (args, r.returncode, r.stdout[-500:], r.stderr[-500:])
     return r
 
@@ -131,3 +157,65 @@ def make_shard(tmp_path_factory):
         return made[name]
 
     return make
+
+
+class Store:
+    """The object store and who speaks to it."""
+
+    def __init__(self, described):
+        self.endpoint, self.dns_name, self.region = described["endpoint"], described["dns_name"], described["region"]
+        self.env, self.other_env = environment(described, "main"), environment(described, "other")
+        self.client = self.client_at(self.endpoint)
+        self.other = Client(self.endpoint, *described["other"].values())  # has no rights on what `client` owns
+        self.anonymous = Client(self.endpoint, anonymous=True)
+        self.run, self.numbers, self.shared = "%x" % time.time_ns(), itertools.count(1), None  # a kept store has buckets of earlier runs
+
+    def client_at(self, endpoint):
+        return Client(endpoint, self.env["AWS_ACCESS_KEY_ID"], self.env["AWS_SECRET_ACCESS_KEY"])
+
+    def bucket(self, name="test", **options):
+        """Makes a new bucket and returns its name, which begins with the one given."""
+        bucket = "%s-%s-%d" % (name, self.run, next(self.numbers))
+        self.client.create_bucket(bucket, **options)
+        return bucket
+
+    def uri(self, prefix=""):
+        """s3:// of a place in a bucket that all tests of the session share, below a name that nobody else gets."""
+        if self.shared is None:
+            self.shared = self.bucket("shared")
+        return "s3://%s/%d%s" % (self.shared, next(self.numbers), "/" + prefix if prefix else "")
+
+
+def rgw(*args):
+    return subprocess.run(["/usr/bin/python3", str(ROOT / "test/s3/rgw.py"), *map(str, args)], capture_output=True, text=True, timeout=600,
+                          env=plain_environ())
+
+
+@pytest.fixture(scope="session")
+def s3():
+    kept = os.environ.get("VECSHARD_S3_DIR")
+    folder = kept or tempfile.mkdtemp(prefix="vecshard-s3-")
+    owner = os.environ.get("VECSHARD_S3_OWNER") if kept else os.getpid()
+    try:
+        r = rgw("start", folder, *(["--owner", owner] if owner else []))
+        if r.returncode == MISSING and os.environ.get("VECSHARD_TEST_NO_S3") == "1":
+            pytest.skip(r.stderr.strip())
+        if r.returncode:
+            pytest.fail("%s\n(VECSHARD_TEST_NO_S3=1 skips the tests that need an object store)" % r.stderr.strip() if r.returncode == MISSING
+                        else r.stdout + r.stderr, pytrace=False)
+        with open(os.path.join(folder, "store.json")) as f:
+            yield Store(json.load(f))
+    finally:
+        if not kept:
+            rgw("stop", folder, "--remove")
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def proxy(s3):
+    """A FaultProxy without faults in front of the store: proxy.endpoint, .env and .client are s3's, through it."""
+    with FaultProxy(s3.endpoint) as p:
+        p.env = {**s3.env, "AWS_ENDPOINT_URL": p.endpoint}
+        p.client = s3.client_at(p.endpoint)
+        yield p
+        p.client.close()

@@ -12,7 +12,15 @@ jobs=$(nproc)
 python=/usr/bin/python3
 passed=0 failed=0
 out=$(mktemp -d)
-trap 'rm -rf "$out"' EXIT
+# One object store for all of pytest's runs, started by the first that needs it. It ends with this shell, however that ends.
+if [ -z "${VECSHARD_S3_DIR-}" ]; then
+  export VECSHARD_S3_DIR="$out/s3" VECSHARD_S3_OWNER=$$
+fi
+cleanup() {
+  [ "$VECSHARD_S3_DIR" != "$out/s3" ] || "$python" test/s3/rgw.py stop "$VECSHARD_S3_DIR" --remove
+  rm -rf "$out"
+}
+trap cleanup EXIT
 
 count() { passed=$((passed + $1)); failed=$((failed + $2)); }
 

@@ -3,11 +3,13 @@ errors, no secrets.
 
 Rows are compared with the local shard's, which the other tests compare with brute force.
 """
+import contextlib
 import json
 import os
 import re
-import signal
+import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,10 +18,9 @@ import time
 import numpy as np
 import pytest
 
-from conftest import BUILD, blob, build_shard, clustered, connect, tool
+from conftest import BUILD, blob, build_shard, clustered, connect, plain_environ, tool, use_environ
 
 DIM = 24
-KEYS = "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_NO_SIGN_REQUEST"
 SEARCH = "SELECT shard, id, distance FROM shard_union WHERE source = ? AND query = ? AND k = 10 AND nprobe = 12 AND refine = 8"
 
 
@@ -40,12 +41,8 @@ def data(tmp_path_factory):
 @pytest.fixture
 def cloud(s3, proxy, data, monkeypatch):
     """The database published to a fresh bucket; the process speaks to it through the proxy. Returns the database's URI."""
-    bucket = s3.bucket()
-    for k in KEYS:
-        monkeypatch.delenv(k, raising=False)
-    for k, v in {**s3.env, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
-        monkeypatch.setenv(k, v)
-    uri = "s3://%s/some/db" % bucket
+    use_environ(monkeypatch, proxy.env)
+    uri = "s3://%s/some/db" % s3.bucket("shards")
     tool("publish", data[0], uri)
     proxy.reset()
     return uri
@@ -180,10 +177,10 @@ def test_rounds(cloud, data, proxy):
     assert proxy.rounds() <= 5, proxy.log
     trace = dict((r[0], r) for r in c.execute("SELECT phase, rounds, requests, bytes FROM shard_trace"))
     assert trace["total"][1] == 5 and trace["total"][2] == proxy.stats()["requests"]
-    proxy.reset()
+    proxy.forget()
     rows(c, cloud, queries[1])
     assert proxy.rounds() <= 2
-    proxy.reset()
+    proxy.forget()
     rows(c, cloud, queries[1])
     assert proxy.stats()["requests"] == 0
     assert cold < 5 * 0.06 + 1.5
@@ -243,15 +240,17 @@ def test_max_bytes(cloud, data, db):
 
 # ---- faults ----
 
-FAULTS = [dict(status=503, p=0.2), dict(status=500, p=0.2), dict(reset=0.1), dict(truncate=0.1), dict(drop=0.1), dict(fail_first=1)]
+FAULTS = [dict(status=503, p=0.2), dict(status=500, p=0.2), dict(status=503, first=1), dict(status=429, p=0.1, retry_after="0"),
+          dict(reset=True, p=0.1), dict(truncate=True, p=0.1), dict(drop=True, p=0.1), dict(redirect="eu-west-9"),
+          dict(latency_ms=1, jitter_ms=20)]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: "-".join(map(str, f)))
 def test_same_rows_under_faults(cloud, data, proxy, fault):
     folder, _, queries = data
     want = fresh(folder, queries[:4])
-    proxy.reset()
-    proxy.faults(seed=7, **fault)
+    proxy.reset(seed=7)
+    proxy.faults(**fault)
     assert fresh(cloud, queries[:4]) == want
     assert sum(proxy.stats()["injected"].values()) > 0
 
@@ -259,12 +258,12 @@ def test_same_rows_under_faults(cloud, data, proxy, fault):
 def test_flipped_bytes_never_give_a_wrong_row(cloud, data, proxy):
     folder, _, queries = data
     want = fresh(folder, queries[:2])
-    proxy.faults(corrupt=1, match=r"[.]ivf")
+    proxy.faults(corrupt=True, match=r"[.]ivf")
     assert "damaged" in error_of(cloud, queries[0])
-    proxy.reset()
     healed = 0
     for seed in range(6):
-        proxy.faults(corrupt=0.02, match=r"[.]ivf", seed=seed)
+        proxy.reset(seed)
+        proxy.faults(corrupt=True, p=0.02, match=r"[.]ivf")
         try:
             assert fresh(cloud, queries[:2]) == want
             healed += 1
@@ -360,6 +359,56 @@ def test_missing_bucket_and_shard(cloud, data, db):
     assert db.execute("SELECT count(*) FROM t").fetchone() == (9000,)
 
 
+class TlsFront(threading.Thread):
+    """Takes TLS off and passes the bytes on to the store."""
+
+    def __init__(self, folder, upstream):
+        super().__init__(daemon=True)
+        self.cert = str(folder / "cert.pem")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=store", "-addext",
+                        "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key.pem"), "-out", self.cert], check=True, capture_output=True)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.cert, str(folder / "key.pem"))
+        self.upstream = upstream
+        self.listener = context.wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True, do_handshake_on_connect=False)
+        self.endpoint = "https://127.0.0.1:%d" % self.listener.getsockname()[1]
+        self.start()
+
+    def run(self):
+        while True:
+            threading.Thread(target=self.serve, args=(self.listener.accept()[0],), daemon=True).start()
+
+    def serve(self, client):
+        try:
+            client.do_handshake()
+            up = socket.create_connection(self.upstream)
+            threading.Thread(target=self.pump, args=(up, client), daemon=True).start()
+            self.pump(client, up)
+        except OSError:
+            client.close()
+
+    @staticmethod
+    def pump(source, sink):
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+        except OSError:
+            pass
+        finally:
+            for s in (source, sink):
+                with contextlib.suppress(OSError):
+                    s.shutdown(socket.SHUT_RDWR)
+
+
+def test_tls(cloud, data, s3, tmp_path):
+    host, port = s3.endpoint.split("//")[1].split(":")
+    front = TlsFront(tmp_path, (host, int(port)))
+    there = {"AWS_ENDPOINT_URL": front.endpoint, "AWS_CA_BUNDLE": front.cert}
+    assert fresh(cloud, data[2][:2], env=there) == fresh(data[0], data[2][:2])
+    del there["AWS_CA_BUNDLE"]
+    assert "certificate" in error_of(cloud, data[2][0], there)
+
+
 def test_endpoint_down(cloud, data):
     started = time.monotonic()
     text = error_of(cloud, data[2][0], {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"})
@@ -367,7 +416,7 @@ def test_endpoint_down(cloud, data):
 
 
 def test_stalled_answers_end_at_the_deadline(cloud, data, proxy):
-    proxy.faults(stall=1, stall_ms=60000)
+    proxy.faults(stall_ms=60000)
     started = time.monotonic()
     text = error_of(cloud, data[2][0], {"VECSHARD_TIMEOUT_MS": "1500"})
     assert cloud[:12] in text and time.monotonic() - started < 8
@@ -376,7 +425,7 @@ def test_stalled_answers_end_at_the_deadline(cloud, data, proxy):
 # ---- hosts ----
 
 def test_interrupt_during_a_stall(cloud, data, proxy, db):
-    proxy.faults(stall=1, stall_ms=60000)
+    proxy.faults(stall_ms=60000)
     timer, at = None, []
 
     def interrupt():
@@ -394,7 +443,7 @@ def test_interrupt_during_a_stall(cloud, data, proxy, db):
 
 def test_exit_with_requests_in_flight(cloud, data, proxy):
     """sys.exit while a thread waits for the store: neither a hang nor a crash."""
-    proxy.faults(stall=1, stall_ms=60000)
+    proxy.faults(stall_ms=60000)
     code = ("import sys, sqlite3, threading, time, os\n"
             "def work():\n"
             "  c = sqlite3.connect(':memory:'); c.enable_load_extension(True); c.load_extension(sys.argv[1])\n"
@@ -468,10 +517,9 @@ def test_shell(cloud, data):
     q = data[2][0]
     sql = "SELECT shard, id FROM shard_union('%s', x'%s', 3);" % (cloud, blob(q).hex())
     shell = subprocess.run(["sqlite3", ":memory:", ".load %s" % (BUILD / "vecshard"), sql], capture_output=True, text=True,
-                           env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"})
+                           env=plain_environ())
     if not os.environ.get("LD_PRELOAD"):
         assert shell.stdout.splitlines() == ["%s|%s" % r[:2] for r in rows(connect(), data[0], q)[:3]], shell.stderr
-    assert signal.SIGINT  # Ctrl-C in the shell is test_hosts.py's
 
 
 def test_tool_on_a_store(cloud, data, tmp_path):

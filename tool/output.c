@@ -159,12 +159,19 @@ vs_rc output_check_space(const char *out, uint64_t n_out, const char *temp, uint
   vs_rc rc = free_bytes(out, &out_free, &out_device, err);
   if (!rc) rc = free_bytes(temp, &temp_free, &temp_device, err);
   if (rc) return rc;
-  if (out_device == temp_device && n_out + n_temp > out_free)
+  if (n_temp && out_device == temp_device && n_out + n_temp > out_free)
     return no_space(out, n_out + n_temp, "for the shard and temporary files", out_free,
                     "--tmpdir names another disk for those", err);
   if (n_out > out_free)
-    return no_space(out, n_out, "for the shard", out_free, "make room or choose another --out", err);
+    return no_space(out, n_out, "for the shard", out_free, "make room or choose another place", err);
   if (n_temp > temp_free)
     return no_space(temp, n_temp, "for temporary files", temp_free, "--tmpdir names another disk", err);
   return VS_OK;
+}
+
+uint64_t output_allocated(const char *path) {
+  struct stat st;
+  if (stat(path, &st)) return 0;
+  uint64_t blocks = (uint64_t)st.st_blocks * 512, size = (uint64_t)st.st_size;
+  return blocks < size ? blocks : size; /* a file that is not filled yet has holes */
 }

@@ -26,6 +26,9 @@ vs_rc output_sync_folder(const char *path, vs_err *err) VS_WARN_UNUSED;
 vs_rc output_check_space(const char *out, uint64_t n_out, const char *temp, uint64_t n_temp,
                          vs_err *err) VS_WARN_UNUSED;
 
+/* Bytes that a file takes on its disk; 0 when there is none. */
+uint64_t output_allocated(const char *path);
+
 /* "23.4 MB", decimal. */
 const char *output_size(uint64_t n_bytes, char buf[32]);
 

@@ -3,6 +3,7 @@
  *   vecshard pack part*.h5 --bucket-rows 10000000 --out plan.json
  *   vecshard build --plan plan.json --bucket 1 --out db
  *   vecshard info db
+ *   vecshard publish db s3://my-bucket/db
  *   vecshard query db --queries q.fvecs -k 10 > hits.csv
  *
  * Exit status: 0 done, 1 failed, 2 wrong usage.
@@ -28,6 +29,8 @@ typedef struct command {
 static const command commands[] = {
   {"pack", "assign files to buckets of about N rows", cmd_pack},
   {"build", "build a shard from files of vectors", cmd_build},
+  {"publish", "put a shard or a database into an S3 store", cmd_publish},
+  {"pull", "get a shard or a database out of an S3 store", cmd_pull},
   {"query", "search a shard or a database with vectors from a file", cmd_query},
   {"info", "what a shard or a database holds", cmd_info},
   {"verify", "read every byte and report every fault", cmd_verify},

@@ -64,6 +64,7 @@ static pool_run *joinable(void) {
 
 static void *worker(void *unused) {
   (void)unused;
+  pthread_setname_np(pthread_self(), VS_THREAD_NAME " pool");
   pthread_mutex_lock(&lock);
   for (;;) {
     pool_run *r = joinable();

@@ -12,6 +12,9 @@
 typedef void (*vs_task)(void *ctx, size_t i);
 void vs_pool_run(size_t n, int threads, vs_task fn, void *ctx);
 
+/* How the names of all our threads begin, as debuggers and /proc show them. */
+#define VS_THREAD_NAME "vecshard"
+
 /* Threads that work may use by default: VECSHARD_THREADS, else the affinity mask capped by the cgroup's CPU quota; >= 1. */
 int vs_threads(void);
 

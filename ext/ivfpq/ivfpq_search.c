@@ -230,12 +230,13 @@ static void table_floats(scan *c) {
   const ivfpq_params *p = &c->s->params;
   uint32_t words = ivfpq_words(p->bits), subs = ivfpq_subs(p->m, p->bits);
   static const float no_bias[256];
+  const float *codebook = ivfpq_codebook(c->s);
   float t[2][256];
   for (uint32_t j = 0; j < p->m; j++) {
     float *row = c->tablef + (size_t)j * 256;
     for (uint32_t h = 0; h < subs / p->m; h++) {
       uint32_t sub = j * (subs / p->m) + h;
-      kern_get()->scores_f32(c->x + (size_t)sub * p->sub_dim, p->sub_dim, c->s->codebook + (size_t)sub * words * p->sub_dim, no_bias,
+      kern_get()->scores_f32(c->x + (size_t)sub * p->sub_dim, p->sub_dim, codebook + (size_t)sub * words * p->sub_dim, no_bias,
                              words, t[h]);
     }
     if (p->bits == 8)

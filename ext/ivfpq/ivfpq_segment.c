@@ -187,11 +187,9 @@ static uint64_t codebook_floats(const ivfpq_segment *s) {
   return (uint64_t)ivfpq_subs(p->m, p->bits) * ivfpq_words(p->bits) * p->sub_dim;
 }
 
-static int has_codebook(ivfpq_segment *s) { return __atomic_load_n(&s->codebook, __ATOMIC_ACQUIRE) != NULL; }
-
 vs_rc ivfpq_codebook_begin(ivfpq_segment *s, vs_range *r, vs_err *err) {
   *r = (vs_range){0};
-  return has_codebook(s) ? VS_OK : floats_begin(s, IVFPQ_CODEBOOK, codebook_floats(s), r, err);
+  return ivfpq_codebook(s) ? VS_OK : floats_begin(s, IVFPQ_CODEBOOK, codebook_floats(s), r, err);
 }
 
 vs_rc ivfpq_codebook_wait(ivfpq_segment *s, vs_range *r, vs_err *err) {

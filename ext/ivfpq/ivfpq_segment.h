@@ -17,7 +17,7 @@ typedef struct ivfpq_segment {
   ivfpq_group *groups;          /* n_groups */
   float *group_bias, *group_centroids; /* packed, dim_padded wide */
   float *mean;                  /* dim_padded, zeros behind dim */
-  float *codebook;              /* subs x packed words; NULL until ivfpq_codebook_wait first succeeded */
+  float *codebook;              /* read with ivfpq_codebook */
   unsigned char *group_checked; /* n_groups flags: the block was verified (stable io only) */
   unsigned char *part_checked;  /* nlist: bit 0 codes, bit 1 columns were verified (stable io only) */
   unsigned char **rows_checked; /* per 65,536 rows a lazily made bitmap (stable io only) */
@@ -44,6 +44,8 @@ void ivfpq_groups_release(ivfpq_segment *s, ivfpq_group_view *views, size_t n);
 /* The codebook is large, and all that opening a segment does not need: it is read with the first groups and then stays. */
 vs_rc ivfpq_codebook_begin(ivfpq_segment *s, vs_range *r, vs_err *err) VS_WARN_UNUSED;
 vs_rc ivfpq_codebook_wait(ivfpq_segment *s, vs_range *r, vs_err *err) VS_WARN_UNUSED; /* releases r */
+/* subs x packed words; NULL until ivfpq_codebook_wait first succeeded, on any thread. */
+static inline const float *ivfpq_codebook(const ivfpq_segment *s) { return __atomic_load_n(&s->codebook, __ATOMIC_ACQUIRE); }
 
 /* One partition's bytes. */
 typedef struct ivfpq_part {

@@ -190,7 +190,7 @@ static void verify_floats(walk *w) {
   check_finite(w, "PARAMS, group centroids", w->s->group_bias, lanes + lanes * p->dim_padded);
   if (!p->m) return;
   check_finite(w, "MEAN", w->s->mean, p->dim);
-  check_finite(w, "CODEBOOK", w->s->codebook, (uint64_t)p->dim_padded * ivfpq_words(p->bits));
+  check_finite(w, "CODEBOOK", ivfpq_codebook(w->s), (uint64_t)p->dim_padded * ivfpq_words(p->bits));
 }
 
 /* ---- GROUPS and SCAN ---- */

@@ -248,7 +248,12 @@ void io_s3_cache_limit(uint64_t bytes) {
 /* What one job reads: extents, or parts of them, each held for it. */
 typedef struct reading { s3_io *io; extent **extents; size_t n; uint64_t round; } reading;
 
-static void learn_etag(s3_io *io, s3_job *j) {
+/* Is it still the object that was opened? Where a server sends no ETag, the size is all there is to tell. */
+static void check_object(s3_io *io, s3_job *j) {
+  if (j->rc) return;
+  if (j->total != UINT64_MAX && j->total != io->base.size)
+    j->rc = vs_fail(&j->err, VS_IO, "%s: the object has %llu bytes, not %llu: it changed, open it again", io->name,
+                    (unsigned long long)j->total, (unsigned long long)io->base.size);
   if (j->rc || !j->etag[0]) return;
   if (!io->has_etag) strcpy(io->etag, j->etag), io->has_etag = 1;
   else if (strcmp(io->etag, j->etag))
@@ -259,7 +264,7 @@ static void learn_etag(s3_io *io, s3_job *j) {
 static void reading_done(s3_job *j) {
   reading *r = j->ctx;
   pthread_mutex_lock(&C.lock);
-  learn_etag(r->io, j);
+  check_object(r->io, j);
   for (size_t i = 0; i < r->n; i++) {
     extent *e = r->extents[i];
     e->pending--;

@@ -33,6 +33,16 @@ vs_rc s3_head(s3_place *p, const char *key, s3_meta *out, vs_err *err) {
   return rc;
 }
 
+/* Runs a GET and hands out its body. */
+static vs_rc take_body(s3_job *j, uint8_t **body, size_t *n, vs_err *err) {
+  vs_rc rc = run(j, err);
+  if (!rc && !j->data && !(j->data = calloc(1, 1))) rc = vs_nomem(err);
+  if (rc) return rc;
+  *body = j->data, *n = j->n_data;
+  j->data = NULL;
+  return VS_OK;
+}
+
 vs_rc s3_get(s3_place *p, const char *key, uint64_t off, uint64_t len, const char *if_match, uint64_t max, uint8_t **body, size_t *n,
              s3_meta *meta, vs_err *err) {
   s3_job *j = s3_job_new(p, S3_GET, key);
@@ -40,15 +50,26 @@ vs_rc s3_get(s3_place *p, const char *key, uint64_t off, uint64_t len, const cha
   if (!j) return vs_nomem(err);
   j->off = off, j->len = len, j->max_data = max < SIZE_MAX ? (size_t)max : SIZE_MAX;
   if (if_match) snprintf(j->etag, sizeof j->etag, "%s", if_match);
-  vs_rc rc = run(j, err);
-  if (!rc && !j->data && !(j->data = calloc(1, 1))) rc = vs_nomem(err);
-  if (!rc) {
-    *body = j->data, *n = j->n_data;
-    j->data = NULL;
-    if (meta) fill_meta(j, len == UINT64_MAX ? *n : j->total, meta);
-  }
+  vs_rc rc = take_body(j, body, n, err);
+  if (!rc && meta) fill_meta(j, len == UINT64_MAX ? *n : j->total, meta);
   s3_job_release(j);
   return rc;
+}
+
+vs_rc s3_get_start(s3_place *p, const char *key, uint64_t len, uint8_t **body, size_t *n, s3_meta *meta, vs_err *err) {
+  s3_job *j = s3_job_new(p, S3_GET, key);
+  vs_err why = {0};
+  *body = NULL, *n = 0;
+  if (!j) return vs_nomem(err);
+  j->off = 0, j->len = len, j->max_data = (size_t)len, j->may_be_shorter = 1;
+  vs_rc rc = take_body(j, body, n, &why);
+  if (rc && j->status == 416) { /* nothing has no first byte */
+    rc = (*body = calloc(1, 1)) ? VS_OK : VS_NOMEM;
+    j->total = 0;
+  }
+  if (!rc) fill_meta(j, j->total, meta);
+  s3_job_release(j);
+  return rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
 }
 
 /* ---- writing ---- */

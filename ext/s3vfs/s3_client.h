@@ -18,6 +18,7 @@ typedef struct s3_place s3_place; /* a bucket (or web server) with endpoint, reg
 vs_rc s3_place_open(const char *uri, s3_place **out, char **key, vs_err *err) VS_WARN_UNUSED;
 s3_place *s3_place_share(s3_place *p);
 void s3_place_close(s3_place *p); /* NULL is legal */
+int s3_place_is_plain(const s3_place *p); /* a web server, no bucket: nothing is signed, and there are no lists */
 /* "s3://bucket/key" for messages: malloc'ed; a plain URL is cut before its query, which may hold a signature. */
 char *s3_place_name(const s3_place *p, const char *key);
 
@@ -34,6 +35,9 @@ vs_rc s3_head(s3_place *p, const char *key, s3_meta *out, vs_err *err) VS_WARN_U
  * if_match: an ETag, or NULL; another object behind the name is VS_IO "changed while it was read". meta may be NULL. */
 vs_rc s3_get(s3_place *p, const char *key, uint64_t off, uint64_t len, const char *if_match, uint64_t max, uint8_t **body, size_t *n,
              s3_meta *meta, vs_err *err) VS_WARN_UNUSED;
+/* The first len bytes of an object, or all of a shorter one, and what it is: one request where a HEAD and a GET would be two, and
+ * all that a URL signed for GET allows. */
+vs_rc s3_get_start(s3_place *p, const char *key, uint64_t len, uint8_t **body, size_t *n, s3_meta *meta, vs_err *err) VS_WARN_UNUSED;
 
 /* body stays the caller's. exclusive: only when there is no such object (If-None-Match: *): VS_EXISTS when there is one,
  * VS_UNSUPPORTED when the store does not know the condition. etag may be NULL. */

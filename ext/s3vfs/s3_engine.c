@@ -19,6 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "../base/vs_pool.h"
 #include "../base/vs_scope.h"
 #include "s3_xml.h"
 
@@ -152,15 +153,16 @@ static void take_head(s3_job *j) {
     strcpy(j->etag, etag);
   }
   if (modified) j->modified = (int64_t)curl_getdate(modified, NULL);
-  if (is_ranged(j)) {
-    if (j->status != 206 && !(j->status == 200 && j->off + j->have == 0)) refuse(j, VS_UNSUPPORTED, "the server does not serve ranges");
-    else if (j->status == 206 && (!parse_content_range(header(j->easy, "Content-Range"), &first, &j->total) || first != j->off + j->have))
+  if (j->status == 206 && is_ranged(j)) {
+    if (!parse_content_range(header(j->easy, "Content-Range"), &first, &j->total) || first != j->off + j->have)
       refuse(j, VS_IO, "the server answered with another range than the one asked for");
     return;
   }
   curl_off_t n = -1;
   curl_easy_getinfo(j->easy, CURLINFO_CONTENT_LENGTH_DOWNLOAD_T, &n);
   if (n >= 0) j->total = (uint64_t)n;
+  /* the whole object instead of a range of it: welcome where the range holds it all */
+  if (is_ranged(j) && (j->off + j->have > 0 || n > (curl_off_t)j->len)) refuse(j, VS_UNSUPPORTED, "the server does not serve ranges");
 }
 
 static void take_pieces(s3_job *j, const uint8_t *p, uint64_t n) {
@@ -341,7 +343,7 @@ static int set_headers(s3_job *j, const s3_attempt *a) {
     snprintf(line, sizeof line, "Range: bytes=%llu-%llu", (unsigned long long)(j->off + j->have), (unsigned long long)(j->off + j->len - 1));
     ok = add_header(j, line);
   }
-  if (ok && j->method == S3_GET && j->etag[0]) {
+  if (ok && j->method == S3_GET && j->etag[0] && strncmp(j->etag, "W/", 2)) { /* a weak one never matches: take_head compares */
     snprintf(line, sizeof line, "If-Match: %s", j->etag);
     ok = add_header(j, line);
   }
@@ -508,15 +510,18 @@ static void http_failed(s3_job *j) {
   }
 }
 
+static int is_at_end(const s3_job *j) { return j->total != UINT64_MAX && j->off + j->have >= j->total; }
+
 static void attempt_ended(s3_job *j, CURLcode code) {
   look_at_status(j);
+  if (code == CURLE_OK && is_ranged(j) && j->status == 200) j->total = j->have; /* a whole object, maybe of a length not told before */
   if (j->refused) {
     drop_easy(j);
     finish(j);
   } else if (code == CURLE_OK && j->status / 100 != 2) http_failed(j);
-  else if (code == CURLE_OK && is_ranged(j) && j->have < j->len) {
+  else if (code == CURLE_OK && is_ranged(j) && j->have < j->len && !(j->may_be_shorter && is_at_end(j))) {
     drop_easy(j);
-    if (j->total != UINT64_MAX && j->off + j->have >= j->total) { /* not cut on the way: there is no more */
+    if (is_at_end(j)) { /* not cut on the way: there is no more */
       fail(j, VS_CORRUPT, "the object is shorter than it should be (truncated?)");
       finish(j);
     } else try_again(j, 0, VS_IO, "the answer was cut short");
@@ -609,6 +614,7 @@ static int start_waiting(void) {
 static void *engine_main(void *arg) {
   int stop = 0, cancels = 0, running = 0;
   (void)arg;
+  pthread_setname_np(pthread_self(), VS_THREAD_NAME " net"); /* libcurl's threads for look-ups of names inherit it */
   for (;;) {
     take_queue(&stop, &cancels);
     if (stop) return NULL; /* the process ends: nobody waits, and its memory goes with it */

@@ -29,6 +29,7 @@ struct s3_job {
   char *key;               /* copied by s3_job_new */
   char *query;             /* encoded, without '?'; malloc'ed, the job's; NULL: none */
   uint64_t off, len;       /* GET: a range, when len is not UINT64_MAX */
+  int may_be_shorter;      /* the object may end within the range; else that is VS_CORRUPT */
   s3_piece *pieces;        /* malloc'ed, the job's: a ranged GET delivers here; NULL: into `data` */
   size_t n_pieces;
   char etag[S3_ETAG_MAX];  /* set: GET only this version of the object. After the job: the object's. */

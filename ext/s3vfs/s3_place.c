@@ -62,6 +62,8 @@ static char *print(const char *fmt, ...) {
   return n < 0 ? NULL : text;
 }
 
+int s3_place_is_plain(const s3_place *p) { return !p->location.bucket; }
+
 char *s3_place_name(const s3_place *p, const char *key) {
   if (p->location.bucket) return print("s3://%s%s%s", p->location.bucket, *key ? "/" : "", key);
   return print("%s/%.*s", p->location.origin, (int)strcspn(key, "?#"), key);

@@ -98,6 +98,13 @@ vs_rc shard_files_segment(const shard_files *f, size_t i, vs_io **out, vs_err *e
   return rc;
 }
 
+vs_rc shard_files_locate(const shard_files *f, size_t i, s3_place **place, char **key, vs_err *err) {
+  if (!f->remote) return vs_fail(err, VS_INVALID, "%s is a folder; s3://bucket/prefix is needed", f->path);
+  if (asprintf(key, "%s%s", f->remote->prefix, f->manifest.segments[i].file) < 0) return vs_nomem(err);
+  *place = s3_place_share(f->remote->place);
+  return VS_OK;
+}
+
 void shard_files_reset(shard_files *f) {
   free(f->path);
   shard_manifest_reset(&f->manifest);

@@ -18,6 +18,9 @@ typedef struct shard_files {
 vs_rc shard_files_open(const char *path, shard_files *out, vs_err *err) VS_WARN_UNUSED;
 /* The i-th segment of the manifest. A local file is not mapped: one that is cut meanwhile is an error, not a SIGBUS. */
 vs_rc shard_files_segment(const shard_files *f, size_t i, vs_io **out, vs_err *err) VS_WARN_UNUSED;
+/* In a store: where the i-th segment is. *place gains an owner, *key is malloc'ed. VS_INVALID for a folder. */
+struct s3_place;
+vs_rc shard_files_locate(const shard_files *f, size_t i, struct s3_place **place, char **key, vs_err *err) VS_WARN_UNUSED;
 void shard_files_reset(shard_files *f); /* legal on a zeroed struct */
 
 #endif

@@ -17,6 +17,7 @@
 #include <time.h>
 
 #include "../base/vs_pool.h"
+#include "../s3vfs/db_interrupt.h"
 #include "../shard/shard_files.h"
 SQLITE_EXTENSION_INIT3
 
@@ -295,25 +296,14 @@ static int64_t now_ms(void) {
 
 void conn_stop_init(conn_stop *s, sqlite3 *db) { *s = (conn_stop){.db = db, .last_ms = now_ms()}; }
 
-/* SQLite 3.40 has no call that tells whether a connection was interrupted, but a step of any statement does. */
 int conn_stop_poll(void *p) {
   conn_stop *s = p;
   if (s->hit) return 1;
   int64_t now = now_ms();
   if (now - s->last_ms < POLL_MS) return 0;
   s->last_ms = now;
-  int rc = s->probe ? SQLITE_OK : sqlite3_prepare_v2(s->db, "SELECT 1", -1, &s->probe, NULL);
-  if (rc == SQLITE_OK && s->probe) {
-    rc = sqlite3_step(s->probe);
-    sqlite3_reset(s->probe);
-  }
-  s->hit = rc == SQLITE_INTERRUPT;
+  s->hit = db_is_interrupted(s->db);
   return s->hit;
-}
-
-void conn_stop_reset(conn_stop *s) {
-  sqlite3_finalize(s->probe);
-  s->probe = NULL;
 }
 
 /* ---- errors ---- */

@@ -60,10 +60,9 @@ vs_rc conn_path_resolve(const conn *c, const char *schema, const char *path, cha
 vs_rc conn_path_check_trust(const conn *c, const char *table, const char *path, const char *full, vs_err *err) VS_WARN_UNUSED;
 
 /* Answers "must I stop?" for a long computation inside a statement; asks SQLite every few milliseconds. */
-typedef struct conn_stop { sqlite3 *db; sqlite3_stmt *probe; int64_t last_ms; int hit; } conn_stop;
+typedef struct conn_stop { sqlite3 *db; int64_t last_ms; int hit; } conn_stop;
 void conn_stop_init(conn_stop *s, sqlite3 *db);
 int conn_stop_poll(void *stop);
-void conn_stop_reset(conn_stop *s);
 
 /* SQLite's code for ours; text goes to *message (sqlite3_malloc'ed, an old one is freed). */
 int conn_error(const vs_err *err, char **message);

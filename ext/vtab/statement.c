@@ -53,10 +53,7 @@ void statement_leave(statement *s) {
   vs_scope_enter(s->before);
 }
 
-void statement_close(statement *s) {
-  if (s->c) conn_stop_reset(&s->stop);
-  memset(s, 0, sizeof *s);
-}
+void statement_close(statement *s) { memset(s, 0, sizeof *s); }
 
 void statement_trace_begin(statement *s) { memset(&s->c->trace, 0, sizeof s->c->trace); }
 

@@ -85,7 +85,7 @@ static vs_rc parse_source(int argc, const char *const *argv, char **out, vs_err 
   return VS_OK;
 }
 
-static void append_json_text(sqlite3_str *s, const char *text, uint32_t n) {
+void result_json_text(sqlite3_str *s, const char *text, uint32_t n) {
   sqlite3_str_appendchar(s, 1, '"');
   for (uint32_t i = 0; i < n; i++) {
     unsigned char ch = (unsigned char)text[i];
@@ -105,7 +105,7 @@ static vs_rc resolve_source(union_table *t, vs_err *err) {
   for (size_t i = 0; i < t->n_paths && !rc; i++) {
     char *full;
     rc = conn_path_resolve(t->c, t->schema, t->paths[i], &full, err);
-    if (!rc && is_list) sqlite3_str_appendchar(s, 1, i ? ',' : '['), append_json_text(s, full, (uint32_t)strlen(full));
+    if (!rc && is_list) sqlite3_str_appendchar(s, 1, i ? ',' : '['), result_json_text(s, full, (uint32_t)strlen(full));
     else if (!rc) sqlite3_str_appendall(s, full);
     free(full);
   }
@@ -498,11 +498,11 @@ static vs_rc result_row(sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *r
     sqlite3_str *out = sqlite3_str_new(NULL);
     for (uint32_t c = 0; c < s->params.n_columns; c++) {
       sqlite3_str_appendchar(out, 1, c ? ',' : '{');
-      append_json_text(out, s->columns[c].name, (uint32_t)strlen(s->columns[c].name));
+      result_json_text(out, s->columns[c].name, (uint32_t)strlen(s->columns[c].name));
       sqlite3_str_appendchar(out, 1, ':');
       if (values[c].tag == IVFPQ_INTEGER) sqlite3_str_appendf(out, "%lld", values[c].i);
       else if (values[c].tag == IVFPQ_REAL) sqlite3_str_appendf(out, "%!.17g", values[c].r);
-      else if (values[c].tag == IVFPQ_TEXT) append_json_text(out, values[c].text, values[c].len);
+      else if (values[c].tag == IVFPQ_TEXT) result_json_text(out, values[c].text, values[c].len);
       else sqlite3_str_appendall(out, "null");
     }
     sqlite3_str_appendall(out, s->params.n_columns ? "}" : "{}");

@@ -51,6 +51,7 @@ typedef struct cursor {
   uint32_t segment, row; /* scan and look-up */
   ivfpq_row stretch;     /* records read for them: stretch_rows from stretch_first on */
   uint32_t stretch_segment, stretch_first, stretch_rows;
+  vs_range *stretch_extras;    /* two a row: what its record refers to, or NULL */
   int eof;
 } cursor;
 
@@ -501,12 +502,29 @@ static void hidden_column(cursor *c, sqlite3_context *ctx, int hidden) {
 }
 
 static void drop_stretch(cursor *c) {
-  if (c->stretch_rows) ivfpq_rows_release(c->s->segments[c->stretch_segment], &c->stretch, 1);
-  c->stretch_rows = 0;
+  if (!c->stretch_rows) return;
+  ivfpq_segment *s = c->s->segments[c->stretch_segment];
+  if (c->stretch_extras) vs_io_release(s->io, c->stretch_extras, 2 * (size_t)c->stretch_rows);
+  free(c->stretch_extras);
+  ivfpq_rows_release(s, &c->stretch, 1);
+  c->stretch_extras = NULL, c->stretch_rows = 0;
+}
+
+/* Asks for what the records of the stretch refer to: their column values lie side by side, and so travel together. */
+static vs_rc stretch_columns(cursor *c, vs_err *err) {
+  ivfpq_segment *s = c->s->segments[c->stretch_segment];
+  if (s->io->local || c->stretch_extras || c->stretch_rows < 2) return VS_OK;
+  vs_range *r = calloc(2 * (size_t)c->stretch_rows, sizeof *r);
+  if (!r) return vs_nomem(err);
+  for (uint32_t i = 0; i < c->stretch_rows; i++) ivfpq_row_extras(s, c->stretch.record + (size_t)i * s->params.row_bytes, r + 2 * (size_t)i);
+  vs_rc rc = vs_io_begin(s->io, r, 2 * (size_t)c->stretch_rows, err);
+  if (rc) free(r);
+  else c->stretch_extras = r;
+  return rc;
 }
 
 /* The record of a scan's or look-up's row, until the next call: of a scan in a store with those that follow it. */
-static vs_rc scan_row(cursor *c, const uint8_t **record, vs_err *err) {
+static vs_rc scan_row(cursor *c, int with_columns, const uint8_t **record, vs_err *err) {
   ivfpq_segment *s = c->s->segments[c->segment];
   uint32_t n = 1;
   if (!c->stretch_rows || c->stretch_segment != c->segment || c->row < c->stretch_first || c->row - c->stretch_first >= c->stretch_rows) {
@@ -518,7 +536,7 @@ static vs_rc scan_row(cursor *c, const uint8_t **record, vs_err *err) {
     c->stretch_segment = c->segment, c->stretch_first = c->row, c->stretch_rows = n;
   }
   *record = c->stretch.record + (size_t)(c->row - c->stretch_first) * s->params.row_bytes;
-  return VS_OK;
+  return with_columns ? stretch_columns(c, err) : VS_OK;
 }
 
 static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
@@ -538,7 +556,7 @@ static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
     if (!rc) rc = stored_column(c, ctx, s, record, column, &err);
   } else {
     const uint8_t *record;
-    rc = scan_row(c, &record, &err);
+    rc = scan_row(c, column > 1, &record, &err);
     if (!rc) rc = stored_column(c, ctx, c->s->segments[c->segment], record, column, &err);
   }
   statement_leave(&c->statement);
@@ -557,7 +575,7 @@ static int x_rowid(sqlite3_vtab_cursor *v, sqlite3_int64 *rowid) {
   ivfpq_segment *s = c->s->segments[segment];
   statement_enter(&c->statement, PHASE_ROWS);
   const uint8_t *record;
-  vs_rc rc = c->kind == PLAN_SEARCH ? stream_row(&c->hits, 0, &s, &record, &err) : scan_row(c, &record, &err);
+  vs_rc rc = c->kind == PLAN_SEARCH ? stream_row(&c->hits, 0, &s, &record, &err) : scan_row(c, 0, &record, &err);
   if (!rc) rc = ivfpq_row_id(s, record, &id, &err);
   if (!rc) *rowid = id.i;
   statement_leave(&c->statement);
