@@ -1456,6 +1456,55 @@ static void test_forged_faults(void **state) {
   input_close(&t->in);
 }
 
+/* Makes the text at the end of a row's columns 8 bytes longer than any writer makes one: its first number gives its room. */
+static void lengthen_text(const victim *v, uint32_t row, uint32_t row_bytes) {
+  uint64_t size, off;
+  uint8_t *slot = section_of(v, v->bytes, IVFPQ_ROWS, &size) + (row + 1ull) * row_bytes - 16;
+  uint8_t *record = section_of(v, v->bytes, IVFPQ_COLUMNS, &size);
+  uint32_t n, len = IVFPQ_MAX_TEXT + 8, check;
+  memcpy(&off, slot, 8), memcpy(&n, slot + 8, 4);
+  record += off;
+  assert_int_equal(record[0], IVFPQ_INTEGER);
+  record[0] = 0;
+  memmove(record + 1, record + 9, n - 4 - 9);
+  memcpy(record + n - 4 - IVFPQ_MAX_TEXT - 8 - 4, &len, 4);
+  check = ivfpq_check32(record, n - 4);
+  memcpy(record + n - 4, &check, 4);
+}
+
+/* A text longer than any writer makes one is refused by its length, though every checksum is right. */
+static void test_forged_text(void **state) {
+  (void)state;
+  set *t = set_open(10, 4, CLUSTERS, INT_IDS, 1);
+  ivfpq_build_options o = options(IVFPQ_L2);
+  char *huge = calloc(1, IVFPQ_MAX_TEXT);
+  t->columns[4 * N_COLUMNS + 3] = (input_value){.type = INPUT_TEXT, .text = huge, .len = IVFPQ_MAX_TEXT};
+  build(t, &o, path_of("victim.ivf"));
+  victim v = victim_open(t, path_of("victim.ivf"));
+  for (int forged = 0; forged < 2; forged++) {
+    vs_err err = {0};
+    ivfpq_id id = id_of(&t->ids[4]);
+    int open_ranges = 0, found;
+    ivfpq_segment *s;
+    ivfpq_row r;
+    ivfpq_value values[N_COLUMNS];
+    uint32_t row;
+    uint8_t *buf;
+    if (forged) forge(&v);
+    assert_ok(ivfpq_segment_open(memory_open(v.bytes, v.n, 0, &open_ranges), &s, &err), err);
+    assert_ok(ivfpq_find_id(s, &id, &row, &found, &err), err);
+    assert_true(found);
+    assert_ok(ivfpq_rows_fetch(s, &row, 1, &r, &err), err);
+    assert_int_equal(ivfpq_row_columns(s, r.record, values, &buf, &err), forged ? VS_CORRUPT : VS_OK);
+    free(buf);
+    ivfpq_rows_release(s, &r, 1);
+    if (!forged) lengthen_text(&v, row, s->params.row_bytes);
+    ivfpq_segment_close(s);
+  }
+  free(v.good), free(v.bytes), free(huge);
+  input_close(&t->in);
+}
+
 /* The whole folder is empty of temporary files: they never had a name. */
 static void test_nothing_left(void **state) {
   (void)state;
@@ -1494,6 +1543,7 @@ int main(void) {
                                      cmocka_unit_test(test_failing_reads),
                                      cmocka_unit_test(test_fault_limits),
                                      cmocka_unit_test(test_forged_faults),
+                                     cmocka_unit_test(test_forged_text),
                                      cmocka_unit_test(test_nothing_left)};
   const char *set_seed = getenv("IVFPQ_TEST_SEED"), *tmp = getenv("TMPDIR");
   if (set_seed) seed = strtoull(set_seed, NULL, 10);

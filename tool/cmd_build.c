@@ -347,7 +347,9 @@ static void advise_memory(const build_options *o, vs_err *err) {
   if (err->rc != VS_NOMEM) return;
   vs_err_reset(err);
   output_size(o->memory ? (uint64_t)o->memory : resources_default_memory(), now);
-  (void)vs_fail(err, VS_NOMEM, "out of memory: build with a smaller --memory (it was %s), with fewer --threads, or allow the process more", now);
+  (void)vs_fail(err, VS_NOMEM,
+                "out of memory: build with a smaller --memory (it was %s), with fewer --threads, or allow the process more",
+                now);
 }
 
 static void print_result(const build_job *j, double seconds) {

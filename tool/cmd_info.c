@@ -1,5 +1,5 @@
-/* cmd_info.c - what a shard or a database holds, from its manifests and the parameters of its segments. The shards of a source
- * may differ in what a search of all of them needs to be the same. */
+/* cmd_info.c - what a shard or a database holds, from its manifests and the parameters of its segments. The shards
+ * of a source may differ in what a search of all of them needs to be the same. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -99,7 +99,8 @@ static void tell_apart(shard_set *set) {
 static vs_rc open_each(const char *source, shard_set *set, vs_err *err) {
   tool_list folders = {0};
   vs_rc rc = source_expand(source, &folders, err);
-  *set = (shard_set){.shards = tool_alloc(folders.n, sizeof *set->shards), .names = tool_alloc(folders.n, sizeof *set->names)};
+  *set = (shard_set){.shards = tool_alloc(folders.n, sizeof *set->shards),
+                     .names = tool_alloc(folders.n, sizeof *set->names)};
   for (size_t i = 0; i < folders.n && !rc; i++) {
     const char *slash = strrchr(folders.items[i], '/');
     rc = shard_open(folders.items[i], 0, &set->shards[i], err);

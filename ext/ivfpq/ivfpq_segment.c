@@ -539,6 +539,7 @@ static vs_rc decode_columns(ivfpq_segment *s, const uint8_t *p, uint32_t left, i
     if (v->tag == IVFPQ_TEXT) {
       if (left < 4 || load_u32(p) > left - 4) return damaged(s, err, "a row's column values");
       v->len = load_u32(p), v->text = (const char *)p + 4;
+      if (v->len > IVFPQ_MAX_TEXT) return damaged(s, err, "the length of a text value");
       p += 4 + v->len, left -= 4 + v->len;
     } else if (v->tag) {
       if (left < 8) return damaged(s, err, "a row's column values");

@@ -75,7 +75,8 @@ int plan_misused(sqlite3_index_info *info, int k, char **message) {
     if (n < 0 || n >= (int)(sizeof names / sizeof *names)) continue;
     if (n == 0 && sqlite3_vtab_in(info, i, -1)) text = sqlite3_mprintf("k IN (...): one k per search");
     else if (compares(info->aConstraint[i].op) && !is_given(info, column))
-      text = sqlite3_mprintf("%s takes only `%s = n`: it is an argument of the search, not a column to compare", names[n], names[n]);
+      text = sqlite3_mprintf("%s takes only `%s = n`: it is an argument of the search, not a column to compare", names[n],
+                             names[n]);
   }
   if (!text) return 0;
   sqlite3_free(*message);
@@ -94,7 +95,8 @@ int plan_without(sqlite3_index_info *info, const char *column) {
 
 int plan_bound(plan *p, int i) {
   static const struct { int op; const char *entry; } bounds[] = {
-      {SQLITE_INDEX_CONSTRAINT_LT, "d<"}, {SQLITE_INDEX_CONSTRAINT_LE, "d{"}, {SQLITE_INDEX_CONSTRAINT_GT, "b>"}, {SQLITE_INDEX_CONSTRAINT_GE, "b}"}};
+      {SQLITE_INDEX_CONSTRAINT_LT, "d<"}, {SQLITE_INDEX_CONSTRAINT_LE, "d{"},
+      {SQLITE_INDEX_CONSTRAINT_GT, "b>"}, {SQLITE_INDEX_CONSTRAINT_GE, "b}"}};
   for (size_t b = 0; b < sizeof bounds / sizeof *bounds; b++)
     if (p->info->aConstraint[i].op == bounds[b].op) {
       plan_use(p, i, 0, bounds[b].entry);

@@ -9,8 +9,8 @@
  * Schema: the id, the vector, the shard's metadata columns, then hidden: <table>, k, nprobe, refine, recall, exact, distance.
  * idxNum and idxStr: plan.h. xCreate opens the shard once and keeps its columns in the shadow table <table>_config, so that
  * xConnect touches no file of the shard: DROP and table lists work when it is gone. Without a path the shard lies in the folder
- * <database file>.vecshard/<table>; RENAME leaves it there and notes the old name in <table>_config. A statement pins the version that was the
- * newest when its cursor was first filtered.
+ * <database file>.vecshard/<table>; RENAME leaves it there and notes the old name in <table>_config. A statement pins the
+ * version that was the newest when its cursor was first filtered.
  *
  * rowid: the id itself for integer ids, else segment * 2^32 + row, stable within a version.
  * Limitations: read-only; id and metadata conditions without a query are checked by SQLite row by row, but id = and rowid =.
