@@ -166,8 +166,9 @@ static vs_rc check_exact_bytes(const run *r, vs_err *err) {
     if (!r->tasks[i].segment->io->local) bytes += r->tasks[i].segment->section[IVFPQ_ROWS].size;
   if (bytes <= io_s3_max_bytes()) return VS_OK;
   return vs_fail(err, VS_INVALID,
-                 "exact = 1 would read %llu MB from the store, more than the limit of %llu MB: raise VECSHARD_MAX_BYTES, or "
-                 "vecshard_config('max_bytes', n), if that is meant; or leave exact out",
+                 "comparing every vector (exact = 1, or more rows than an approximate search gives) would read %llu MB from the "
+                 "store, more than the limit of %llu MB: ask for fewer rows with k or LIMIT, or raise VECSHARD_MAX_BYTES or "
+                 "vecshard_config('max_bytes', n)",
                  (unsigned long long)(bytes >> 20), (unsigned long long)(io_s3_max_bytes() >> 20));
 }
 

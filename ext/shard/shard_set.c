@@ -106,6 +106,7 @@ static vs_rc add_child(shard_set *set, items *l, const char *path, const char *n
 static vs_rc add_folder(shard_set *set, items *l, const char *path, vs_err *err) {
   char **names = NULL;
   size_t n = 0, before = l->n;
+  if (!*path) return vs_fail(err, VS_INVALID, "the list of sources holds an empty path");
   if (shard_dir_is_shard(path)) return add_local(l, path, err);
   vs_rc rc = remember_folder(set, path, NULL, err);
   if (!rc) rc = shard_dir_children(path, &names, &n, err);
