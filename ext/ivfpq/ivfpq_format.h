@@ -3,9 +3,9 @@
  * Conventions: little-endian; offsets from the start of the file unless said; `check` is XXH3-64 (xxHash 0.8) of the bytes
  * named, seed 0; `check32` its low half; reserved fields are written zero and refused otherwise; floats are IEEE 754.
  *
- *   +--------+------+------+--------+---------+-------+--------+-------+----------+--------+--------+---------+
- *   | header | SCAN | ROWS | IDHEAP | COLUMNS | IDDIR | GROUPS | MEAN  | CODEBOOK | PARAMS | footer | trailer |
- *   +--------+------+------+--------+---------+-------+--------+-------+----------+--------+--------+---------+
+ *   +--------+------+------+--------+--------+---------+-------+--------+------+----------+------------+--------+--------+---------+
+ *   | header | SCAN | ROWS | SKETCH | IDHEAP | COLUMNS | IDDIR | GROUPS | MEAN | CODEBOOK | PROJECTION | PARAMS | footer | trailer |
+ *   +--------+------+------+--------+--------+---------+-------+--------+------+----------+------------+--------+--------+---------+
  *
  * header (64 bytes)   magic "VSIVFPQ\0" | u32 format | 52 bytes reserved
  * footer              n_sections x { u32 id | u32 flags | u64 off | u64 size | u64 check of the whole section }
@@ -14,26 +14,37 @@
  * Section flags: 1 = a reader that does not know the section may ignore it; without it the reader must refuse the file.
  * Sections start at multiples of 64; the gaps are zero and `verify` checks that they are.
  *
- * What one query fetches: trailer + footer + PARAMS (+ MEAN, CODEBOOK) once; then GROUPS blocks of the nearest groups, then
+ * What one query fetches: trailer + footer + PARAMS (+ MEAN, CODEBOOK, PROJECTION) once; then GROUPS blocks of the nearest groups, then
  * SCAN blocks of the nprobe nearest partitions, then ROWS records of the k*refine best rows: three rounds, each in parallel.
  *
  * PARAMS: ivfpq_params (256 bytes), then n_columns descriptors, then the group table, then check of all before.
  *   descriptor  u8 type (1 integer, 2 real, 3 text) | u8 flags (1 filter, 2 index) | u16 name bytes | name
  *   padding to a multiple of 64, then the group table: n_groups x ivfpq_group (32 bytes), group bias f32[n_groups padded to
- *   16], group centroids packed (below). Empty when the segment is flat.
- * MEAN: f32[dim] | check.   CODEBOOK: m x packed words (n_words x sub_dim) | check. Both empty when flat.
- * "packed": rows interleaved by 16, element (c, j) at [((c/16)*dim + j)*16 + c%16], the last group of 16 filled with zeros;
- * the layout that kern_scores_f32 reads without a copy.
+ *   16], group centroids packed (below). Empty when the segment is flat. Then the calibration: ivfpq_calibration, n_reach
+ *   ivfpq_reach ascending by nprobe, and for each of the k n_levels ivfpq_level ascending by recall.
+ *   The group centroids are "packed": rows interleaved by 16, element (c, j) at [((c/16)*dim + j)*16 + c%16], the last group of 16
+ *   filled with zeros; the layout that scores_f32 (kern.h) reads without a copy.
+ * MEAN: f32[dim] | check.
+ * CODEBOOK: i8 words[sub-quantizers][n_words][sub_dim] | f32 scale[m] | check. A word is its bytes times the scale of its code
+ *   byte. The words are rounded to this before anything is encoded, and so lose nothing.
+ * PROJECTION: i8 directions[project][coded dims], packed by kern_pack_i8 | f32 scale[project] | check. Orthonormal; absent when
+ *   project is 0. "Coded dims" is dim_padded rounded up to 4.
  *
- * GROUPS: per group one block: n_partitions x ivfpq_partition (48 bytes) | bias f32[n padded to 16] = -|c|^2/2 (0 for dot) |
- *   packed centroids, dim_padded wide | check of all before. Partition numbers run on from group to group.
- * SCAN: per partition one block at a multiple of 64: codes (layout: kern_code_offset, m bytes per row, rows padded to 64) |
- *   u16 terms[padded] ; then the filterable columns, each: null bitmap (bit = 1: NULL, (n+7)/8 bytes) | i64[n] or f64[n] or
+ * GROUPS: per group one block at a multiple of 64: n ivfpq_partition (48 bytes each) | zeros to a multiple of 64 |
+ *   f32 norm2[lanes] = |c|^2 (0 for dot, 1e38 behind n) | f32 scale[lanes], of the bytes that follow | packed bytes (kern_pack_i8) |
+ *   check of all before. lanes is n rounded up to 16. What is packed: the centroids, coded dims wide; with a projection the
+ *   projected centroids, project wide, and behind them f32 row_scale[lanes] | the centroids row by row as bytes 128 + value.
+ *   Centroids are rounded to bytes before anything is encoded. Partition numbers run on from group to group. Flat segments: 0 dims.
+ * SCAN: per partition one block at a multiple of 64: codes (layout: kern_code_offset, m bytes per row) | u16 terms[n_rows] | zeros
+ *   to a multiple of 8; then the filterable columns, each: null bitmap (bit = 1: NULL, (n+7)/8 bytes) | i64[n] or f64[n] or
  *   u32 end offsets[n] and the text bytes. Codes+terms and columns have a check each in the partition's entry.
  *   4-bit codes: byte j of a row holds sub-quantizers 2j (low nibble) and 2j+1, so that a scan looks 256-entry sums up.
  * ROWS: row_bytes per row, partition after partition: vector f32[dim] or f16[dim], as given by the user | id slot |
  *   u64 offset in COLUMNS, u32 size (only when there are columns) | check32 of the record before it.
  *   id slot: i64, or u32 length and id_width bytes; a longer text id has its u64 offset in IDHEAP there instead.
+ * SKETCH: per row, in the order of ROWS: u8 128 + value [coded dims] | f32 scale | f32 |x'|^2 + |x-x'|^2 (0 for dot) | check32 of the
+ *   record before it, where x is the row in the model's space and x' what bytes and scale say. Absent when sketch_bytes is 0: rows
+ *   are small, or there are no codes. Only readers of a mapped file look at it.
  * IDHEAP: text bytes | check32, one after another.
  * COLUMNS: per row, per column: u8 tag (0 NULL, 1 i64, 2 f64, 3 text) | 8 bytes, or u32 length and bytes; then check32.
  * IDDIR: pages of IVFPQ_PAGE bytes: u32 count | u32 reserved | entries | zeros | check of the page before it. Leaf entries are
@@ -75,6 +86,7 @@ enum {
 
 typedef enum ivfpq_section_id {
   IVFPQ_SCAN = 1, IVFPQ_ROWS, IVFPQ_IDHEAP, IVFPQ_COLUMNS, IVFPQ_IDDIR, IVFPQ_GROUPS, IVFPQ_MEAN, IVFPQ_CODEBOOK, IVFPQ_PARAMS,
+  IVFPQ_PROJECTION, IVFPQ_SKETCH,
   IVFPQ_N_SECTIONS /* one more than the last known id */
 } ivfpq_section_id;
 enum { IVFPQ_IGNORABLE = 1 };
@@ -107,8 +119,10 @@ typedef struct ivfpq_params {
   uint32_t descriptor_bytes;
   uint32_t iddir_levels; /* 0 when there are no rows */
   uint64_t seed;         /* of the build */
-  uint64_t n_padded;     /* rows with every partition padded to KERN_GROUP */
-  uint32_t reserved[40];
+  uint32_t project;      /* dims of the projection that ranks the centroids, a multiple of 16; 0: none */
+  uint32_t sketch_bytes; /* of a SKETCH record; 0: none */
+  uint32_t calibration_bytes; /* behind the group table; 0: the segment was not calibrated */
+  uint32_t reserved[39];
 } ivfpq_params;
 
 typedef struct ivfpq_group {
@@ -128,6 +142,23 @@ typedef struct ivfpq_partition {
   uint64_t reserved;
 } ivfpq_partition;
 
+enum { IVFPQ_CURVES = 3 };
+typedef struct ivfpq_calibration {
+  uint32_t n_queries, n_reach, n_levels; /* held-out rows; entries that follow */
+  uint32_t k[IVFPQ_CURVES];              /* ascending */
+} ivfpq_calibration;
+typedef struct ivfpq_reach { /* up to so many partitions, this reach misses hardly more than they do */
+  uint32_t nprobe;
+  float reach;
+} ivfpq_reach;
+typedef struct ivfpq_level { /* the cheapest setting with this mean recall@k or more; nprobe 0: none was found */
+  float recall;
+  uint32_t nprobe, n_candidates;
+  float reach;               /* 0: all nprobe partitions */
+  float rows;                /* scanned, on average */
+} ivfpq_level;
+_Static_assert(sizeof(ivfpq_calibration) == 24 && sizeof(ivfpq_reach) == 8 && sizeof(ivfpq_level) == 20, "on-disk size");
+
 _Static_assert(sizeof(ivfpq_section) == 32, "on-disk size");
 _Static_assert(sizeof(ivfpq_params) == 256, "on-disk size");
 _Static_assert(sizeof(ivfpq_group) == 32, "on-disk size");
@@ -142,16 +173,31 @@ typedef struct ivfpq_column {
   char *name;     /* NUL terminated UTF-8 */
 } ivfpq_column;
 
+static inline const ivfpq_reach *ivfpq_reaches(const ivfpq_calibration *c) { return (const ivfpq_reach *)(c + 1); }
+static inline const ivfpq_level *ivfpq_levels(const ivfpq_calibration *c) { return (const ivfpq_level *)(ivfpq_reaches(c) + c->n_reach); }
+
 static inline uint64_t ivfpq_round(uint64_t n, uint64_t to) { return (n + to - 1) / to * to; }
-/* Bytes of codes and terms of a partition. */
-static inline uint64_t ivfpq_code_bytes(uint64_t n_rows, uint32_t m) {
-  return m ? ivfpq_round(n_rows, 64) * m + ivfpq_round(n_rows, 64) * 2 : 0;
+/* Bytes of the codes of a partition; of codes and terms. */
+static inline uint64_t ivfpq_term_offset(uint64_t n_rows, uint32_t m) { return ivfpq_round(n_rows, 2) * m; }
+static inline uint64_t ivfpq_code_bytes(uint64_t n_rows, uint32_t m) { return m ? ivfpq_term_offset(n_rows, m) + n_rows * 2 : 0; }
+
+/* Where the parts of a group block lie. */
+typedef struct ivfpq_group_layout {
+  uint64_t lanes, norm2, scale, packed, row_scale, rows, size; /* row_scale == rows when there is no projection */
+} ivfpq_group_layout;
+static inline ivfpq_group_layout ivfpq_group_shape(uint32_t n, uint32_t coded_dim, uint32_t project) {
+  ivfpq_group_layout l = {.lanes = ivfpq_round(n, 16)};
+  l.norm2 = ivfpq_round(n * sizeof(ivfpq_partition), 64);
+  l.scale = l.norm2 + l.lanes * 4;
+  l.packed = l.scale + l.lanes * 4;
+  l.row_scale = l.packed + l.lanes * (project ? project : coded_dim);
+  l.rows = l.row_scale + (project ? l.lanes * 4 : 0);
+  l.size = ivfpq_round(l.rows + (project ? (uint64_t)n * coded_dim : 0), 8) + 8;
+  return l;
 }
-static inline uint64_t ivfpq_group_bytes(uint32_t n, uint32_t dim_padded) {
-  uint64_t lanes = ivfpq_round(n, 16);
-  return n * sizeof(ivfpq_partition) + lanes * 4 + lanes * dim_padded * 4 + 8;
-}
+#define IVFPQ_NOWHERE 1e38f /* norm2 of the lanes behind the last centroid */
 static inline uint32_t ivfpq_words(uint32_t bits) { return 1u << bits; }
+static inline uint32_t ivfpq_coded_dim(const ivfpq_params *p) { return p->m ? (uint32_t)ivfpq_round(p->dim_padded, 4) : 0; }
 /* Sub-quantizers: two to a byte with 4 bits. */
 static inline uint32_t ivfpq_subs(uint32_t m, uint32_t bits) { return bits == 4 ? 2 * m : m; }
 

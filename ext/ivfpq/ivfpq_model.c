@@ -12,8 +12,12 @@ enum {
   COARSE_ITERATIONS = 8,
   WORD_ITERATIONS = 8,
   WORD_SAMPLE = 32768,  /* rows that train the code words: 128 per word of 8 bits */
-  GROUPS_FROM = 257     /* fewer partitions make one group: a cold reader fetches them at once */
+  GROUPS_FROM = 257,    /* fewer partitions make one group: a cold reader fetches them at once */
+  PROJECT = 128,        /* directions */
+  PROJECT_FROM = 512,   /* dimensions, and partitions: below, ranking is cheap as it is */
+  PROJECT_ITERATIONS = 8
 };
+#define PROJECT_ENERGY 0.95 /* of the centroids, that the directions must hold */
 
 void ivfpq_model_prepare(const ivfpq_model *m, const float *x, float *out) {
   float scale = 1;
@@ -73,16 +77,89 @@ static vs_rc learn_groups(ivfpq_model *m, const ivfpq_learn *p, vs_err *err) {
   return rc;
 }
 
+/* Rounds n rows to what a signed byte times one scale per row can say. */
+static vs_rc round_rows(float *x, size_t n, size_t len, vs_err *err) {
+  int8_t *q = malloc(len + 1);
+  if (!q) return vs_nomem(err);
+  for (size_t i = 0; i < n; i++, x += len) {
+    float scale = kern_get()->quantize_i8(x, len, q);
+    for (size_t j = 0; j < len; j++) x[j] = scale * q[j];
+  }
+  free(q);
+  return VS_OK;
+}
+
+/* One step of block power iteration: z = (C'C) v for `project` directions v (rows); y is scratch of nlist x lanes. */
+static void multiply_directions(const ivfpq_model *m, const float *v, size_t n_v, float *packed, const float *zero, float *y, float *z) {
+  size_t d = m->dim_padded, lanes = ivfpq_round(n_v, 16);
+  kern_pack_f32(v, n_v, d, packed);
+  kern_get()->scores_many_f32(m->centroids, m->nlist, d, d, packed, zero, n_v, y, lanes);
+  memset(z, 0, n_v * d * sizeof *z);
+  for (size_t c = 0; c < m->nlist; c++) {
+    const float *x = m->centroids + c * d;
+    for (size_t u = 0; u < n_v; u++) {
+      float s = y[c * lanes + u], *to = z + u * d;
+      for (size_t j = 0; j < d; j++) to[j] += s * x[j];
+    }
+  }
+}
+
+/* Gram-Schmidt; a direction that vanishes becomes zero. */
+static void orthonormalize(float *v, size_t n, size_t d) {
+  const kern *k = kern_get();
+  for (size_t u = 0; u < n; u++) {
+    float *a = v + u * d;
+    for (size_t w = 0; w < u; w++) {
+      const float *b = v + w * d;
+      float s = k->dot_f32(a, b, d);
+      for (size_t j = 0; j < d; j++) a[j] -= s * b[j];
+    }
+    float norm = sqrtf(k->dot_f32(a, a, d)), inv = norm > 1e-20f ? 1 / norm : 0;
+    for (size_t j = 0; j < d; j++) a[j] *= inv;
+  }
+}
+
+/* The leading principal directions of the centroids, kept when they hold nearly all of their energy: ranking then reads a
+ * fraction of the bytes. Sets of low intrinsic dimension allow that, most text embeddings do not. */
+static vs_rc learn_projection(ivfpq_model *m, const ivfpq_learn *p, vs_err *err) {
+  size_t d = m->dim_padded, n = PROJECT, lanes = ivfpq_round(n, 16);
+  if (d < PROJECT_FROM || m->nlist < PROJECT_FROM || m->metric == IVFPQ_DOT) return VS_OK;
+  float *v = malloc(n * d * 4), *z = malloc(n * d * 4), *packed = malloc(kern_packed_len(n, d) * 4), *zero = calloc(lanes, 4);
+  float *y = malloc(m->nlist * lanes * 4);
+  double all = 0, kept = 0;
+  vs_rc rc = v && z && packed && zero && y ? VS_OK : vs_nomem(err);
+  ivfpq_rng rng = {p->seed + 2};
+  for (size_t i = 0; i < n * d && !rc; i++) v[i] = (float)(ivfpq_rng_next(&rng) >> 40) / 16777216.f - .5f;
+  for (int t = 0; t < PROJECT_ITERATIONS && !rc; t++) {
+    orthonormalize(v, n, d);
+    multiply_directions(m, v, n, packed, zero, y, z);
+    memcpy(v, z, n * d * 4);
+    if (p->stop && p->stop(p->ctx)) rc = vs_fail(err, VS_INTERRUPT, "interrupted");
+  }
+  if (!rc) {
+    orthonormalize(v, n, d);
+    multiply_directions(m, v, n, packed, zero, y, z);
+    for (size_t c = 0; c < m->nlist; c++) {
+      all += -2 * (double)m->bias[c];
+      for (size_t u = 0; u < n; u++) kept += (double)y[c * lanes + u] * y[c * lanes + u];
+    }
+    if (kept >= PROJECT_ENERGY * all) m->directions = v, m->project = (uint32_t)n, v = NULL;
+  }
+  free(v), free(z), free(packed), free(zero), free(y);
+  return rc;
+}
+
 static vs_rc learn_coarse(ivfpq_model *m, const ivfpq_learn *p, const float *x, vs_err *err) {
   size_t d = m->dim_padded;
   ivfpq_kmeans km = {.x = x, .n = p->n, .stride = d, .dim = d, .k = m->nlist, .iterations = COARSE_ITERATIONS,
                      .threads = p->threads, .seed = p->seed, .stop = p->stop, .stop_ctx = p->ctx};
   vs_rc rc = ivfpq_kmeans_run(&km, m->centroids, err);
   if (!rc) rc = learn_groups(m, p, err);
+  if (!rc) rc = round_rows(m->centroids, m->nlist, d, err);
   if (rc) return rc;
   kern_pack_f32(m->centroids, m->nlist, d, m->packed);
   ivfpq_half_norms(m->centroids, m->nlist, d, m->bias);
-  return VS_OK;
+  return learn_projection(m, p, err);
 }
 
 typedef struct words_job {
@@ -99,10 +176,18 @@ static void words_of_sub(void *ctx, size_t j) {
   size_t words = ivfpq_words(m->bits), size = words * m->sub_dim;
   ivfpq_kmeans km = {.x = w->x + j * m->sub_dim, .n = w->n, .stride = m->dim_padded, .dim = m->sub_dim, .k = words,
                      .iterations = WORD_ITERATIONS, .threads = 1, .seed = w->p->seed + 100 + j};
-  float *c = m->words + j * size;
-  if (ivfpq_kmeans_run(&km, c, NULL)) __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
-  kern_pack_f32(c, words, m->sub_dim, m->words_packed + j * size);
-  ivfpq_half_norms(c, words, m->sub_dim, m->words_bias + j * words);
+  if (ivfpq_kmeans_run(&km, m->words + j * size, NULL)) __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
+}
+
+/* One scale per code byte: with 4 bits two sub-quantizers share it, so that a table of their sums can be made of integers. */
+static vs_rc round_words(ivfpq_model *m, vs_err *err) {
+  size_t words = ivfpq_words(m->bits), size = words * m->sub_dim;
+  vs_rc rc = round_rows(m->words, m->m, m->subs / m->m * size, err);
+  for (size_t j = 0; j < m->subs && !rc; j++) {
+    kern_pack_f32(m->words + j * size, words, m->sub_dim, m->words_packed + j * size);
+    ivfpq_half_norms(m->words + j * size, words, m->sub_dim, m->words_bias + j * words);
+  }
+  return rc;
 }
 
 /* Code words learn from residuals. */
@@ -124,7 +209,7 @@ static vs_rc learn_words(ivfpq_model *m, const ivfpq_learn *p, float *x, vs_err 
     words_job part = w;
     ivfpq_model view = *m;
     size_t k = m->subs - j < 8 ? m->subs - j : 8, size = ivfpq_words(m->bits) * (size_t)m->sub_dim;
-    view.words += j * size, view.words_packed += j * size, view.words_bias += j * ivfpq_words(m->bits);
+    view.words += j * size;
     ivfpq_learn shifted = *p;
     shifted.seed += j;
     part.m = &view, part.p = &shifted, part.x = x + j * m->sub_dim;
@@ -133,7 +218,7 @@ static vs_rc learn_words(ivfpq_model *m, const ivfpq_learn *p, float *x, vs_err 
     if (p->progress) p->progress(p->ctx, "train code words", j + k, m->subs);
     if (p->stop && p->stop(p->ctx)) return vs_fail(err, VS_INTERRUPT, "interrupted");
   }
-  return w.failed ? vs_nomem(err) : VS_OK;
+  return w.failed ? vs_nomem(err) : round_words(m, err);
 }
 
 static vs_rc allocate(ivfpq_model *m, vs_err *err) {
@@ -169,11 +254,11 @@ vs_rc ivfpq_model_learn(ivfpq_model *m, const ivfpq_learn *p, float *x, vs_err *
 
 void ivfpq_model_reset(ivfpq_model *m) {
   free(m->mean), free(m->centroids), free(m->packed), free(m->bias), free(m->group_first), free(m->group_centroids);
-  free(m->words), free(m->words_packed), free(m->words_bias);
+  free(m->words), free(m->words_packed), free(m->words_bias), free(m->directions);
   memset(m, 0, sizeof *m);
 }
 
-void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms) {
+void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms, float *err2) {
   const kern *k = kern_get();
   size_t d = m->dim_padded, ds = m->sub_dim, words = ivfpq_words(m->bits);
   float rr[256], e2[256], cr[256], cx[256];
@@ -200,10 +285,11 @@ void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t
   }
   for (size_t i = 0; i < n; i++) {
     if (m->metric != IVFPQ_DOT) {
-      terms[i] = rr[i] + 2 * cr[i] - m->beta * e2[i];
+      terms[i] = rr[i] + 2 * cr[i], err2[i] = e2[i];
       continue;
     }
     float norm2 = rr[i] + 2 * cx[i] - 2 * m->bias[centroid[i]]; /* |c + r|^2 */
-    terms[i] = norm2 > 1e-30f ? -(2 * (cx[i] - cr[i]) + m->beta * e2[i]) / sqrtf(norm2) : 0;
+    float inv = norm2 > 1e-30f ? 1 / sqrtf(norm2) : 0;
+    terms[i] = -2 * (cx[i] - cr[i]) * inv, err2[i] = e2[i] * inv;
   }
 }

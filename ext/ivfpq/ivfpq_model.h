@@ -8,11 +8,13 @@ typedef struct ivfpq_model {
   uint32_t dim, dim_padded, nlist, n_groups, bits, subs, sub_dim, m; /* m: code bytes; 0 when flat */
   float beta;
   float *mean;            /* dim_padded */
-  float *centroids;       /* nlist x dim_padded, ordered by group */
+  float *centroids;       /* nlist x dim_padded, ordered by group; what 8 bits per element can say */
   float *packed, *bias;   /* of the centroids; bias is -|c|^2/2 for every metric: rows go to the nearest one */
   uint32_t *group_first;  /* n_groups + 1 */
   float *group_centroids; /* n_groups x dim_padded */
-  float *words;           /* subs x words x sub_dim */
+  float *words;           /* subs x words x sub_dim; what 8 bits per element can say */
+  uint32_t project;       /* directions that rank the centroids; 0: none pay */
+  float *directions;      /* project x dim_padded, orthonormal */
   float *words_packed, *words_bias;
 } ivfpq_model;
 
@@ -32,7 +34,8 @@ void ivfpq_model_reset(ivfpq_model *m);
 
 /* Raw row -> the space of the model: normalised for cosine, mean subtracted, zero padded. */
 void ivfpq_model_prepare(const ivfpq_model *m, const float *x, float *out);
-/* n <= 256 prepared rows (stride dim_padded, overwritten by their residuals) -> code bytes (m each) and float terms. */
-void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms);
+/* n <= 256 prepared rows (stride dim_padded, overwritten by their residuals) -> code bytes (m each), terms at beta 0, and what
+ * is taken off times beta. */
+void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms, float *err2);
 
 #endif

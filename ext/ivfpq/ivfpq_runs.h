@@ -2,7 +2,7 @@
  * centroid by centroid in the order in which they were added.
  *
  * Each row has two records, kept apart so that the segment's two big sections can each be written front to back:
- *   scan record: u64 seq | f32 term | u32 column bytes | code bytes | columns
+ *   scan record: u64 seq | f32 term at beta 0 | f32 what beta takes off | u32 column bytes | code bytes | columns
  *   row record:  u64 seq | u32 id bytes | u32 column bytes | vector | id | columns
  */
 #ifndef IVFPQ_RUNS_H
@@ -15,7 +15,7 @@
 typedef struct ivfpq_runs ivfpq_runs;
 enum { IVFPQ_RUN_SCAN = 0, IVFPQ_RUN_ROWS = 1 };
 
-typedef struct ivfpq_scan_head { uint64_t seq; float term; uint32_t column_bytes; } ivfpq_scan_head;
+typedef struct ivfpq_scan_head { uint64_t seq; float term, err2; uint32_t column_bytes, zero; } ivfpq_scan_head;
 typedef struct ivfpq_row_head { uint64_t seq; uint32_t id_bytes, column_bytes; } ivfpq_row_head;
 
 vs_rc ivfpq_runs_open(const char *dir, uint32_t n_centroids, size_t code_bytes, size_t vector_bytes, size_t memory,

@@ -12,9 +12,14 @@ typedef struct ivfpq_filter {
 
 typedef struct ivfpq_query {
   const float *vector;        /* params.dim raw floats, finite */
-  uint32_t nprobe;            /* partitions, nearest first */
+  uint32_t nprobe;            /* partitions, nearest first; easy queries need fewer: see `reach` */
+  uint64_t k;                 /* rows that are wanted in the end */
+  float reach;                /* leave out partitions whose centroid is farther than reach * the k-th best estimate; 0: none */
   uint64_t n_candidates;      /* keep so many of the best estimates */
   const ivfpq_filter *filter; /* NULL: every row */
+  void (*probe)(void *ctx, const ivfpq_part *part, float coarse, const uint64_t *keys); /* for measuring: sees the estimates of all
+                                 rows of each partition, in row order; nothing is kept then. NULL mostly. */
+  void *probe_ctx;
   int (*stop)(void *ctx);     /* polled now and then; non-zero: VS_INTERRUPT. May be NULL. */
   void *stop_ctx;
 } ivfpq_query;
@@ -27,6 +32,9 @@ typedef struct ivfpq_keys {
   size_t n, room;
 } ivfpq_keys;
 void ivfpq_keys_reset(ivfpq_keys *k);
+vs_rc ivfpq_keys_room(ivfpq_keys *k, size_t room, vs_err *err) VS_WARN_UNUSED; /* for so many keys */
+/* Keeps the best `want`; returns the worst key kept, or UINT64_MAX while there are fewer. */
+uint64_t ivfpq_keys_cut(ivfpq_keys *k, uint64_t want);
 
 /* Probes nprobe partitions, and more until n_candidates rows that pass the filter were seen or none is left. The estimates
  * are squared distances (twice the distance for cosine and dot), comparable across segments of one metric. */
@@ -45,8 +53,13 @@ void ivfpq_scan_close(ivfpq_scan_state *scan); /* NULL is legal */
 vs_rc ivfpq_exact(ivfpq_segment *s, const ivfpq_query *q, const uint64_t *after, int threads, ivfpq_keys *out, ivfpq_stats *stats,
                   vs_err *err) VS_WARN_UNUSED;
 
+uint32_t ivfpq_stretch_rows(const ivfpq_params *p); /* rows that it reads at once */
+
 /* The true distances of some rows, read in one round. */
 vs_rc ivfpq_distances(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *out, vs_err *err) VS_WARN_UNUSED;
+
+/* The true distance of one row of a mapped file. */
+vs_rc ivfpq_distance_mapped(ivfpq_segment *s, const float *query, uint32_t row, float *out, vs_err *err) VS_WARN_UNUSED;
 
 /* The bitmap of all rows of a segment that pass the filter (by row number): for exact searches and full scans. */
 vs_rc ivfpq_filter_all(ivfpq_segment *s, const ivfpq_filter *f, uint64_t **bitmap, vs_err *err) VS_WARN_UNUSED;

@@ -12,6 +12,10 @@
 
 #include "../kernels/kern.h"
 #include "ivfpq_build_int.h"
+#include "ivfpq_sketch.h"
+
+/* Bytes of a stored vector from which on a sketch of a quarter of that saves more reading than it costs space. */
+enum { SKETCH_FROM = 1024 };
 
 /* ---- pass 4: SCAN ---- */
 
@@ -105,13 +109,13 @@ static vs_rc add_entry(builder *b, part_entry e) {
 }
 
 static vs_rc write_piece(builder *b, const scan_piece *piece, uint32_t centroid) {
-  size_t m = b->model.m, n = piece->n, padded = ivfpq_round(n, 64), code_bytes = ivfpq_code_bytes(n, (uint32_t)m);
+  size_t m = b->model.m, n = piece->n, code_bytes = ivfpq_code_bytes(n, (uint32_t)m);
   uint8_t *codes = calloc(1, code_bytes + 8);
   bytes cols = {0};
   part_entry e = {.centroid = centroid};
   vs_rc rc = codes ? ivfpq_writer_pad(b->writer, 64, b->err) : vs_nomem(b->err);
   if (!rc && m) {
-    uint16_t *terms = (uint16_t *)(codes + padded * m);
+    uint16_t *terms = (uint16_t *)(codes + ivfpq_term_offset(n, (uint32_t)m));
     for (size_t i = 0; i < n; i++) {
       ivfpq_scan_head h;
       const uint8_t *r = piece->data + piece->at[i];
@@ -130,7 +134,7 @@ static vs_rc write_piece(builder *b, const scan_piece *piece, uint32_t centroid)
   }
   if (!rc) rc = ivfpq_writer_put(b->writer, cols.p, cols.n, b->err);
   if (!rc) rc = add_entry(b, e);
-  b->params.n_rows += n, b->params.n_padded += padded;
+  b->params.n_rows += n;
   free(codes), free(cols.p);
   return rc;
 }
@@ -181,21 +185,35 @@ static vs_rc side_flush(side_file *f, vs_err *err) {
   f->buf.n = 0;
   return rc;
 }
+static vs_rc side_bytes(side_file *f, const void *p, uint32_t n, vs_err *err) {
+  vs_rc rc = f->buf.n > 1 << 20 ? side_flush(f, err) : VS_OK;
+  if (!rc) rc = bytes_add(&f->buf, p, n, err);
+  f->n += n;
+  return rc;
+}
 /* Appends p and its check32. */
 static vs_rc side_put(side_file *f, const void *p, uint32_t n, vs_err *err) {
   uint32_t check = ivfpq_check32(p, n);
-  vs_rc rc = f->buf.n > 1 << 20 ? side_flush(f, err) : VS_OK;
-  if (!rc) rc = bytes_add(&f->buf, p, n, err);
-  if (!rc) rc = bytes_add(&f->buf, &check, 4, err);
-  f->n += n + 4ull;
-  return rc;
+  vs_rc rc = side_bytes(f, p, n, err);
+  return rc ? rc : side_bytes(f, &check, 4, err);
 }
 
 typedef struct rows_pass {
-  side_file heap, columns;
-  uint8_t *record;
+  side_file heap, columns, sketches;
+  uint8_t *record, *sketch;
+  float *x;    /* the row in the model's space */
+  float *raw;  /* the row as floats, when it is stored as halves */
+  int8_t *q;
   uint32_t n_rows;
 } rows_pass;
+
+static vs_rc put_sketch(builder *b, rows_pass *p, const uint8_t *vector) {
+  const float *raw = (const float *)vector;
+  if (b->opt->store_f16) kern_get()->f16_to_f32((const uint16_t *)vector, p->raw, b->in->dim), raw = p->raw;
+  ivfpq_model_prepare(&b->model, raw, p->x);
+  ivfpq_sketch_make(b->model.metric, p->x, b->model.dim_padded, p->sketch, p->q);
+  return side_bytes(&p->sketches, p->sketch, b->params.sketch_bytes, b->err);
+}
 
 static vs_rc write_row(builder *b, rows_pass *p, const uint8_t *r) {
   ivfpq_row_head h;
@@ -206,6 +224,7 @@ static vs_rc write_row(builder *b, rows_pass *p, const uint8_t *r) {
   memcpy(&h, r, sizeof h);
   r += sizeof h, id = r + vec, cols = id + h.id_bytes;
   memcpy(p->record, r, vec);
+  if (b->params.sketch_bytes && (rc = put_sketch(b, p, p->record))) return rc;
   if (!build_text_ids(b)) {
     int64_t i;
     memcpy(&i, id, 8);
@@ -312,43 +331,95 @@ static vs_rc write_iddir(builder *b) {
   return rc;
 }
 
+static vs_rc open_rows_pass(builder *b, rows_pass *p) {
+  side_file *side[] = {&p->heap, &p->columns, &p->sketches};
+  size_t coded = ivfpq_round(b->model.dim_padded, 4);
+  p->record = malloc(b->params.row_bytes), p->sketch = malloc(ivfpq_sketch_bytes((uint32_t)coded));
+  p->x = malloc(coded * sizeof *p->x), p->raw = malloc(coded * sizeof *p->raw), p->q = malloc(coded);
+  vs_rc rc = p->record && p->sketch && p->x && p->raw && p->q ? VS_OK : vs_nomem(b->err);
+  for (int i = 0; i < 3; i++) *side[i] = (side_file){.fd = -1, .dir = b->opt->tmpdir};
+  for (int i = 0; i < 3 && !rc; i++)
+    if ((side[i]->fd = ivfpq_tmpfile(b->opt->tmpdir, b->err)) < 0) rc = VS_IO;
+  return rc;
+}
+
+static void close_rows_pass(rows_pass *p) {
+  side_file *side[] = {&p->heap, &p->columns, &p->sketches};
+  for (int i = 0; i < 3; i++) {
+    if (side[i]->fd >= 0) close(side[i]->fd);
+    free(side[i]->buf.p);
+  }
+  free(p->record), free(p->sketch), free(p->x), free(p->raw), free(p->q);
+}
+
 vs_rc build_write_rows(builder *b) {
-  rows_pass p = {.heap = {.fd = -1, .dir = b->opt->tmpdir}, .columns = {.fd = -1, .dir = b->opt->tmpdir}};
+  rows_pass p = {.heap.fd = -1, .columns.fd = -1, .sketches.fd = -1};
   ivfpq_params *h = &b->params;
   h->id_text = (uint32_t)build_text_ids(b);
   h->id_width = !h->id_text ? 0 : b->id_max > IVFPQ_ID_INLINE ? IVFPQ_ID_INLINE : b->id_max < 8 ? 8 : (uint32_t)ivfpq_round(b->id_max, 4);
   h->row_bytes = (uint32_t)(build_vector_bytes(b) + (h->id_text ? 4 + h->id_width : 8) + (b->in->n_columns ? 12 : 0) + 4);
-  p.record = malloc(h->row_bytes);
-  vs_rc rc = p.record ? ivfpq_sorter_open(b->opt->tmpdir, b->memory / 8, &b->sorter, b->err) : vs_nomem(b->err);
-  if (!rc && (p.heap.fd = ivfpq_tmpfile(b->opt->tmpdir, b->err)) < 0) rc = VS_IO;
-  if (!rc && (p.columns.fd = ivfpq_tmpfile(b->opt->tmpdir, b->err)) < 0) rc = VS_IO;
+  if (b->model.m && build_vector_bytes(b) >= SKETCH_FROM)
+    h->sketch_bytes = ivfpq_sketch_bytes((uint32_t)ivfpq_round(b->model.dim_padded, 4));
+  vs_rc rc = ivfpq_sorter_open(b->opt->tmpdir, b->memory / 8, &b->sorter, b->err);
+  if (!rc) rc = open_rows_pass(b, &p);
   if (!rc) rc = write_rows_section(b, &p);
+  if (!rc) rc = write_side(b, &p.sketches, IVFPQ_SKETCH);
   if (!rc) rc = write_side(b, &p.heap, IVFPQ_IDHEAP);
   if (!rc) rc = write_side(b, &p.columns, IVFPQ_COLUMNS);
   if (!rc) rc = write_iddir(b);
-  if (p.heap.fd >= 0) close(p.heap.fd);
-  if (p.columns.fd >= 0) close(p.columns.fd);
-  free(p.heap.buf.p), free(p.columns.buf.p), free(p.record);
+  close_rows_pass(&p);
   return rc;
 }
 
 /* ---- pass 6: the small sections ---- */
 
+/* Puts n rows as bytes: packed, and their scales. */
+static vs_rc put_rows_i8(const float *rows, size_t n, size_t len, size_t coded, uint8_t *packed, float *scale, uint8_t *plain,
+                         vs_err *err) {
+  int8_t *q = calloc(n * coded + 1, 1);
+  if (!q) return vs_nomem(err);
+  for (size_t i = 0; i < n; i++) scale[i] = kern_get()->quantize_i8(rows + i * len, len, q + i * coded);
+  if (packed) kern_pack_i8(q, n, coded, packed);
+  for (size_t i = 0; plain && i < n * coded; i++) plain[i] = (uint8_t)(128 + q[i]);
+  free(q);
+  return VS_OK;
+}
+
+/* The centroids of a group, in the forms that ivfpq_format.h describes. */
+static vs_rc put_centroids(const builder *b, const float *rows, size_t n, uint8_t *block) {
+  const ivfpq_model *m = &b->model;
+  size_t d = m->dim_padded, coded = m->m ? ivfpq_round(d, 4) : 0;
+  ivfpq_group_layout l = ivfpq_group_shape((uint32_t)n, (uint32_t)coded, m->project);
+  float *norm2 = (float *)(block + l.norm2), *scale = (float *)(block + l.scale);
+  for (size_t i = 0; i < l.lanes; i++) norm2[i] = i >= n ? IVFPQ_NOWHERE : 0;
+  if (!m->m) return VS_OK; /* flat: nothing is ranked */
+  if (m->metric != IVFPQ_DOT)
+    for (size_t i = 0; i < n; i++) norm2[i] = kern_get()->dot_f32(rows + i * d, rows + i * d, d);
+  if (!m->project) return put_rows_i8(rows, n, d, coded, block + l.packed, scale, NULL, b->err);
+  float *projected = malloc(n * m->project * 4 + 4);
+  if (!projected) return vs_nomem(b->err);
+  for (size_t i = 0; i < n; i++)
+    for (size_t u = 0; u < m->project; u++)
+      projected[i * m->project + u] = kern_get()->dot_f32(rows + i * d, m->directions + u * d, d);
+  vs_rc rc = put_rows_i8(projected, n, m->project, m->project, block + l.packed, scale, NULL, b->err);
+  if (!rc) rc = put_rows_i8(rows, n, d, coded, NULL, (float *)(block + l.row_scale), block + l.rows, b->err);
+  free(projected);
+  return rc;
+}
+
 /* Gathers the entries' centroids (an oversized partition has several entries with one centroid) and writes one group. */
 static vs_rc write_group(builder *b, size_t first, size_t n, ivfpq_group *g) {
   const ivfpq_model *m = &b->model;
-  size_t d = m->dim_padded, size = ivfpq_group_bytes((uint32_t)n, (uint32_t)d), lanes = ivfpq_round(n, 16);
+  size_t d = m->dim_padded, size = ivfpq_group_shape((uint32_t)n, m->m ? (uint32_t)ivfpq_round(d, 4) : 0, m->project).size;
   uint8_t *block = calloc(1, size);
   float *rows = malloc(n * d * 4 + 4);
   vs_rc rc = block && rows ? VS_OK : vs_nomem(b->err);
+  for (size_t i = 0; i < n && !rc; i++) {
+    memcpy(block + i * sizeof(ivfpq_partition), &b->parts[first + i].p, sizeof(ivfpq_partition));
+    memcpy(rows + i * d, m->centroids + b->parts[first + i].centroid * d, d * 4);
+  }
+  if (!rc) rc = put_centroids(b, rows, n, block);
   if (!rc) {
-    float *bias = (float *)(block + n * sizeof(ivfpq_partition));
-    for (size_t i = 0; i < n; i++) {
-      memcpy(block + i * sizeof(ivfpq_partition), &b->parts[first + i].p, sizeof(ivfpq_partition));
-      memcpy(rows + i * d, m->centroids + b->parts[first + i].centroid * d, d * 4);
-    }
-    if (m->metric != IVFPQ_DOT) ivfpq_half_norms(rows, n, d, bias);
-    kern_pack_f32(rows, n, d, bias + lanes);
     uint64_t check = ivfpq_check(block, size - 8);
     memcpy(block + size - 8, &check, 8);
     *g = (ivfpq_group){.off = ivfpq_writer_tell(b->writer), .size = size, .first = (uint32_t)first, .n = (uint32_t)n};
@@ -371,12 +442,43 @@ static vs_rc write_groups(builder *b, ivfpq_group *groups) {
   return rc;
 }
 
-static vs_rc write_floats(builder *b, ivfpq_section_id id, const float *v, size_t n) {
-  uint64_t check = ivfpq_check(v, n * 4);
-  vs_rc rc = ivfpq_writer_begin(b->writer, id, b->err);
-  if (!rc && b->model.m) rc = ivfpq_writer_put(b->writer, v, n * 4, b->err);
-  if (!rc && b->model.m) rc = ivfpq_writer_put(b->writer, &check, 8, b->err);
+/* A section of bytes and floats that ends with its check. */
+static vs_rc write_model_part(builder *b, ivfpq_section_id id, const void *p, size_t n, const float *v, size_t n_v) {
+  bytes all = {0};
+  vs_rc rc = bytes_add(&all, p, n, b->err);
+  if (!rc) rc = bytes_add(&all, v, n_v * 4, b->err);
+  if (!rc && all.n) {
+    uint64_t check = ivfpq_check(all.p, all.n);
+    rc = bytes_add(&all, &check, 8, b->err);
+  }
+  if (!rc) rc = ivfpq_writer_begin(b->writer, id, b->err);
+  if (!rc) rc = ivfpq_writer_put(b->writer, all.p, all.n, b->err);
   ivfpq_writer_end(b->writer);
+  free(all.p);
+  return rc;
+}
+
+static vs_rc write_codebook(builder *b) {
+  const ivfpq_model *m = &b->model;
+  size_t chunk = m->m ? (size_t)m->subs / m->m * ivfpq_words(m->bits) * m->sub_dim : 0;
+  int8_t *words = malloc(m->m * chunk + 1);
+  float *scale = malloc((m->m + 1) * sizeof *scale);
+  vs_rc rc = words && scale ? VS_OK : vs_nomem(b->err);
+  for (size_t j = 0; j < m->m && !rc; j++) scale[j] = kern_get()->quantize_i8(m->words + j * chunk, chunk, words + j * chunk);
+  if (!rc) rc = write_model_part(b, IVFPQ_CODEBOOK, words, m->m * chunk, scale, m->m);
+  free(words), free(scale);
+  return rc;
+}
+
+static vs_rc write_projection(builder *b) {
+  const ivfpq_model *m = &b->model;
+  size_t coded = ivfpq_round(m->dim_padded, 4);
+  uint8_t *packed = malloc(ivfpq_round(m->project, 16) * coded + 1);
+  float *scale = malloc((m->project + 1) * sizeof *scale);
+  vs_rc rc = packed && scale ? VS_OK : vs_nomem(b->err);
+  if (!rc && m->project) rc = put_rows_i8(m->directions, m->project, m->dim_padded, coded, packed, scale, NULL, b->err);
+  if (!rc) rc = write_model_part(b, IVFPQ_PROJECTION, packed, m->project * coded, scale, m->project);
+  free(packed), free(scale);
   return rc;
 }
 
@@ -405,7 +507,7 @@ static vs_rc write_params(builder *b, const ivfpq_group *groups) {
     h->dim = m->dim, h->dim_padded = m->dim_padded, h->metric = m->metric, h->store = b->opt->store_f16 != 0;
     h->bits = m->m ? m->bits : 0, h->m = m->m, h->sub_dim = m->m ? m->sub_dim : 0;
     h->n_columns = (uint32_t)b->in->n_columns, h->beta = m->m ? m->beta : 0;
-    h->descriptor_bytes = (uint32_t)desc.n, h->seed = b->opt->seed;
+    h->descriptor_bytes = (uint32_t)desc.n, h->seed = b->opt->seed, h->project = m->project;
     if (m->metric != IVFPQ_DOT) ivfpq_half_norms(m->group_centroids, h->n_groups, d, bias);
     kern_pack_f32(m->group_centroids, h->n_groups, d, packed);
     rc = bytes_add(&out, h, sizeof *h, b->err);
@@ -434,8 +536,9 @@ vs_rc build_write_small(builder *b) {
   if (b->n_parts > IVFPQ_MAX_NLIST) return vs_fail(b->err, VS_INVALID, "more than %d partitions", IVFPQ_MAX_NLIST);
   ivfpq_group *groups = calloc(m->n_groups + 1, sizeof *groups);
   vs_rc rc = groups ? write_groups(b, groups) : vs_nomem(b->err);
-  if (!rc) rc = write_floats(b, IVFPQ_MEAN, m->mean, m->dim);
-  if (!rc) rc = write_floats(b, IVFPQ_CODEBOOK, m->words_packed, (size_t)m->subs * ivfpq_words(m->bits) * m->sub_dim);
+  if (!rc) rc = write_model_part(b, IVFPQ_MEAN, NULL, 0, m->mean, m->m ? m->dim : 0);
+  if (!rc) rc = write_codebook(b);
+  if (!rc) rc = write_projection(b);
   if (!rc) rc = write_params(b, groups);
   free(groups);
   return rc;

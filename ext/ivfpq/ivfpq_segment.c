@@ -12,6 +12,7 @@
 
 #include "../kernels/kern.h"
 #include "ivfpq_int.h"
+#include "ivfpq_sketch.h"
 
 enum { ROWS_PER_FLAGS = 65536 };
 
@@ -92,6 +93,8 @@ static const char *params_fault(const ivfpq_params *p) {
     if (!isfinite(p->term0) || !isfinite(p->term_step) || p->term_step < 0) return "row terms";
   } else if (p->bits || p->sub_dim || p->dim_padded != p->dim || p->nlist > 1) return "flat segment with codes";
   if (p->id_text ? p->id_width < 8 || p->id_width > IVFPQ_ID_INLINE || p->id_width % 4 : p->id_width != 0) return "id width";
+  if (p->project > 1024 || p->project % 16 || (p->project && !p->m)) return "projection";
+  if (p->sketch_bytes && (!p->m || p->sketch_bytes != ivfpq_sketch_bytes(ivfpq_coded_dim(p)))) return "sketch size";
   uint64_t row = (uint64_t)p->dim * (p->store ? 2 : 4) + (p->id_text ? 4 + p->id_width : 8) + (p->n_columns ? 12 : 0) + 4;
   if (p->row_bytes != row) return "row size";
   uint64_t pages[8];
@@ -120,10 +123,12 @@ static vs_rc open_columns(ivfpq_segment *s, const uint8_t *d, vs_err *err) {
 static vs_rc open_groups(ivfpq_segment *s, const uint8_t *p, uint64_t left, vs_err *err) {
   const ivfpq_params *h = &s->params;
   uint64_t lanes = ivfpq_round(h->n_groups, 16), bias = lanes * 4, cent = lanes * h->dim_padded * 4, next = 0;
-  if (left != (uint64_t)h->n_groups * sizeof(ivfpq_group) + bias + cent) return damaged(s, err, "group table size");
+  uint32_t coded = ivfpq_coded_dim(h);
+  if (left != (uint64_t)h->n_groups * sizeof(ivfpq_group) + bias + cent + h->calibration_bytes) return damaged(s, err, "group table size");
   s->groups = malloc((size_t)h->n_groups * sizeof *s->groups + 1);
   s->group_bias = malloc(bias + cent + VS_IO_PAD);
-  if (!s->groups || !s->group_bias) return vs_nomem(err);
+  s->first_lane = calloc(h->n_groups + 1, sizeof *s->first_lane);
+  if (!s->groups || !s->group_bias || !s->first_lane) return vs_nomem(err);
   memcpy(s->groups, p, h->n_groups * sizeof *s->groups);
   memcpy(s->group_bias, p + h->n_groups * sizeof *s->groups, bias + cent);
   s->group_centroids = s->group_bias + lanes;
@@ -131,11 +136,42 @@ static vs_rc open_groups(ivfpq_segment *s, const uint8_t *p, uint64_t left, vs_e
     const ivfpq_group *x = &s->groups[g];
     uint64_t size = s->section[IVFPQ_GROUPS].size;
     if (x->first != next || x->n == 0 || x->n > h->nlist || x->reserved) return damaged(s, err, "group table order");
-    if (x->off > size || x->size > size - x->off || x->off % 8 || x->size != ivfpq_group_bytes(x->n, h->dim_padded))
+    if (x->off > size || x->size > size - x->off || x->off % 8 || x->size != ivfpq_group_shape(x->n, coded, h->project).size)
       return damaged(s, err, "group table ranges");
+    s->first_lane[g + 1] = s->first_lane[g] + (uint32_t)ivfpq_round(x->n, 16);
     next += x->n;
   }
-  return next == h->nlist ? VS_OK : damaged(s, err, "groups do not add up to the partitions");
+  if (next != h->nlist) return damaged(s, err, "groups do not add up to the partitions");
+  if (!(s->lane_group = malloc(s->first_lane[h->n_groups] * sizeof *s->lane_group + 1))) return vs_nomem(err);
+  for (uint32_t g = 0; g < h->n_groups; g++)
+    for (uint32_t lane = s->first_lane[g]; lane < s->first_lane[g + 1]; lane++) s->lane_group[lane] = g;
+  return VS_OK;
+}
+
+/* Settings are only ever a choice among valid ones; still no number here may be nonsense. */
+static const char *calibration_fault(const ivfpq_calibration *c, uint64_t size) {
+  if (size < sizeof *c || c->n_reach > 1000 || c->n_levels > 1000) return "calibration size";
+  if (size != sizeof *c + c->n_reach * sizeof(ivfpq_reach) + (uint64_t)IVFPQ_CURVES * c->n_levels * sizeof(ivfpq_level))
+    return "calibration size";
+  for (int i = 0; i < IVFPQ_CURVES; i++)
+    if (c->k[i] < 1 || (i && c->k[i] <= c->k[i - 1])) return "calibration k";
+  for (uint32_t i = 0; i < c->n_reach; i++)
+    if (!(ivfpq_reaches(c)[i].reach >= 0) || !isfinite(ivfpq_reaches(c)[i].reach)) return "calibrated reach";
+  for (uint32_t i = 0; i < IVFPQ_CURVES * c->n_levels; i++) {
+    const ivfpq_level *l = &ivfpq_levels(c)[i];
+    if (!(l->recall >= 0 && l->recall <= 1) || !(l->reach >= 0) || !isfinite(l->reach) || (l->nprobe && !l->n_candidates))
+      return "calibrated settings";
+  }
+  return NULL;
+}
+
+static vs_rc open_calibration(ivfpq_segment *s, const uint8_t *p, vs_err *err) {
+  uint32_t n = s->params.calibration_bytes;
+  if (!n) return VS_OK;
+  if (!(s->calibration = malloc(n))) return vs_nomem(err);
+  memcpy(s->calibration, p, n);
+  const char *fault = calibration_fault(s->calibration, n);
+  return fault ? damaged(s, err, fault) : VS_OK;
 }
 
 static vs_rc open_params(ivfpq_segment *s, vs_err *err) {
@@ -154,68 +190,136 @@ static vs_rc open_params(ivfpq_segment *s, vs_err *err) {
   else if (table > body) rc = damaged(s, err, "parameter section size");
   if (!rc) rc = open_columns(s, p + sizeof s->params, err);
   if (!rc) rc = open_groups(s, p + table, body - table, err);
+  if (!rc) rc = open_calibration(s, p + body - s->params.calibration_bytes, err);
   free(p);
   return rc;
 }
 
-/* A section that is floats and a check: mean, codebook. */
-static vs_rc floats_begin(ivfpq_segment *s, int id, uint64_t n, vs_range *r, vs_err *err) {
+/* A section that ends with its check: begins to read it, and tells its content once it is there. */
+static vs_rc part_begin(ivfpq_segment *s, int id, uint64_t n, vs_range *r, vs_err *err) {
   const ivfpq_section *x = &s->section[id];
-  if (x->size != n * 4 + 8) return damaged(s, err, id == IVFPQ_MEAN ? "mean size" : "codebook size");
+  if (x->size != n + 8) return damaged(s, err, "the size of mean, codebook or projection");
   *r = (vs_range){.off = x->off, .len = x->size};
   return vs_io_begin(s->io, r, 1, err);
 }
-
-static vs_rc floats_wait(ivfpq_segment *s, int id, uint64_t n, uint64_t n_padded, vs_range *r, float **out, vs_err *err) {
+static vs_rc part_wait(ivfpq_segment *s, vs_range *r, vs_err *err) {
   uint64_t check;
   vs_rc rc = vs_io_wait(s->io, r, 1, err);
   if (rc) return rc;
-  memcpy(&check, r->ptr + n * 4, 8);
-  if (check != ivfpq_check(r->ptr, n * 4)) rc = damaged(s, err, id == IVFPQ_MEAN ? "mean checksum" : "codebook checksum");
-  else if (!(*out = calloc(n_padded + 16, 4))) rc = vs_nomem(err);
-  else memcpy(*out, r->ptr, n * 4);
+  memcpy(&check, r->ptr + r->len - 8, 8);
+  if (check == ivfpq_check(r->ptr, r->len - 8)) return VS_OK;
   vs_io_release(s->io, r, 1);
-  return rc;
+  return damaged(s, err, "checksum of mean, codebook or projection");
 }
 
 static vs_rc open_mean(ivfpq_segment *s, vs_err *err) {
   vs_range r;
-  vs_rc rc = floats_begin(s, IVFPQ_MEAN, s->params.dim, &r, err);
-  return rc ? rc : floats_wait(s, IVFPQ_MEAN, s->params.dim, s->params.dim_padded, &r, &s->mean, err);
+  uint64_t n = (uint64_t)s->params.dim * 4;
+  vs_rc rc = part_begin(s, IVFPQ_MEAN, n, &r, err);
+  if (!rc) rc = part_wait(s, &r, err);
+  if (rc) return rc;
+  if ((s->mean = calloc(s->params.dim_padded + 16, 4))) memcpy(s->mean, r.ptr, n);
+  vs_io_release(s->io, &r, 1);
+  return s->mean ? VS_OK : vs_nomem(err);
 }
 
-static uint64_t codebook_floats(const ivfpq_segment *s) {
-  const ivfpq_params *p = &s->params;
+static uint64_t codebook_words(const ivfpq_params *p) {
   return (uint64_t)ivfpq_subs(p->m, p->bits) * ivfpq_words(p->bits) * p->sub_dim;
 }
 
-vs_rc ivfpq_codebook_begin(ivfpq_segment *s, vs_range *r, vs_err *err) {
-  *r = (vs_range){0};
-  return ivfpq_codebook(s) ? VS_OK : floats_begin(s, IVFPQ_CODEBOOK, codebook_floats(s), r, err);
+vs_rc ivfpq_codebook_begin(ivfpq_segment *s, vs_range r[2], vs_err *err) {
+  const ivfpq_params *p = &s->params;
+  memset(r, 0, 2 * sizeof *r);
+  if (ivfpq_codebook_of(s)) return VS_OK;
+  vs_rc rc = part_begin(s, IVFPQ_CODEBOOK, codebook_words(p) + p->m * 4ull, &r[0], err);
+  if (rc || !p->project) return rc;
+  rc = part_begin(s, IVFPQ_PROJECTION, (uint64_t)p->project * (ivfpq_coded_dim(p) + 4), &r[1], err);
+  if (rc) vs_io_release(s->io, r, 1), memset(r, 0, 2 * sizeof *r);
+  return rc;
 }
 
-vs_rc ivfpq_codebook_wait(ivfpq_segment *s, vs_range *r, vs_err *err) {
-  float *made = NULL, *have = NULL;
-  uint64_t n = codebook_floats(s);
-  if (!r->len) return VS_OK;
-  vs_rc rc = floats_wait(s, IVFPQ_CODEBOOK, n, n, r, &made, err);
+/* The 256 words of code byte j, table_dim bytes each. */
+static void table_words(const ivfpq_params *p, const int8_t *words, uint32_t table_dim, int8_t *out) {
+  size_t d = p->sub_dim;
+  memset(out, 0, 256 * (size_t)table_dim);
+  for (size_t w = 0; w < 256; w++, out += table_dim)
+    if (p->bits == 8) memcpy(out, words + w * d, d);
+    else memcpy(out, words + (w & 15) * d, d), memcpy(out + d, words + (16 + (w >> 4)) * d, d);
+}
+
+static vs_rc make_codebook(const ivfpq_params *p, const uint8_t *bytes, ivfpq_codebook **out, vs_err *err) {
+  uint32_t per_byte = ivfpq_subs(p->m, p->bits) / p->m, table_dim = (uint32_t)ivfpq_round(per_byte * p->sub_dim, 4);
+  size_t size = (size_t)p->m * 256 * table_dim, chunk = (size_t)codebook_words(p) / p->m;
+  ivfpq_codebook *c = malloc(sizeof *c + size + p->m * sizeof(float));
+  int8_t *words = malloc(256 * (size_t)table_dim);
+  *out = c;
+  if (!c || !words) {
+    free(c), free(words);
+    *out = NULL;
+    return vs_nomem(err);
+  }
+  c->table_dim = table_dim, c->scale = (float *)(c->packed + size);
+  memcpy(c->scale, bytes + codebook_words(p), p->m * sizeof(float));
+  for (uint32_t j = 0; j < p->m; j++) {
+    table_words(p, (const int8_t *)bytes + j * chunk, table_dim, words);
+    kern_pack_i8(words, 256, table_dim, c->packed + (size_t)j * 256 * table_dim);
+  }
+  free(words);
+  return VS_OK;
+}
+
+/* Published before the codebook: who sees that sees this. Of two threads' copies the first stays. */
+static vs_rc publish_projection(ivfpq_segment *s, const vs_range *r, vs_err *err) {
+  const ivfpq_params *p = &s->params;
+  size_t size = (size_t)p->project * ivfpq_coded_dim(p);
+  uint8_t *made = malloc(size + p->project * sizeof(float)), *have = NULL;
+  if (!made) return vs_nomem(err);
+  memcpy(made, r->ptr, size + p->project * sizeof(float));
+  if (!__atomic_compare_exchange_n(&s->projection, &have, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) free(made), made = have;
+  __atomic_store_n(&s->projection_scale, (float *)(made + size), __ATOMIC_RELEASE);
+  return VS_OK;
+}
+
+vs_rc ivfpq_codebook_wait(ivfpq_segment *s, vs_range r[2], vs_err *err) {
+  ivfpq_codebook *made = NULL, *have = NULL;
+  if (!r[0].len) return VS_OK;
+  vs_rc rc = part_wait(s, &r[0], err);
+  if (rc) {
+    if (r[1].len) vs_io_release(s->io, &r[1], 1);
+    return rc;
+  }
+  if (r[1].len && !(rc = part_wait(s, &r[1], err))) {
+    rc = publish_projection(s, &r[1], err);
+    vs_io_release(s->io, &r[1], 1);
+  }
+  if (!rc) rc = make_codebook(&s->params, r[0].ptr, &made, err);
+  vs_io_release(s->io, &r[0], 1);
   if (!rc && !__atomic_compare_exchange_n(&s->codebook, &have, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) free(made);
   return rc;
 }
 
 static vs_rc open_codebook(ivfpq_segment *s, vs_err *err) {
-  vs_range r;
-  vs_rc rc = ivfpq_codebook_begin(s, &r, err);
-  return rc ? rc : ivfpq_codebook_wait(s, &r, err);
+  vs_range r[2];
+  vs_rc rc = ivfpq_codebook_begin(s, r, err);
+  return rc ? rc : ivfpq_codebook_wait(s, r, err);
 }
 
 static vs_rc check_sizes(ivfpq_segment *s, vs_err *err) {
   const ivfpq_params *p = &s->params;
   uint64_t pages[8], n_pages = 0;
+  if (s->section[IVFPQ_SKETCH].size != p->n_rows * p->sketch_bytes) return damaged(s, err, "sketch section size");
   if (s->section[IVFPQ_ROWS].size != p->n_rows * p->row_bytes) return damaged(s, err, "row section size");
   for (uint32_t i = ivfpq_iddir_levels(p->n_rows, pages); i-- > 0;) n_pages += pages[i];
   if (s->section[IVFPQ_IDDIR].size != n_pages * IVFPQ_PAGE) return damaged(s, err, "id directory size");
   return VS_OK;
+}
+
+/* A stable io hands out the same address each time: asked for once here. */
+static vs_rc map_section(ivfpq_segment *s, ivfpq_section_id id, const uint8_t **at, vs_err *err) {
+  vs_range r = {.off = s->section[id].off, .len = s->section[id].size};
+  vs_rc rc = vs_io_fetch(s->io, &r, 1, err);
+  if (!rc) *at = r.ptr, vs_io_release(s->io, &r, 1);
+  return rc;
 }
 
 vs_rc ivfpq_segment_open(vs_io *io, ivfpq_segment **out, vs_err *err) {
@@ -232,11 +336,14 @@ vs_rc ivfpq_segment_open(vs_io *io, ivfpq_segment **out, vs_err *err) {
   const ivfpq_params *p = &s->params;
   if (!rc && p->m) rc = open_mean(s, err);
   if (!rc && p->m && io->local) rc = open_codebook(s, err);
+  if (!rc && io->stable) rc = map_section(s, IVFPQ_ROWS, &s->mapped_rows, err);
+  if (!rc && io->stable && p->sketch_bytes) rc = map_section(s, IVFPQ_SKETCH, &s->mapped_sketches, err);
   if (!rc && io->stable) {
     s->group_checked = calloc(p->n_groups + 1, 1);
     s->part_checked = calloc((size_t)p->nlist + 1, 1);
     s->rows_checked = calloc(p->n_rows / ROWS_PER_FLAGS + 1, sizeof *s->rows_checked);
-    if (!s->group_checked || !s->part_checked || !s->rows_checked) rc = vs_nomem(err);
+    s->sketches_checked = calloc(p->n_rows / ROWS_PER_FLAGS + 1, sizeof *s->sketches_checked);
+    if (!s->group_checked || !s->part_checked || !s->rows_checked || !s->sketches_checked) rc = vs_nomem(err);
   }
   if (rc) {
     ivfpq_segment_close(s);
@@ -250,8 +357,11 @@ void ivfpq_segment_close(ivfpq_segment *s) {
   if (!s) return;
   for (uint32_t i = 0; s->columns && i < s->params.n_columns; i++) free(s->columns[i].name);
   for (uint64_t i = 0; s->rows_checked && i <= s->params.n_rows / ROWS_PER_FLAGS; i++) free(s->rows_checked[i]);
-  free(s->columns), free(s->groups), free(s->group_bias), free(s->mean), free(s->codebook);
-  free(s->group_checked), free(s->part_checked), free(s->rows_checked);
+  for (uint64_t i = 0; s->sketches_checked && i <= s->params.n_rows / ROWS_PER_FLAGS; i++) free(s->sketches_checked[i]);
+  if (s->spare) s->free_spare(s->spare);
+  free(s->columns), free(s->groups), free(s->group_bias), free(s->mean), free(s->codebook), free(s->projection);
+  free(s->calibration), free(s->first_lane), free(s->lane_group), free(s->resident);
+  free(s->group_checked), free(s->part_checked), free(s->rows_checked), free(s->sketches_checked);
   vs_io_close(s->io);
   free(s);
 }
@@ -288,12 +398,13 @@ static const char *entries_fault(const ivfpq_segment *s, const ivfpq_group_view 
 
 static vs_rc group_view(ivfpq_segment *s, ivfpq_group_view *v, vs_err *err) {
   const ivfpq_group *x = &s->groups[v->group];
-  uint64_t lanes = ivfpq_round(x->n, 16), check;
+  ivfpq_group_layout l = ivfpq_group_shape(x->n, ivfpq_coded_dim(&s->params), s->params.project);
   const uint8_t *p = v->range.ptr;
+  uint64_t check;
   v->first = x->first, v->n = x->n;
   v->entries = (const ivfpq_partition *)p;
-  v->bias = (const float *)(p + x->n * sizeof(ivfpq_partition));
-  v->centroids = v->bias + lanes;
+  v->norm2 = (const float *)(p + l.norm2), v->scale = (const float *)(p + l.scale), v->packed = p + l.packed;
+  v->row_scale = (const float *)(p + l.row_scale), v->rows = s->params.project ? p + l.rows : NULL;
   if (was_checked(&v->range, s->group_checked, v->group, 1)) return VS_OK;
   memcpy(&check, p + x->size - 8, 8);
   if (check != ivfpq_check(p, x->size - 8)) return damaged(s, err, "checksum of a centroid group");
@@ -335,6 +446,22 @@ void ivfpq_groups_release(ivfpq_segment *s, ivfpq_group_view *views, size_t n) {
   for (size_t i = 0; i < n; i++) vs_io_release(s->io, &views[i].range, 1);
 }
 
+vs_rc ivfpq_resident(ivfpq_segment *s, const ivfpq_group_view **views, vs_err *err) {
+  ivfpq_group_view *have = __atomic_load_n(&s->resident, __ATOMIC_ACQUIRE), *made;
+  uint32_t n = s->params.n_groups;
+  *views = have;
+  if (have || !s->io->stable) return VS_OK;
+  uint32_t *all = malloc(n * sizeof *all + 1);
+  made = calloc(n + 1, sizeof *made);
+  vs_rc rc = all && made ? VS_OK : vs_nomem(err);
+  for (uint32_t g = 0; g < n && !rc; g++) all[g] = g;
+  if (!rc) rc = ivfpq_groups_fetch(s, all, n, made, err);
+  if (!rc && __atomic_compare_exchange_n(&s->resident, &have, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) *views = made, made = NULL;
+  else if (!rc) *views = have;
+  free(all), free(made);
+  return rc;
+}
+
 /* ---- partitions ---- */
 
 static vs_rc check_part(ivfpq_segment *s, ivfpq_part *p, vs_err *err) {
@@ -351,18 +478,26 @@ static vs_rc check_part(ivfpq_segment *s, ivfpq_part *p, vs_err *err) {
   return VS_OK;
 }
 
+static void part_ranges(const ivfpq_segment *s, int want, const ivfpq_partition *e, vs_range r[2]) {
+  uint64_t base = s->section[IVFPQ_SCAN].off, code_bytes = ivfpq_code_bytes(e->n_rows, s->params.m);
+  r[0] = (vs_range){.off = base + e->off, .len = want & IVFPQ_WANT_CODES ? code_bytes : 0};
+  r[1] = (vs_range){.off = base + e->off + ivfpq_round(code_bytes, 8), .len = want & IVFPQ_WANT_COLUMNS ? e->column_bytes : 0};
+}
+
 vs_rc ivfpq_parts_begin(ivfpq_segment *s, int want, ivfpq_part *parts, size_t n, vs_err *err) {
-  uint64_t base = s->section[IVFPQ_SCAN].off;
+  vs_rc rc = VS_OK;
+  if (s->io->local) { /* one by one: there is nothing to be gained from asking for all of them at once */
+    for (size_t i = 0; i < n && !rc; i++) {
+      part_ranges(s, want, &parts[i].entry, parts[i].range);
+      rc = vs_io_begin(s->io, parts[i].range, 2, err);
+      if (rc) ivfpq_parts_release(s, parts, i);
+    }
+    return rc;
+  }
   vs_range *r = calloc(2 * n + 1, sizeof *r);
   if (!r) return vs_nomem(err);
-  for (size_t i = 0; i < n; i++) {
-    const ivfpq_partition *e = &parts[i].entry;
-    uint64_t code_bytes = ivfpq_code_bytes(e->n_rows, s->params.m);
-    r[2 * i].off = base + e->off, r[2 * i].len = want & IVFPQ_WANT_CODES ? code_bytes : 0;
-    r[2 * i + 1].off = base + e->off + ivfpq_round(code_bytes, 8);
-    r[2 * i + 1].len = want & IVFPQ_WANT_COLUMNS ? e->column_bytes : 0;
-  }
-  vs_rc rc = vs_io_begin(s->io, r, 2 * n, err);
+  for (size_t i = 0; i < n; i++) part_ranges(s, want, &parts[i].entry, r + 2 * i);
+  rc = vs_io_begin(s->io, r, 2 * n, err);
   for (size_t i = 0; i < n && !rc; i++) memcpy(parts[i].range, r + 2 * i, sizeof parts[i].range);
   free(r);
   return rc;
@@ -374,7 +509,7 @@ vs_rc ivfpq_parts_wait(ivfpq_segment *s, ivfpq_part *parts, size_t n, vs_err *er
     ivfpq_part *p = &parts[i];
     if ((rc = vs_io_wait(s->io, p->range, 2, err))) break;
     p->codes = p->range[0].ptr;
-    p->terms = (const uint16_t *)(p->codes + ivfpq_round(p->entry.n_rows, 64) * s->params.m);
+    p->terms = (const uint16_t *)(p->codes + ivfpq_term_offset(p->entry.n_rows, s->params.m));
     p->columns = p->range[1].len ? p->range[1].ptr : NULL;
     rc = check_part(s, p, err);
   }
@@ -428,9 +563,9 @@ vs_rc ivfpq_part_columns(ivfpq_segment *s, const ivfpq_part *part, ivfpq_column_
 size_t ivfpq_vector_bytes(const ivfpq_segment *s) { return (size_t)s->params.dim * (s->params.store ? 2 : 4); }
 
 /* The bitmap of 65,536 rows, made on first use; NULL when memory is short: then rows are just checked again. */
-static unsigned char *row_flags(ivfpq_segment *s, uint32_t row) {
-  if (!s->rows_checked) return NULL;
-  unsigned char **slot = &s->rows_checked[row / ROWS_PER_FLAGS], *have = __atomic_load_n(slot, __ATOMIC_ACQUIRE);
+static unsigned char *row_flags(unsigned char **flags, uint32_t row) {
+  if (!flags) return NULL;
+  unsigned char **slot = &flags[row / ROWS_PER_FLAGS], *have = __atomic_load_n(slot, __ATOMIC_ACQUIRE);
   if (have) return have;
   unsigned char *made = calloc(1, ROWS_PER_FLAGS / 8);
   if (made && !__atomic_compare_exchange_n(slot, &have, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
@@ -441,7 +576,7 @@ static unsigned char *row_flags(ivfpq_segment *s, uint32_t row) {
 }
 
 static vs_rc check_row(ivfpq_segment *s, uint32_t row, const vs_range *r, const uint8_t *record, vs_err *err) {
-  unsigned char *flags = row_flags(s, row);
+  unsigned char *flags = row_flags(s->rows_checked, row);
   uint32_t at = row % ROWS_PER_FLAGS, size = s->params.row_bytes;
   if (was_checked(r, flags, at / 8, 1u << at % 8)) return VS_OK;
   if (load_u32(record + size - 4) != ivfpq_check32(record, size - 4)) {
@@ -450,6 +585,23 @@ static vs_rc check_row(ivfpq_segment *s, uint32_t row, const vs_range *r, const 
   }
   if (!r->checked) flag_set(flags, at / 8, 1u << at % 8);
   return VS_OK;
+}
+
+vs_rc ivfpq_sketch_mapped(ivfpq_segment *s, uint32_t row, const uint8_t **record, vs_err *err) {
+  unsigned char *flags = row_flags(s->sketches_checked, row);
+  uint32_t at = row % ROWS_PER_FLAGS, size = s->params.sketch_bytes;
+  *record = s->mapped_sketches + (uint64_t)row * size;
+  if (flag_get(flags, at / 8, 1u << at % 8)) return VS_OK;
+  if (load_u32(*record + size - 4) != ivfpq_check32(*record, size - 4))
+    return vs_corrupt(err, "%s: damaged: checksum of the sketch of row %u", s->io->name, row);
+  flag_set(flags, at / 8, 1u << at % 8);
+  return VS_OK;
+}
+
+vs_rc ivfpq_row_mapped(ivfpq_segment *s, uint32_t row, const uint8_t **record, vs_err *err) {
+  const vs_range none = {0};
+  *record = s->mapped_rows + (uint64_t)row * s->params.row_bytes;
+  return check_row(s, row, &none, *record, err);
 }
 
 vs_rc ivfpq_rows_begin(ivfpq_segment *s, const uint32_t *rows, size_t n, ivfpq_row *out, vs_err *err) {

@@ -1,12 +1,31 @@
 /* ivfpq_segment.h - an open segment: sections, partitions, rows, ids. Read-only and shared by threads.
  *
- * ivfpq_segment_open decodes and checks trailer, footer, parameters, group table, mean and codebook; what depends on a row or
- * a partition is checked when it is read. Nothing per row stays in memory.
+ * ivfpq_segment_open decodes and checks trailer, footer, parameters, group table and mean; what depends on a row or a partition is
+ * checked when it is read. Nothing per row stays in memory.
+ *
+ * A partition is also known by its lane: groups are padded to lanes of 16, and lanes run on from group to group.
  */
 #ifndef IVFPQ_SEGMENT_H
 #define IVFPQ_SEGMENT_H
 #include "../base/vs_io.h"
 #include "ivfpq_format.h"
+
+/* The words as a scan's table is made from them: per code byte 256 words of table_dim bytes, packed by kern_pack_i8. With 4 bits a
+ * byte is two words side by side: 256 pairs. */
+typedef struct ivfpq_codebook {
+  uint32_t table_dim;
+  float *scale;     /* m */
+  uint8_t packed[]; /* m x 256 x table_dim */
+} ivfpq_codebook;
+
+/* A group block: directory entries and centroids of some partitions. */
+typedef struct ivfpq_group_view {
+  vs_range range;
+  uint32_t group, first, n;       /* partitions */
+  const ivfpq_partition *entries; /* n, checked against the sections */
+  const float *norm2, *scale, *row_scale;
+  const uint8_t *packed, *rows;   /* rows: NULL without a projection */
+} ivfpq_group_view;
 
 typedef struct ivfpq_segment {
   vs_io *io;                    /* owned */
@@ -17,10 +36,20 @@ typedef struct ivfpq_segment {
   ivfpq_group *groups;          /* n_groups */
   float *group_bias, *group_centroids; /* packed, dim_padded wide */
   float *mean;                  /* dim_padded, zeros behind dim */
-  float *codebook;              /* read with ivfpq_codebook */
+  ivfpq_codebook *codebook;     /* read with ivfpq_codebook_of */
+  uint8_t *projection;          /* packed directions; NULL: none */
+  float *projection_scale;
+  ivfpq_calibration *calibration; /* NULL: none */
+  uint32_t *first_lane;         /* n_groups + 1 */
+  uint32_t *lane_group;         /* of each lane */
+  const uint8_t *mapped_rows;   /* the ROWS section of a stable io, else NULL */
+  const uint8_t *mapped_sketches; /* the SKETCH section of a stable io, else NULL */
+  ivfpq_group_view *resident;   /* all groups, once ivfpq_resident made them (stable io only) */
+  void *spare;                  /* a scan's memory, kept for the next one: see ivfpq_scan.c */
+  void (*free_spare)(void *);
   unsigned char *group_checked; /* n_groups flags: the block was verified (stable io only) */
   unsigned char *part_checked;  /* nlist: bit 0 codes, bit 1 columns were verified (stable io only) */
-  unsigned char **rows_checked; /* per 65,536 rows a lazily made bitmap (stable io only) */
+  unsigned char **rows_checked, **sketches_checked; /* per 65,536 rows a lazily made bitmap (stable io only) */
 } ivfpq_segment;
 
 /* Takes the io, also on failure. */
@@ -28,24 +57,21 @@ vs_rc ivfpq_segment_open(vs_io *io, ivfpq_segment **out, vs_err *err) VS_WARN_UN
 void ivfpq_segment_close(ivfpq_segment *s);
 static inline int ivfpq_is_flat(const ivfpq_segment *s) { return s->params.m == 0; }
 
-/* A group block: directory entries and centroids of some partitions. */
-typedef struct ivfpq_group_view {
-  vs_range range;
-  uint32_t group, first, n;      /* partitions */
-  const ivfpq_partition *entries; /* n, checked against the sections */
-  const float *bias, *centroids; /* packed */
-} ivfpq_group_view;
 vs_rc ivfpq_groups_fetch(ivfpq_segment *s, const uint32_t *groups, size_t n, ivfpq_group_view *out, vs_err *err) VS_WARN_UNUSED;
 /* Its halves: begin starts the reads, wait completes and checks them. Between the two only _release is legal. */
 vs_rc ivfpq_groups_begin(ivfpq_segment *s, const uint32_t *groups, size_t n, ivfpq_group_view *out, vs_err *err) VS_WARN_UNUSED;
 vs_rc ivfpq_groups_wait(ivfpq_segment *s, ivfpq_group_view *views, size_t n, vs_err *err) VS_WARN_UNUSED;
 void ivfpq_groups_release(ivfpq_segment *s, ivfpq_group_view *views, size_t n);
 
-/* The codebook is large, and all that opening a segment does not need: it is read with the first groups and then stays. */
-vs_rc ivfpq_codebook_begin(ivfpq_segment *s, vs_range *r, vs_err *err) VS_WARN_UNUSED;
-vs_rc ivfpq_codebook_wait(ivfpq_segment *s, vs_range *r, vs_err *err) VS_WARN_UNUSED; /* releases r */
-/* subs x packed words; NULL until ivfpq_codebook_wait first succeeded, on any thread. */
-static inline const float *ivfpq_codebook(const ivfpq_segment *s) { return __atomic_load_n(&s->codebook, __ATOMIC_ACQUIRE); }
+/* All groups, when they can stay at their addresses: *views is NULL when the io is not stable. Made by the first call. */
+vs_rc ivfpq_resident(ivfpq_segment *s, const ivfpq_group_view **views, vs_err *err) VS_WARN_UNUSED;
+
+/* Codebook and projection are large, and all that opening a segment does not need: they are read with the first groups and then
+ * stay. */
+vs_rc ivfpq_codebook_begin(ivfpq_segment *s, vs_range r[2], vs_err *err) VS_WARN_UNUSED;
+vs_rc ivfpq_codebook_wait(ivfpq_segment *s, vs_range r[2], vs_err *err) VS_WARN_UNUSED; /* releases r */
+/* NULL until ivfpq_codebook_wait first succeeded, on any thread; the projection is there as well then. */
+static inline const ivfpq_codebook *ivfpq_codebook_of(const ivfpq_segment *s) { return __atomic_load_n(&s->codebook, __ATOMIC_ACQUIRE); }
 
 /* One partition's bytes. */
 typedef struct ivfpq_part {
@@ -87,6 +113,20 @@ vs_rc ivfpq_rows_begin(ivfpq_segment *s, const uint32_t *rows, size_t n, ivfpq_r
 void ivfpq_rows_release(ivfpq_segment *s, ivfpq_row *rows, size_t n);
 /* A stretch of consecutive records, for scans: checked, contiguous. */
 vs_rc ivfpq_rows_fetch_range(ivfpq_segment *s, uint32_t first, uint32_t n, ivfpq_row *out, vs_err *err) VS_WARN_UNUSED;
+
+/* Rows of a mapped file: checked once, addressed without a fetch. */
+static inline int ivfpq_rows_mapped(const ivfpq_segment *s) { return s->mapped_rows != NULL; }
+static inline void ivfpq_row_prefetch(const ivfpq_segment *s, uint32_t row) {
+  const uint8_t *p = s->mapped_rows + (uint64_t)row * s->params.row_bytes;
+  for (uint32_t z = 0; z < s->params.row_bytes; z += 64) __builtin_prefetch(p + z);
+}
+vs_rc ivfpq_row_mapped(ivfpq_segment *s, uint32_t row, const uint8_t **record, vs_err *err) VS_WARN_UNUSED;
+
+static inline void ivfpq_sketch_prefetch(const ivfpq_segment *s, uint32_t row) {
+  const uint8_t *p = s->mapped_sketches + (uint64_t)row * s->params.sketch_bytes;
+  for (uint32_t z = 0; z < s->params.sketch_bytes; z += 64) __builtin_prefetch(p + z);
+}
+vs_rc ivfpq_sketch_mapped(ivfpq_segment *s, uint32_t row, const uint8_t **record, vs_err *err) VS_WARN_UNUSED;
 
 /* The stored vector as floats: a pointer into the record when it is stored so and aligned, else decoded into buf (dim). */
 const float *ivfpq_row_vector(const ivfpq_segment *s, const uint8_t *record, float *buf);

@@ -29,7 +29,8 @@ enum {
 static const char *const section_names[IVFPQ_N_SECTIONS] = {
     [IVFPQ_SCAN] = "SCAN",       [IVFPQ_ROWS] = "ROWS",         [IVFPQ_IDHEAP] = "IDHEAP",
     [IVFPQ_COLUMNS] = "COLUMNS", [IVFPQ_IDDIR] = "IDDIR",       [IVFPQ_GROUPS] = "GROUPS",
-    [IVFPQ_MEAN] = "MEAN",       [IVFPQ_CODEBOOK] = "CODEBOOK", [IVFPQ_PARAMS] = "PARAMS"};
+    [IVFPQ_MEAN] = "MEAN",       [IVFPQ_CODEBOOK] = "CODEBOOK", [IVFPQ_PARAMS] = "PARAMS",
+    [IVFPQ_PROJECTION] = "PROJECTION", [IVFPQ_SKETCH] = "SKETCH"};
 
 typedef struct walk {
   ivfpq_segment *s;
@@ -170,11 +171,11 @@ static void check_finite(walk *w, const char *what, const float *v, uint64_t n) 
 
 /* An object of a store is opened without it. */
 static vs_rc verify_codebook(walk *w) {
-  vs_range r;
+  vs_range r[2];
   vs_err why = {0};
   if (!w->s->params.m) return VS_OK;
-  vs_rc rc = ivfpq_codebook_begin(w->s, &r, &why);
-  if (!rc) rc = ivfpq_codebook_wait(w->s, &r, &why);
+  vs_rc rc = ivfpq_codebook_begin(w->s, r, &why);
+  if (!rc) rc = ivfpq_codebook_wait(w->s, r, &why);
   if (rc == VS_CORRUPT) {
     fault(w, "%s", why.text);
     return VS_OK;
@@ -190,13 +191,14 @@ static void verify_floats(walk *w) {
   check_finite(w, "PARAMS, group centroids", w->s->group_bias, lanes + lanes * p->dim_padded);
   if (!p->m) return;
   check_finite(w, "MEAN", w->s->mean, p->dim);
-  check_finite(w, "CODEBOOK", ivfpq_codebook(w->s), (uint64_t)p->dim_padded * ivfpq_words(p->bits));
+  if (ivfpq_codebook_of(w->s)) check_finite(w, "CODEBOOK", ivfpq_codebook_of(w->s)->scale, p->m);
+  if (w->s->projection) check_finite(w, "PROJECTION", w->s->projection_scale, p->project);
 }
 
 /* ---- GROUPS and SCAN ---- */
 
 typedef struct totals {
-  uint64_t rows, padded, scan_end, groups_end; /* of what was walked so far */
+  uint64_t rows, scan_end, groups_end; /* of what was walked so far */
   int broken; /* a group could not be read: the sums mean nothing */
 } totals;
 
@@ -237,7 +239,10 @@ static vs_rc verify_part(walk *w, uint32_t number, const ivfpq_partition *e, ivf
 static vs_rc verify_group(walk *w, const ivfpq_group_view *v, totals *t, ivfpq_column_view *views, size_t n_views) {
   uint64_t lanes = ivfpq_round(v->n, 16);
   vs_rc rc = VS_OK;
-  check_finite(w, "GROUPS, centroids", v->bias, lanes + lanes * w->s->params.dim_padded);
+  check_finite(w, "GROUPS, norms and scales", v->norm2, 2 * lanes);
+  if (v->rows) check_finite(w, "GROUPS, row scales", v->row_scale, v->n);
+  for (uint64_t i = v->n; i < lanes && w->s->params.m; i++)
+    if (v->norm2[i] != IVFPQ_NOWHERE) fault(w, "GROUPS, group %u: a lane behind its partitions", v->group);
   for (uint32_t i = 0; i < v->n && !rc && !w->stop; i++) {
     const ivfpq_partition *e = &v->entries[i];
     uint32_t number = v->first + i;
@@ -245,7 +250,7 @@ static vs_rc verify_group(walk *w, const ivfpq_group_view *v, totals *t, ivfpq_c
       fault(w, "GROUPS, partition %u: starts at row %llu, not %llu", number, (unsigned long long)e->row0,
             (unsigned long long)t->rows);
     if (e->off < t->scan_end) fault(w, "GROUPS, partition %u: overlaps the one before it", number);
-    t->rows = e->row0 + e->n_rows, t->padded += ivfpq_round(e->n_rows, KERN_GROUP);
+    t->rows = e->row0 + e->n_rows;
     t->scan_end = e->off + ivfpq_round(ivfpq_code_bytes(e->n_rows, w->s->params.m), 8) + e->column_bytes;
     rc = verify_part(w, number, e, views, n_views);
   }
@@ -278,7 +283,6 @@ static vs_rc verify_partitions(walk *w) {
   if (t.rows != p->n_rows)
     fault(w, "GROUPS: the partitions hold %llu rows, PARAMS says %llu", (unsigned long long)t.rows,
           (unsigned long long)p->n_rows);
-  if (t.padded != p->n_padded) fault(w, "PARAMS: padded row count");
   return VS_OK;
 }
 

@@ -22,6 +22,9 @@ struct ivfpq_writer {
   ivfpq_section section[IVFPQ_N_SECTIONS];
   uint32_t n_sections;
   XXH3_state_t *file, *part;
+  uint64_t mark_off;   /* and the state there */
+  uint32_t mark_sections;
+  XXH3_state_t *mark_file;
   uint8_t buf[BUFFER];
 };
 
@@ -57,9 +60,9 @@ vs_rc ivfpq_writer_open(const char *path, ivfpq_writer **out, vs_err *err) {
   ivfpq_writer *w = calloc(1, sizeof *w);
   if (!w) return vs_nomem(err);
   w->fd = -1;
-  w->file = XXH3_createState(), w->part = XXH3_createState();
+  w->file = XXH3_createState(), w->part = XXH3_createState(), w->mark_file = XXH3_createState();
   w->path = strdup(path);
-  vs_rc rc = w->file && w->part && w->path ? VS_OK : vs_nomem(err);
+  vs_rc rc = w->file && w->part && w->mark_file && w->path ? VS_OK : vs_nomem(err);
   if (!rc && (w->fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644)) < 0)
     rc = vs_fail(err, errno == EEXIST ? VS_EXISTS : VS_IO, "%s: cannot create: %s", path, strerror(errno));
   if (!rc) {
@@ -117,11 +120,11 @@ vs_rc ivfpq_writer_copy(ivfpq_writer *w, int fd, uint64_t n, vs_err *err) {
 
 static void free_writer(ivfpq_writer *w) {
   if (w->fd >= 0) close(w->fd);
-  XXH3_freeState(w->file), XXH3_freeState(w->part);
+  XXH3_freeState(w->file), XXH3_freeState(w->part), XXH3_freeState(w->mark_file);
   free(w->path), free(w);
 }
 
-vs_rc ivfpq_writer_finish(ivfpq_writer *w, char checksum[33], uint64_t *n_bytes, vs_err *err) {
+static vs_rc put_trailer(ivfpq_writer *w, vs_err *err) {
   uint8_t trailer[IVFPQ_TRAILER] = {0};
   vs_rc rc = zeros(w, ivfpq_round(w->off, IVFPQ_ALIGN) - w->off, 0, err);
   uint64_t footer_off = w->off, footer_bytes = (uint64_t)w->n_sections * sizeof(ivfpq_section);
@@ -132,7 +135,26 @@ vs_rc ivfpq_writer_finish(ivfpq_writer *w, char checksum[33], uint64_t *n_bytes,
   memcpy(trailer + 48, &check, 8), memcpy(trailer + 56, IVFPQ_MAGIC_END, 8);
   if (!rc) rc = put(w, w->section, footer_bytes, err);
   if (!rc) rc = put(w, trailer, sizeof trailer, err);
-  if (!rc) rc = flush(w, err);
+  return rc ? rc : flush(w, err);
+}
+
+vs_rc ivfpq_writer_mark(ivfpq_writer *w, vs_err *err) {
+  vs_rc rc = flush(w, err);
+  w->mark_off = w->off, w->mark_sections = w->n_sections;
+  XXH3_copyState(w->mark_file, w->file);
+  return rc;
+}
+
+vs_rc ivfpq_writer_preview(ivfpq_writer *w, vs_err *err) { return put_trailer(w, err); }
+
+vs_rc ivfpq_writer_back(ivfpq_writer *w, vs_err *err) {
+  w->off = w->mark_off, w->n_sections = w->mark_sections, w->have = 0;
+  XXH3_copyState(w->file, w->mark_file);
+  return ftruncate(w->fd, (off_t)w->off) ? vs_fail(err, VS_IO, "%s: cannot cut: %s", w->path, strerror(errno)) : VS_OK;
+}
+
+vs_rc ivfpq_writer_finish(ivfpq_writer *w, char checksum[33], uint64_t *n_bytes, vs_err *err) {
+  vs_rc rc = put_trailer(w, err);
   if (!rc && fsync(w->fd)) rc = vs_fail(err, VS_IO, "%s: fsync: %s", w->path, strerror(errno));
   if (rc) {
     ivfpq_writer_abort(w);

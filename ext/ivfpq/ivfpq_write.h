@@ -11,6 +11,11 @@ vs_rc ivfpq_writer_pad(ivfpq_writer *w, size_t to, vs_err *err) VS_WARN_UNUSED; 
 vs_rc ivfpq_writer_copy(ivfpq_writer *w, int fd, uint64_t n, vs_err *err) VS_WARN_UNUSED; /* the first n bytes of a file */
 void ivfpq_writer_end(ivfpq_writer *w);
 uint64_t ivfpq_writer_tell(const ivfpq_writer *w); /* bytes since begin */
+/* A file that can be opened, to be looked at before its last sections are written: mark where they begin, write them, preview
+ * (footer and trailer; nothing is synced), and go back to the mark. */
+vs_rc ivfpq_writer_mark(ivfpq_writer *w, vs_err *err) VS_WARN_UNUSED;
+vs_rc ivfpq_writer_preview(ivfpq_writer *w, vs_err *err) VS_WARN_UNUSED;
+vs_rc ivfpq_writer_back(ivfpq_writer *w, vs_err *err) VS_WARN_UNUSED;
 /* Footer, trailer, fsync, close. The hash and size of the file go out. Frees w, also on failure. */
 vs_rc ivfpq_writer_finish(ivfpq_writer *w, char checksum[33], uint64_t *n_bytes, vs_err *err) VS_WARN_UNUSED;
 void ivfpq_writer_abort(ivfpq_writer *w); /* removes the file; NULL is legal */

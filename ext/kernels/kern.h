@@ -5,7 +5,7 @@
  * what the machine has means the best it has, an unknown name too). kern_variant(name) hands out one variant for tests, NULL
  * when this machine lacks it. The scalar file is the definition of every call; allowed differences:
  *   float results   relative error <= 1e-5 of the sum of absolute terms (order of additions, FMA)
- *   integer results equal
+ *   integer results equal, and so is everything made from integers (scores_i8, pq_table, pq_scan)
  * Pointers need no alignment unless said. Lengths may be 0. Nothing reads past its arrays.
  */
 #ifndef KERN_H
@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Rows of a code block; a partition is cut into blocks of KERN_BLOCK rows, its last block is padded to KERN_GROUP rows. */
+/* A partition's codes are cut into blocks of KERN_BLOCK rows, a block into groups of KERN_GROUP rows; see kern_code_offset. */
 enum { KERN_BLOCK = 256, KERN_GROUP = 64, KERN_LANES = 16 };
 
 typedef struct kern {
@@ -42,11 +42,49 @@ typedef struct kern {
   void (*argmax_f32)(const float *x, size_t n_x, size_t stride, size_t dim, const float *packed, const float *bias,
                      size_t n_c, uint32_t *id, float *best);
 
+  /* scores_f32 of n_x rows (row r at x + r*stride) at once: row r's scores go to out + r*out_stride. Equal to scores_f32. */
+  void (*scores_many_f32)(const float *x, size_t n_x, size_t stride, size_t dim, const float *packed, const float *bias,
+                          size_t n_c, float *out, size_t out_stride);
+
+  /* dot_f32 and l2sq_f32 with halves on the right. */
+  float (*dot_f16)(const float *a, const uint16_t *b, size_t n);
+  float (*l2sq_f16)(const float *a, const uint16_t *b, size_t n);
+
+  /* Symmetric 8-bit quantization: out[j] = round to nearest even of x[j] * (127 / m), m the largest |x[j]|; returns m / 127, or
+   * 0 (and zeros) when m is below 1e-30. x is finite. */
+  float (*quantize_i8)(const float *x, size_t n, int8_t *out);
+
+  /* Integer scores of n_q queries (query r at q + r*q_stride) against a matrix packed by kern_pack_i8:
+   *   out[r*out_stride + c] = SUM_j q[r][j] * m[c][j],   c in [0, n_c padded to 16),   dim a multiple of 4, <= 65536 */
+  void (*scores_i8)(const int8_t *q, size_t n_q, size_t q_stride, size_t dim, const uint8_t *packed, size_t n_c, int32_t *out,
+                    size_t out_stride);
+
+  /* SUM_j q[j] * (row[j] - 128), n <= 65536. */
+  int32_t (*dot_i8)(const int8_t *q, const uint8_t *row, size_t n);
+
+  /* Scores become ranks: key[i] = kern_key((norm2[i] + base) + (mul * scale[i]) * (float)score[i], first + i), no fused
+   * operations. Those <= limit go to out, in order; returns how many. out has room for n rounded up to 16. */
+  size_t (*keys_i8)(const int32_t *score, const float *scale, const float *norm2, size_t n, float mul, float base, uint32_t first,
+                    uint64_t limit, uint64_t *out);
+
+  /* out[i] = kern_key(base + step * (float)sum[i], first + row[i]), n of them; no fused operations. out has room for n rounded up
+   * to 16. */
+  void (*keys_u16)(const uint16_t *sum, const uint32_t *row, size_t n, float base, float step, uint32_t first, uint64_t *out);
+
+  /* The table of a PQ scan, in two steps. raw: sub-quantizer j scores its part of the query (q + j*sub_dim, sub_dim a
+   * multiple of 4) against its 256 words (packed by kern_pack_i8, at words + j*256*sub_dim):
+   *   raw[j*256 + w] = factor[j] * (float)score,   low[j] = the smallest of row j;   returns the widest (largest - low[j]).
+   * table: table[i] = min(255, round to nearest even of (raw[i] - low[i/256]) * inv). No fused operations. */
+  float (*pq_table_raw)(const int8_t *q, const uint8_t *words, const float *factor, size_t m, size_t sub_dim, float *raw,
+                        float *low);
+  void (*pq_table)(const float *raw, const float *low, size_t m, float inv, uint8_t *table);
+
   /* 8-bit PQ scan of n_rows rows of one partition, from a block border on. codes: blocks as described at
-   * kern_code_offset; terms: u16 per row, in row order, padded like the codes; table: m rows of 256 u8.
+   * kern_code_offset; terms: u16 per row, in row order; table: m rows of 256 u8.
    *   sum(row) = min(65535, SUM_j table[j][code_j(row)] + (terms[row] * term_mul >> 16)),   m <= 256
    * Rows with sum < threshold are survivors (threshold above 65535: all rows); their numbers in [0, n_rows), ascending, go
-   * to out_row and their sums to out_sum, both with room for n_rows rounded up to KERN_GROUP. Returns how many. */
+   * to out_row and their sums to out_sum, both with room for n_rows rounded up to KERN_GROUP. Returns how many.
+   * May read up to 64 bytes behind the codes and behind the terms. */
   size_t (*pq_scan)(const uint8_t *codes, size_t m, const uint16_t *terms, size_t n_rows, const uint8_t *table,
                     uint16_t term_mul, uint32_t threshold, uint32_t *out_row, uint16_t *out_sum);
 
@@ -67,14 +105,23 @@ void kern_sort_u64(uint64_t *a, size_t n, uint64_t *scratch);
 size_t kern_packed_len(size_t n_c, size_t dim);
 void kern_pack_f32(const float *c, size_t n_c, size_t dim, float *packed);
 
-/* Where code j of row r of a partition of n_rows rows lies. Blocks of 256 rows are sub-quantizer-major, [m][256]; the last
- * one is [m][g*64], g in 1..4. Within 64 bytes row i < 32 is byte 2i and row i >= 32 is byte 2(i-32)+1, so that sums of the
- * even and of the odd bytes come out in row order. */
+/* Signed bytes as 128 + value, 16 rows interleaved by four dimensions: element (c, j) at
+ * packed[((c / 16) * (dim / 4) + j / 4) * 64 + c % 16 * 4 + j % 4]; dim is a multiple of 4; the last group of 16 is filled with
+ * zeros (128). packed holds n_c padded to 16 times dim bytes. */
+static inline size_t kern_i8_offset(size_t dim, size_t c, size_t j) {
+  return (c / 16 * (dim / 4) + j / 4) * 64 + c % 16 * 4 + j % 4;
+}
+void kern_pack_i8(const int8_t *c, size_t n_c, size_t dim, uint8_t *packed);
+
+/* Where code j of row r of a partition of n_rows rows lies. Blocks of 256 rows are sub-quantizer-major, [m][256]; the last one
+ * is [m][w], w its rows rounded up to 2: codes of n rows take (n rounded up to 2) * m bytes. A block's rows are cut into groups
+ * of 64, of which the last has g = 2..64 bytes: row i < g/2 of a group is byte 2i, row i >= g/2 byte 2(i-g/2)+1, so that sums of
+ * the even and of the odd bytes come out in row order. */
 static inline size_t kern_code_offset(size_t n_rows, size_t m, size_t r, size_t j) {
   size_t block = r / KERN_BLOCK, in = r % KERN_BLOCK, left = n_rows - block * KERN_BLOCK;
-  size_t width = left >= KERN_BLOCK ? KERN_BLOCK : (left + KERN_GROUP - 1) / KERN_GROUP * KERN_GROUP;
-  size_t lane = in % KERN_GROUP, byte = lane < 32 ? 2 * lane : 2 * (lane - 32) + 1;
-  return block * KERN_BLOCK * m + j * width + in / KERN_GROUP * KERN_GROUP + byte;
+  size_t width = left >= KERN_BLOCK ? KERN_BLOCK : (left + 1) / 2 * 2, group = in / KERN_GROUP * KERN_GROUP;
+  size_t half = (width - group < KERN_GROUP ? width - group : KERN_GROUP) / 2, lane = in - group;
+  return block * KERN_BLOCK * m + j * width + group + (lane < half ? 2 * lane : 2 * (lane - half) + 1);
 }
 
 /* (distance, number) as one key whose integer order is the order of the float, then of the number; NaN sorts last. */

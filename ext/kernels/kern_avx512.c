@@ -1,4 +1,4 @@
-/* kern_avx512.c - AVX-512 F, BW, DQ, VL, VBMI, VBMI2 (Ice Lake, Zen 4 and later). Definitions: kern_scalar.c.
+/* kern_avx512.c - AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI (Ice Lake, Zen 4 and later). Definitions: kern_scalar.c.
  *
  * What carries the speed
  *   dot, l2sq, cosine  four (cosine: two by three) independent fused chains hide the latency; tails are masked loads.
@@ -90,6 +90,37 @@ static void f32_to_f16(const float *in, uint16_t *out, size_t n) {
     __m256i half = _mm512_cvtps_ph(_mm512_maskz_loadu_ps(live, in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_mask_storeu_epi16(out + i, live, half);
   }
+}
+
+static float dot_f16(const float *a, const uint16_t *b, size_t n) {
+  __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  size_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    KERN_UNROLL
+    for (int u = 0; u < 2; u++)
+      sum[u] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * u), _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(b + i + 16 * u))), sum[u]);
+  for (; i < n; i += 16) {
+    __mmask16 live = tail16(n - i);
+    sum[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(live, a + i), _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(live, b + i)), sum[0]);
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+}
+
+static float l2sq_f16(const float *a, const uint16_t *b, size_t n) {
+  __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  size_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    KERN_UNROLL
+    for (int u = 0; u < 2; u++) {
+      __m512 d = _mm512_sub_ps(_mm512_loadu_ps(a + i + 16 * u), _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(b + i + 16 * u))));
+      sum[u] = _mm512_fmadd_ps(d, d, sum[u]);
+    }
+  for (; i < n; i += 16) {
+    __mmask16 live = tail16(n - i);
+    __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(live, a + i), _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(live, b + i)));
+    sum[0] = _mm512_fmadd_ps(d, d, sum[0]);
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
 }
 
 static int all_finite_f32(const float *a, size_t n) {
@@ -236,7 +267,239 @@ static void scores_f32(const float *x, size_t dim, const float *packed, const fl
   for (; c < n_padded; c += KERN_LANES) strip_scores(x, dim, packed + c * dim, bias + c, 1, out + c);
 }
 
+/* All rows of a chunk against one strip. */
+KERN_INLINE void strip_scores_many(const float *x, size_t n_x, size_t stride, size_t dim, const float *packed, const float *bias,
+                                   const int n_groups, float *out, size_t out_stride) {
+  for (size_t r = 0; r < n_x; r += TILE_ROWS) {
+    __m512 acc[TILE_ROWS][TILE_GROUPS];
+    size_t left = n_x - r;
+    if (left >= TILE_ROWS) tile_scores(x + r * stride, stride, dim, packed, bias, TILE_ROWS, n_groups, acc);
+    else
+      for (size_t one = 0; one < left; one++) {
+        __m512 row[TILE_ROWS][TILE_GROUPS];
+        tile_scores(x + (r + one) * stride, stride, dim, packed, bias, 1, n_groups, row);
+        KERN_UNROLL
+        for (int g = 0; g < TILE_GROUPS; g++)
+          if (g < n_groups) _mm512_storeu_ps(out + (r + one) * out_stride + KERN_LANES * g, row[0][g]);
+      }
+    if (left < TILE_ROWS) break;
+    KERN_UNROLL
+    for (int t = 0; t < TILE_ROWS; t++)
+      KERN_UNROLL
+      for (int g = 0; g < TILE_GROUPS; g++)
+        if (g < n_groups) _mm512_storeu_ps(out + (r + (size_t)t) * out_stride + KERN_LANES * g, acc[t][g]);
+  }
+}
+
+static void scores_many_f32(const float *x, size_t n_x, size_t stride, size_t dim, const float *packed, const float *bias,
+                            size_t n_c, float *out, size_t out_stride) {
+  size_t n_padded = (n_c + KERN_LANES - 1) / KERN_LANES * KERN_LANES;
+  for (size_t row = 0; row < n_x; row += CHUNK_ROWS) {
+    size_t n_rows = n_x - row < CHUNK_ROWS ? n_x - row : CHUNK_ROWS, c = 0;
+    const float *chunk = x + row * stride;
+    float *to = out + row * out_stride;
+    for (; c + TILE_GROUPS * KERN_LANES <= n_padded; c += TILE_GROUPS * KERN_LANES)
+      strip_scores_many(chunk, n_rows, stride, dim, packed + c * dim, bias + c, TILE_GROUPS, to + c, out_stride);
+    for (; c < n_padded; c += KERN_LANES) strip_scores_many(chunk, n_rows, stride, dim, packed + c * dim, bias + c, 1, to + c, out_stride);
+  }
+}
+
+/* ------------------------------------------------------------------ bytes */
+
+static float quantize_i8(const float *x, size_t n, int8_t *out) {
+  __m512 top = _mm512_setzero_ps();
+  for (size_t i = 0; i < n; i += 16) top = _mm512_max_ps(top, _mm512_abs_ps(_mm512_maskz_loadu_ps(tail16(n - i), x + i)));
+  float m = _mm512_reduce_max_ps(top);
+  __m512 inv = _mm512_set1_ps(m >= 1e-30f ? 127 / m : 0);
+  for (size_t i = 0; i < n; i += 16) {
+    __mmask16 live = tail16(n - i);
+    __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(live, x + i), inv));
+    _mm_mask_storeu_epi8(out + i, live, _mm512_cvtepi32_epi8(v));
+  }
+  return m >= 1e-30f ? m / 127 : 0;
+}
+
+/* VNNI multiplies unsigned by signed bytes: what the 128 in each matrix element adds is known before, 128 * SUM q. */
+static int32_t zero_of(const int8_t *q, size_t dim) {
+  __m512i sum = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
+  for (size_t j = 0; j < dim; j += 64) {
+    __mmask64 live = dim - j < 64 ? ((__mmask64)1 << (dim - j)) - 1 : ~(__mmask64)0;
+    sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(live, q + j));
+  }
+  return -128 * _mm512_reduce_add_epi32(sum);
+}
+
+KERN_INLINE __m512i four_of(const int8_t *q) {
+  int32_t four;
+  memcpy(&four, q, 4);
+  return _mm512_set1_epi32(four);
+}
+
+enum { I8_QUERIES = 4, I8_GROUPS = 4 };
+
+/* n_q queries against n_groups groups of 16. */
+KERN_INLINE void tile_i8(const int8_t *q, size_t q_stride, const int32_t *zero, size_t dim, const uint8_t *packed, const int n_q,
+                         const int n_groups, int32_t *out, size_t out_stride) {
+  __m512i acc[I8_QUERIES][I8_GROUPS];
+  KERN_UNROLL
+  for (int r = 0; r < I8_QUERIES; r++)
+    KERN_UNROLL
+    for (int g = 0; g < I8_GROUPS; g++)
+      if (r < n_q && g < n_groups) acc[r][g] = _mm512_set1_epi32(zero[r]);
+  for (size_t j = 0; j < dim; j += 4) {
+    __m512i column[I8_GROUPS];
+    KERN_UNROLL
+    for (int g = 0; g < I8_GROUPS; g++)
+      if (g < n_groups) column[g] = _mm512_loadu_si512(packed + ((size_t)g * dim + j) * KERN_LANES);
+    KERN_UNROLL
+    for (int r = 0; r < I8_QUERIES; r++) {
+      if (r >= n_q) break;
+      __m512i value = four_of(q + (size_t)r * q_stride + j);
+      KERN_UNROLL
+      for (int g = 0; g < I8_GROUPS; g++)
+        if (g < n_groups) acc[r][g] = _mm512_dpbusd_epi32(acc[r][g], column[g], value);
+    }
+  }
+  KERN_UNROLL
+  for (int r = 0; r < I8_QUERIES; r++)
+    KERN_UNROLL
+    for (int g = 0; g < I8_GROUPS; g++)
+      if (r < n_q && g < n_groups) _mm512_storeu_si512(out + (size_t)r * out_stride + KERN_LANES * g, acc[r][g]);
+}
+
+KERN_INLINE void strip_i8(const int8_t *q, size_t q_stride, const int32_t *zero, size_t dim, const uint8_t *packed, size_t n_c,
+                          const int n_q, int32_t *out, size_t out_stride) {
+  size_t c = 0, n_padded = (n_c + KERN_LANES - 1) / KERN_LANES * KERN_LANES;
+  for (; c + I8_GROUPS * KERN_LANES <= n_padded; c += I8_GROUPS * KERN_LANES)
+    tile_i8(q, q_stride, zero, dim, packed + c * dim, n_q, I8_GROUPS, out + c, out_stride);
+  for (; c < n_padded; c += KERN_LANES) tile_i8(q, q_stride, zero, dim, packed + c * dim, n_q, 1, out + c, out_stride);
+}
+
+/* A stretch of the matrix that the L1 holds beside the queries meets all queries before the next one. */
+enum { I8_STRETCH_BYTES = 16384 };
+
+static void scores_i8(const int8_t *q, size_t n_q, size_t q_stride, size_t dim, const uint8_t *packed, size_t n_c, int32_t *out,
+                      size_t out_stride) {
+  size_t stretch = I8_STRETCH_BYTES / (dim + 1) / (I8_GROUPS * KERN_LANES) * (I8_GROUPS * KERN_LANES), r = 0;
+  if (n_q <= I8_QUERIES) stretch = n_c;
+  if (!stretch) stretch = I8_GROUPS * KERN_LANES;
+  for (size_t chunk; r < n_q; r += chunk) {
+    int32_t zero[64];
+    chunk = n_q - r < 64 ? n_q - r : 64;
+    for (size_t i = 0; i < chunk; i++) zero[i] = zero_of(q + (r + i) * q_stride, dim);
+    for (size_t c = 0; c < n_c; c += stretch) {
+      size_t n = n_c - c < stretch ? n_c - c : stretch, i = 0;
+      const int8_t *at = q + r * q_stride;
+      int32_t *to = out + r * out_stride + c;
+      for (; i + I8_QUERIES <= chunk; i += I8_QUERIES)
+        strip_i8(at + i * q_stride, q_stride, zero + i, dim, packed + c * dim, n, I8_QUERIES, to + i * out_stride, out_stride);
+      for (; i < chunk; i++) strip_i8(at + i * q_stride, q_stride, zero + i, dim, packed + c * dim, n, 1, to + i * out_stride, out_stride);
+    }
+  }
+}
+
+/* Flipping the top bit of 128 + v gives v as a signed byte; of q it gives 128 + q. VNNI wants one unsigned side, so rows stay as they
+ * are and 128 * SUM q is taken off: summed in the same pass. */
+static int32_t dot_i8(const int8_t *q, const uint8_t *row, size_t n) {
+  __m512i sum = _mm512_setzero_si512(), zero = sum, middle = _mm512_set1_epi8((char)128);
+  for (size_t i = 0; i < n; i += 64) {
+    __mmask64 live = n - i < 64 ? ((__mmask64)1 << (n - i)) - 1 : ~(__mmask64)0;
+    __m512i a = _mm512_maskz_loadu_epi8(live, q + i);
+    sum = _mm512_dpbusd_epi32(sum, _mm512_maskz_loadu_epi8(live, row + i), a);
+    zero = _mm512_dpbusd_epi32(zero, middle, a);
+  }
+  return _mm512_reduce_add_epi32(_mm512_sub_epi32(sum, zero));
+}
+
+/* kern_key, sixteen at a time: negative floats are inverted, others get their sign bit set; NaN becomes the largest. */
+KERN_INLINE void keys16(__m512 v, __m512i number, __m512i *low, __m512i *high) {
+  __m512i u = _mm512_castps_si512(v), sign = _mm512_set1_epi32((int)0x80000000u);
+  u = _mm512_xor_si512(u, _mm512_or_si512(_mm512_srai_epi32(u, 31), sign));
+  u = _mm512_mask_mov_epi32(u, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(-1));
+  *low = _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(_mm512_castsi512_si256(u)), 32),
+                         _mm512_cvtepu32_epi64(_mm512_castsi512_si256(number)));
+  *high = _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(u, 1)), 32),
+                          _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(number, 1)));
+}
+
+static size_t keys_i8(const int32_t *score, const float *scale, const float *norm2, size_t n, float mul, float base, uint32_t first,
+                      uint64_t limit, uint64_t *out) {
+  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i last = _mm512_set1_epi64((long long)limit);
+  const __m512 highest = _mm512_set1_ps(kern_key_value(limit));
+  size_t n_out = 0;
+  int every = (limit >> 32) == 0xffffffffu; /* then `highest` is a NaN */
+  for (size_t i = 0; i < n; i += 16) {
+    __mmask16 live = tail16(n - i);
+    __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(mul), _mm512_maskz_loadu_ps(live, scale + i)),
+                             _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(live, score + i)));
+    v = _mm512_add_ps(_mm512_add_ps(_mm512_maskz_loadu_ps(live, norm2 + i), _mm512_set1_ps(base)), v);
+    if (!every && !_mm512_mask_cmp_ps_mask(live, v, highest, _CMP_LE_OQ)) continue; /* mostly */
+    __m512i low, high;
+    keys16(v, _mm512_add_epi32(_mm512_set1_epi32((int)(first + (uint32_t)i)), iota), &low, &high);
+    __mmask8 keep_low = _mm512_mask_cmple_epu64_mask((__mmask8)live, low, last);
+    __mmask8 keep_high = _mm512_mask_cmple_epu64_mask((__mmask8)(live >> 8), high, last);
+    _mm512_storeu_si512(out + n_out, _mm512_maskz_compress_epi64(keep_low, low));
+    n_out += (size_t)__builtin_popcount(keep_low);
+    _mm512_storeu_si512(out + n_out, _mm512_maskz_compress_epi64(keep_high, high));
+    n_out += (size_t)__builtin_popcount(keep_high);
+  }
+  return n_out;
+}
+
+static void keys_u16(const uint16_t *sum, const uint32_t *row, size_t n, float base, float step, uint32_t first, uint64_t *out) {
+  for (size_t i = 0; i < n; i += 16) {
+    __mmask16 live = tail16(n - i);
+    __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, sum + i)));
+    v = _mm512_add_ps(_mm512_set1_ps(base), _mm512_mul_ps(_mm512_set1_ps(step), v));
+    __m512i low, high, number = _mm512_add_epi32(_mm512_set1_epi32((int)first), _mm512_maskz_loadu_epi32(live, row + i));
+    keys16(v, number, &low, &high);
+    _mm512_storeu_si512(out + i, low);
+    _mm512_storeu_si512(out + i + 8, high);
+  }
+}
+
 /* ------------------------------------------------------------------ PQ scan */
+
+/* All 256 scores of a sub-quantizer stay in sixteen registers. */
+static float pq_table_raw(const int8_t *q, const uint8_t *words, const float *factor, size_t m, size_t sub_dim, float *raw,
+                          float *low) {
+  float widest = 0;
+  for (size_t j = 0; j < m; j++, q += sub_dim, words += 256 * sub_dim, raw += 256) {
+    __m512i acc[16], zero = _mm512_set1_epi32(zero_of(q, sub_dim));
+    KERN_UNROLL
+    for (int g = 0; g < 16; g++) acc[g] = zero;
+    for (size_t e = 0; e < sub_dim; e += 4) {
+      __m512i value = four_of(q + e);
+      KERN_UNROLL
+      for (int g = 0; g < 16; g++)
+        acc[g] = _mm512_dpbusd_epi32(acc[g], _mm512_loadu_si512(words + ((size_t)g * sub_dim + e) * KERN_LANES), value);
+    }
+    __m512 f = _mm512_set1_ps(factor[j]), lo = _mm512_set1_ps(INFINITY), hi = _mm512_set1_ps(-INFINITY);
+    KERN_UNROLL
+    for (int g = 0; g < 16; g++) {
+      __m512 v = _mm512_mul_ps(f, _mm512_cvtepi32_ps(acc[g]));
+      lo = _mm512_min_ps(lo, v), hi = _mm512_max_ps(hi, v);
+      _mm512_storeu_ps(raw + 16 * g, v);
+    }
+    low[j] = _mm512_reduce_min_ps(lo);
+    float width = _mm512_reduce_max_ps(hi) - low[j];
+    widest = width > widest ? width : widest;
+  }
+  return widest;
+}
+
+static void pq_table(const float *raw, const float *low, size_t m, float inv, uint8_t *table) {
+  __m512 mul = _mm512_set1_ps(inv), top = _mm512_set1_ps(255);
+  for (size_t j = 0; j < m; j++) {
+    __m512 base = _mm512_set1_ps(low[j]);
+    KERN_UNROLL
+    for (int g = 0; g < 16; g++) {
+      __m512 v = _mm512_min_ps(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(raw + j * 256 + 16 * g), base), mul), top);
+      _mm_storeu_si128((void *)(table + j * 256 + 16 * g), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(v)));
+    }
+  }
+}
 
 enum { BLOCK_GROUPS = KERN_BLOCK / KERN_GROUP };
 
@@ -249,11 +512,11 @@ typedef struct {
   uint16_t *out_sum;
 } sieve;
 
-/* Adds the terms of rows [row, row + 32) to their sums and appends the survivors. The whole-register stores stay inside
- * the outputs: at most `row` survivors precede these, and there is room for n_rows rounded up to 64. */
-KERN_INLINE void sift32(sieve *s, __m512i sum, size_t row) {
-  if (row >= s->n_rows) return;
-  size_t left = s->n_rows - row;
+/* Adds the terms of rows [row, min(row + 32, end)) to their sums and appends the survivors. The whole-register stores stay
+ * inside the outputs: at most `row` survivors precede these, and there is room for n_rows rounded up to 64. */
+KERN_INLINE void sift32(sieve *s, __m512i sum, size_t row, size_t end) {
+  if (row >= end) return;
+  size_t left = end - row;
   __mmask32 live = left >= 32 ? (__mmask32)0xffffffff : (__mmask32)((1u << left) - 1);
   sum = _mm512_adds_epu16(sum, _mm512_mulhi_epu16(_mm512_loadu_si512(s->terms + row), s->term_mul));
   __mmask32 keep = _mm512_mask_cmple_epu16_mask(live, sum, s->limit);
@@ -269,10 +532,10 @@ KERN_INLINE void sift32(sieve *s, __m512i sum, size_t row) {
   s->n_out += (size_t)__builtin_popcount(keep);
 }
 
-/* One block of n_groups * 64 rows. A looked-up register holds even bytes E and odd bytes O as words E + 256 O. `both`
+/* One block of `width` <= n_groups * 64 rows (rounded up to 2). A looked-up register holds even bytes E and odd bytes O as words E + 256 O. `both`
  * sums the words modulo 2^16 and `odd` sums O; since SUM E < 2^16 it is both - 256 * odd, exactly, and the loop is
  * spared the masking of the even bytes. */
-KERN_INLINE void scan_block(const uint8_t *codes, size_t m, const uint8_t *table, size_t row, const int n_groups,
+KERN_INLINE void scan_block(const uint8_t *codes, size_t m, const uint8_t *table, size_t row, size_t width, const int n_groups,
                             sieve *s) {
   __m512i both[BLOCK_GROUPS], odd[BLOCK_GROUPS];
   KERN_UNROLL
@@ -284,7 +547,7 @@ KERN_INLINE void scan_block(const uint8_t *codes, size_t m, const uint8_t *table
     KERN_UNROLL
     for (int g = 0; g < BLOCK_GROUPS; g++) {
       if (g >= n_groups) break;
-      __m512i code = _mm512_loadu_si512(codes + (j * (size_t)n_groups + (size_t)g) * KERN_GROUP);
+      __m512i code = _mm512_loadu_si512(codes + j * width + (size_t)g * KERN_GROUP);
       __m512i low = _mm512_permutex2var_epi8(t0, code, t1), high = _mm512_permutex2var_epi8(t2, code, t3);
       __m512i entry = _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), low, high);
       both[g] = _mm512_add_epi16(both[g], entry);
@@ -294,8 +557,9 @@ KERN_INLINE void scan_block(const uint8_t *codes, size_t m, const uint8_t *table
   KERN_UNROLL
   for (int g = 0; g < BLOCK_GROUPS; g++) {
     if (g >= n_groups) break;
-    sift32(s, _mm512_sub_epi16(both[g], _mm512_slli_epi16(odd[g], 8)), row + (size_t)g * KERN_GROUP);
-    sift32(s, odd[g], row + (size_t)g * KERN_GROUP + 32);
+    size_t first = row + (size_t)g * KERN_GROUP, bytes = width - (size_t)g * KERN_GROUP, half = bytes < KERN_GROUP ? bytes / 2 : 32;
+    sift32(s, _mm512_sub_epi16(both[g], _mm512_slli_epi16(odd[g], 8)), first, first + half < s->n_rows ? first + half : s->n_rows);
+    sift32(s, odd[g], first + half, first + 2 * half < s->n_rows ? first + 2 * half : s->n_rows);
   }
 }
 
@@ -309,12 +573,13 @@ static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, siz
              .out_row = out_row,
              .out_sum = out_sum};
   size_t row = 0;
-  for (; row + KERN_BLOCK <= n_rows; row += KERN_BLOCK) scan_block(codes + row * m, m, table, row, BLOCK_GROUPS, &s);
-  switch ((n_rows - row + KERN_GROUP - 1) / KERN_GROUP) {
-  case 1: scan_block(codes + row * m, m, table, row, 1, &s); break;
-  case 2: scan_block(codes + row * m, m, table, row, 2, &s); break;
-  case 3: scan_block(codes + row * m, m, table, row, 3, &s); break;
-  case 4: scan_block(codes + row * m, m, table, row, 4, &s); break;
+  for (; row + KERN_BLOCK <= n_rows; row += KERN_BLOCK) scan_block(codes + row * m, m, table, row, KERN_BLOCK, BLOCK_GROUPS, &s);
+  size_t width = (n_rows - row + 1) / 2 * 2;
+  switch ((width + KERN_GROUP - 1) / KERN_GROUP) {
+  case 1: scan_block(codes + row * m, m, table, row, width, 1, &s); break;
+  case 2: scan_block(codes + row * m, m, table, row, width, 2, &s); break;
+  case 3: scan_block(codes + row * m, m, table, row, width, 3, &s); break;
+  case 4: scan_block(codes + row * m, m, table, row, width, 4, &s); break;
   default: break;
   }
   return s.n_out;
@@ -362,7 +627,17 @@ const kern kern_table_avx512 = {
   .f32_to_f16 = f32_to_f16,
   .all_finite_f32 = all_finite_f32,
   .scores_f32 = scores_f32,
+  .scores_many_f32 = scores_many_f32,
   .argmax_f32 = argmax_f32,
+  .dot_f16 = dot_f16,
+  .l2sq_f16 = l2sq_f16,
+  .quantize_i8 = quantize_i8,
+  .scores_i8 = scores_i8,
+  .dot_i8 = dot_i8,
+  .keys_i8 = keys_i8,
+  .keys_u16 = keys_u16,
+  .pq_table_raw = pq_table_raw,
+  .pq_table = pq_table,
   .pq_scan = pq_scan,
   .select_u64 = select_u64,
 };

@@ -28,7 +28,8 @@ static int has_avx2(void) {
 static int has_avx512(void) {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 #endif
 static int has_scalar(void) { return 1; }
@@ -84,6 +85,15 @@ void kern_pack_f32(const float *c, size_t n_c, size_t dim, float *packed) {
   }
 }
 
+void kern_pack_i8(const int8_t *c, size_t n_c, size_t dim, uint8_t *packed) {
+  memset(packed, 128, (n_c + KERN_LANES - 1) / KERN_LANES * KERN_LANES * dim);
+  for (size_t r = 0; r < n_c; r++)
+    for (size_t j = 0; j < dim; j += 4) {
+      uint8_t *to = packed + kern_i8_offset(dim, r, j);
+      for (size_t e = 0; e < 4; e++) to[e] = (uint8_t)(128 + c[r * dim + j + e]);
+    }
+}
+
 /* ------------------------------------------------------------------ sorting */
 
 /* Below this the eight histograms cost more than the quadratic moves. */
@@ -129,7 +139,8 @@ void kern_sort_u64(uint64_t *a, size_t n, uint64_t *scratch) {
 
 /* ------------------------------------------------------------------ selection */
 
-enum { N_SAMPLES = 16, WORK_FACTOR = 8 };
+/* A split of a few dozen keys is cheaper than sorting them. */
+enum { N_SAMPLES = 16, WORK_FACTOR = 8, SELECT_MAX = 24 };
 
 /* A key of a[0..n) (n >= N_SAMPLES) that about `need` keys do not exceed. The sample of that rank, but one towards the
  * middle: the cut then most likely falls into the smaller part and the larger one is settled. */
@@ -150,7 +161,7 @@ uint64_t kern_select_by(kern_split_fn split, uint64_t *a, size_t n, size_t want,
   while (base < want && want < end) {
     uint64_t *rest = a + base;
     size_t n_rest = end - base, need = want - base;
-    if (n_rest <= INSERTION_MAX || work / WORK_FACTOR > n) {
+    if (n_rest <= SELECT_MAX || work / WORK_FACTOR > n) {
       kern_sort_u64(rest, n_rest, scratch);
       break;
     }

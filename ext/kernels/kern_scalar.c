@@ -73,6 +73,26 @@ static void f32_to_f16(const float *in, uint16_t *out, size_t n) {
   }
 }
 
+static float dot_f16(const float *a, const uint16_t *b, size_t n) {
+  float sum = 0;
+  for (size_t i = 0; i < n; i++) {
+    float v;
+    f16_to_f32(b + i, &v, 1);
+    sum += a[i] * v;
+  }
+  return sum;
+}
+
+static float l2sq_f16(const float *a, const uint16_t *b, size_t n) {
+  float sum = 0;
+  for (size_t i = 0; i < n; i++) {
+    float v;
+    f16_to_f32(b + i, &v, 1);
+    sum += (a[i] - v) * (a[i] - v);
+  }
+  return sum;
+}
+
 static int all_finite_f32(const float *a, size_t n) {
   for (size_t i = 0; i < n; i++)
     if ((bits_of(a[i]) & 0x7f800000) == 0x7f800000) return 0;
@@ -110,7 +130,77 @@ static void argmax_f32(const float *x, size_t n_x, size_t stride, size_t dim, co
   }
 }
 
+static void scores_many_f32(const float *x, size_t n_x, size_t stride, size_t dim, const float *packed, const float *bias,
+                            size_t n_c, float *out, size_t out_stride) {
+  for (size_t r = 0; r < n_x; r++) scores_f32(x + r * stride, dim, packed, bias, n_c, out + r * out_stride);
+}
+
+/* ------------------------------------------------------------------ bytes */
+
+static float quantize_i8(const float *x, size_t n, int8_t *out) {
+  float m = 0;
+  for (size_t i = 0; i < n; i++) m = fabsf(x[i]) > m ? fabsf(x[i]) : m;
+  float inv = m >= 1e-30f ? 127 / m : 0;
+  for (size_t i = 0; i < n; i++) out[i] = (int8_t)lrintf(x[i] * inv); /* the rounding mode is to nearest even */
+  return inv > 0 ? m / 127 : 0;
+}
+
+static void scores_i8(const int8_t *q, size_t n_q, size_t q_stride, size_t dim, const uint8_t *packed, size_t n_c, int32_t *out,
+                      size_t out_stride) {
+  for (size_t r = 0; r < n_q; r++)
+    for (size_t c = 0; c < (n_c + KERN_LANES - 1) / KERN_LANES * KERN_LANES; c++) {
+      int32_t sum = 0;
+      for (size_t j = 0; j < dim; j++) sum += q[r * q_stride + j] * ((int)packed[kern_i8_offset(dim, c, j)] - 128);
+      out[r * out_stride + c] = sum;
+    }
+}
+
+static int32_t dot_i8(const int8_t *q, const uint8_t *row, size_t n) {
+  int32_t sum = 0;
+  for (size_t i = 0; i < n; i++) sum += q[i] * ((int)row[i] - 128);
+  return sum;
+}
+
+static size_t keys_i8(const int32_t *score, const float *scale, const float *norm2, size_t n, float mul, float base, uint32_t first,
+                      uint64_t limit, uint64_t *out) {
+  size_t n_out = 0;
+  for (size_t i = 0; i < n; i++) {
+    uint64_t key = kern_key((norm2[i] + base) + (mul * scale[i]) * (float)score[i], first + (uint32_t)i);
+    out[n_out] = key;
+    n_out += key <= limit;
+  }
+  return n_out;
+}
+
+static void keys_u16(const uint16_t *sum, const uint32_t *row, size_t n, float base, float step, uint32_t first, uint64_t *out) {
+  for (size_t i = 0; i < n; i++) out[i] = kern_key(base + step * (float)sum[i], first + row[i]);
+}
+
 /* ------------------------------------------------------------------ PQ scan */
+
+static float pq_table_raw(const int8_t *q, const uint8_t *words, const float *factor, size_t m, size_t sub_dim, float *raw,
+                          float *low) {
+  float widest = 0;
+  for (size_t j = 0; j < m; j++, raw += 256) {
+    int32_t score[256];
+    scores_i8(q + j * sub_dim, 1, 0, sub_dim, words + j * 256 * sub_dim, 256, score, 0);
+    float lowest = INFINITY, highest = -INFINITY;
+    for (int w = 0; w < 256; w++) {
+      raw[w] = factor[j] * (float)score[w];
+      lowest = raw[w] < lowest ? raw[w] : lowest, highest = raw[w] > highest ? raw[w] : highest;
+    }
+    low[j] = lowest;
+    widest = highest - lowest > widest ? highest - lowest : widest;
+  }
+  return widest;
+}
+
+static void pq_table(const float *raw, const float *low, size_t m, float inv, uint8_t *table) {
+  for (size_t i = 0; i < m * 256; i++) {
+    float v = (raw[i] - low[i / 256]) * inv;
+    table[i] = v < 255 ? (uint8_t)lrintf(v) : 255;
+  }
+}
 
 static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, size_t n_rows, const uint8_t *table,
                       uint16_t term_mul, uint32_t threshold, uint32_t *out_row, uint16_t *out_sum) {
@@ -156,7 +246,17 @@ const kern kern_table_scalar = {
   .f32_to_f16 = f32_to_f16,
   .all_finite_f32 = all_finite_f32,
   .scores_f32 = scores_f32,
+  .scores_many_f32 = scores_many_f32,
   .argmax_f32 = argmax_f32,
+  .dot_f16 = dot_f16,
+  .l2sq_f16 = l2sq_f16,
+  .quantize_i8 = quantize_i8,
+  .scores_i8 = scores_i8,
+  .dot_i8 = dot_i8,
+  .keys_i8 = keys_i8,
+  .keys_u16 = keys_u16,
+  .pq_table_raw = pq_table_raw,
+  .pq_table = pq_table,
   .pq_scan = pq_scan,
   .select_u64 = select_u64,
 };

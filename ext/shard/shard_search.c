@@ -18,9 +18,9 @@
 #include "../kernels/kern.h"
 #include "../s3vfs/io_s3.h"
 #include "shard.h"
+#include "shard_refine.h"
 
 enum {
-  REFINE_SLICE = 256,     /* rows per task of phase 2 */
   FEW_CANDIDATES = 100,   /* at least so many when refine is not given: k = 1 is as good as k = 10 */
   EASED_FROM = 100,       /* beyond this k the default refine falls from 10 to EASED, and nprobe grows with the root of k */
   EASED = 4
@@ -79,6 +79,12 @@ static uint32_t nprobe_for(const run *r, const ivfpq_segment *s) {
   return n > s->params.nlist ? s->params.nlist : (uint32_t)n;
 }
 
+static float reach_for(const ivfpq_segment *s) {
+  static float v = -1;
+  if (v < 0) v = getenv("VS_REACH") ? (float)atof(getenv("VS_REACH")) : 0;
+  return s->params.metric == IVFPQ_DOT ? 0 : v;
+}
+
 static int is_zero(const float *v, uint32_t dim) {
   for (uint32_t j = 0; j < dim; j++)
     if (v[j] != 0) return 0;
@@ -109,7 +115,7 @@ static vs_rc prepare(run *r, vs_err *err) {
 /* ---- phase 1 ---- */
 
 static ivfpq_query segment_query(run *r, const segment_task *t) {
-  return (ivfpq_query){.vector = r->q->query, .nprobe = nprobe_for(r, t->segment), .n_candidates = r->n_candidates,
+  return (ivfpq_query){.vector = r->q->query, .nprobe = nprobe_for(r, t->segment), .k = r->k, .reach = reach_for(t->segment), .n_candidates = r->n_candidates,
                        .filter = r->q->filters ? r->q->filters[t->shard] : NULL, .stop = poll_stop, .stop_ctx = r};
 }
 
@@ -185,15 +191,21 @@ static vs_rc run_exact(run *r, vs_err *err) {
   return VS_OK;
 }
 
-/* All keys as hits, cut to the best n by (value, shard, segment, row). */
-static int hit_order(const void *pa, const void *pb) {
-  const shard_hit *a = pa, *b = pb;
-  uint64_t x = kern_key(a->distance, a->shard), y = kern_key(b->distance, b->shard);
-  if (x != y) return x < y ? -1 : 1;
-  if (a->segment != b->segment) return a->segment < b->segment ? -1 : 1;
-  return a->row < b->row ? -1 : a->row > b->row;
+/* The n_best hits with the smallest estimates, in any order. */
+static vs_rc keep_best(shard_hit *h, size_t *n, uint64_t n_best, vs_err *err) {
+  uint64_t *key = malloc((3 * *n + 32) * sizeof *key);
+  if (!key) return vs_nomem(err);
+  for (size_t i = 0; i < *n; i++) key[i] = kern_key(h[i].distance, (uint32_t)i);
+  uint64_t last = kern_get()->select_u64(key, *n, n_best, key + *n);
+  size_t kept = 0;
+  for (size_t i = 0; i < *n; i++)
+    if (kern_key(h[i].distance, (uint32_t)i) <= last) h[kept++] = h[i];
+  *n = kept;
+  free(key);
+  return VS_OK;
 }
 
+/* All keys as hits, the best n of them by (value, place): ties by shard, segment, row for exact searches, which are sorted. */
 static vs_rc collect(run *r, uint64_t n_best, shard_hit **hits, size_t *n, vs_err *err) {
   size_t total = 0, at = 0;
   for (size_t i = 0; i < r->n_tasks; i++) total += r->tasks[i].keys.n;
@@ -205,106 +217,14 @@ static vs_rc collect(run *r, uint64_t n_best, shard_hit **hits, size_t *n, vs_er
       uint64_t key = r->tasks[i].keys.key[j];
       h[at++] = (shard_hit){kern_key_value(key), r->tasks[i].shard, r->tasks[i].number, kern_key_number(key)};
     }
-  if (total > n_best || r->q->exact) qsort(h, total, sizeof *h, hit_order);
-  *n = total < n_best ? total : (size_t)n_best;
+  *n = total;
+  if (r->q->exact) qsort(h, total, sizeof *h, shard_hit_order);
+  else if (total > n_best) return keep_best(h, n, n_best, err);
+  if (*n > n_best) *n = (size_t)n_best;
   return VS_OK;
 }
 
 /* ---- phase 2 ---- */
-
-static int storage_order(const void *pa, const void *pb) {
-  const shard_hit *a = pa, *b = pb;
-  if (a->shard != b->shard) return a->shard < b->shard ? -1 : 1;
-  if (a->segment != b->segment) return a->segment < b->segment ? -1 : 1;
-  return a->row < b->row ? -1 : a->row > b->row;
-}
-
-typedef struct refine_job {
-  run *r;
-  shard_hit *hits;
-  size_t n;
-  vs_rc rc;
-  vs_err err;
-  pthread_mutex_t lock;
-} refine_job;
-
-/* One slice: stretches of one segment, each read in one round. */
-static vs_rc refine_slice(refine_job *j, size_t at, size_t end, vs_err *err) {
-  uint32_t rows[REFINE_SLICE];
-  float distance[REFINE_SLICE];
-  while (at < end) {
-    size_t n = 0;
-    const shard_hit *first = &j->hits[at];
-    while (at + n < end && first[n].shard == first->shard && first[n].segment == first->segment) rows[n] = first[n].row, n++;
-    ivfpq_segment *s = j->r->q->shards[first->shard]->segments[first->segment];
-    vs_rc rc = ivfpq_distances(s, j->r->q->query, rows, n, distance, err);
-    if (rc) return rc;
-    for (size_t i = 0; i < n; i++) j->hits[at + i].distance = distance[i];
-    at += n;
-  }
-  return poll_stop(j->r) ? vs_fail(err, VS_INTERRUPT, "interrupted") : VS_OK;
-}
-
-static void refine_task(void *ctx, size_t i) {
-  refine_job *j = ctx;
-  vs_err err = {0};
-  size_t at = i * REFINE_SLICE, end = at + REFINE_SLICE < j->n ? at + REFINE_SLICE : j->n;
-  vs_rc rc = refine_slice(j, at, end, &err);
-  if (!rc) return;
-  pthread_mutex_lock(&j->lock);
-  if (!j->rc) j->rc = rc, j->err = err;
-  pthread_mutex_unlock(&j->lock);
-}
-
-/* Starts reading all rows that lie in stores, a stretch of hits of one segment at a time; *held are to be released. */
-static vs_rc begin_rows(run *r, const shard_hit *hits, size_t n, ivfpq_row *held, uint32_t *rows, vs_err *err) {
-  vs_rc rc = VS_OK;
-  for (size_t at = 0, m; at < n && !rc; at += m) {
-    const shard_hit *h = hits + at;
-    for (m = 0; at + m < n && h[m].shard == h->shard && h[m].segment == h->segment; m++) rows[m] = h[m].row;
-    ivfpq_segment *s = r->q->shards[h->shard]->segments[h->segment];
-    if (!s->io->local) rc = ivfpq_rows_begin(s, rows, m, held + at, err);
-  }
-  return rc;
-}
-
-static void release_rows(run *r, const shard_hit *hits, size_t n, ivfpq_row *held) {
-  for (size_t i = 0; i < n; i++)
-    if (held[i].range.len) ivfpq_rows_release(r->q->shards[hits[i].shard]->segments[hits[i].segment], &held[i], 1);
-}
-
-static int all_local(const run *r) {
-  for (size_t i = 0; i < r->n_tasks; i++)
-    if (!r->tasks[i].segment->io->local) return 0;
-  return 1;
-}
-
-static void refine_slices(refine_job *j) {
-  vs_pool_run((j->n + REFINE_SLICE - 1) / REFINE_SLICE, j->r->q->threads, refine_task, j);
-}
-
-/* Rows in stores are held while the slices look at them, which so find them in the cache. */
-static vs_rc refine_remote(refine_job *j, vs_err *err) {
-  ivfpq_row *held = calloc(j->n + 1, sizeof *held);
-  uint32_t *rows = malloc((j->n + 1) * sizeof *rows);
-  vs_rc rc = held && rows ? begin_rows(j->r, j->hits, j->n, held, rows, err) : vs_nomem(err);
-  if (!rc) refine_slices(j);
-  if (held) release_rows(j->r, j->hits, j->n, held);
-  free(held), free(rows);
-  return rc;
-}
-
-static vs_rc refine(run *r, shard_hit *hits, size_t n, vs_err *err) {
-  refine_job j = {.r = r, .hits = hits, .n = n, .lock = PTHREAD_MUTEX_INITIALIZER};
-  vs_rc rc = VS_OK;
-  qsort(hits, n, sizeof *hits, storage_order);
-  if (all_local(r)) refine_slices(&j);
-  else rc = refine_remote(&j, err);
-  if (rc) return rc;
-  if (j.rc) return vs_fail(err, j.rc, "%s", j.err.text);
-  qsort(hits, n, sizeof *hits, hit_order);
-  return VS_OK;
-}
 
 static int64_t now_us(void) {
   struct timespec t;
@@ -312,11 +232,12 @@ static int64_t now_us(void) {
   return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
-static vs_rc refine_counted(run *r, shard_hit *hits, size_t n, shard_stats *stats, vs_err *err) {
+static vs_rc refine_counted(run *r, shard_hit *hits, size_t *n, shard_stats *stats, vs_err *err) {
   const vs_traffic before = vs_scope_current()->traffic, *now = &vs_scope_current()->traffic;
+  shard_refine refine = {.q = r->q, .k = r->k, .stop = poll_stop, .stop_ctx = r};
   int64_t start = now_us();
-  vs_rc rc = refine(r, hits, n, err);
-  stats->refined = n, stats->refine_us = now_us() - start;
+  vs_rc rc = shard_refine_run(&refine, hits, n, &stats->refined, err);
+  stats->refine_us = now_us() - start;
   stats->refine = (vs_traffic){.requests = now->requests - before.requests, .retries = now->retries - before.retries,
                                .rounds = now->rounds - before.rounds, .bytes = now->bytes - before.bytes,
                                .hits = now->hits - before.hits};
@@ -382,7 +303,7 @@ static vs_rc order_ties(const shard_search *q, shard_hit *hits, size_t n, vs_err
 /* Drops what lies at or before `after`; hits are in order. */
 static size_t skip_until(const shard_hit *after, shard_hit *hits, size_t n) {
   size_t at = 0;
-  while (at < n && hit_order(&hits[at], after) <= 0) at++;
+  while (at < n && shard_hit_order(&hits[at], after) <= 0) at++;
   memmove(hits, hits + at, (n - at) * sizeof *hits);
   return n - at;
 }
@@ -401,8 +322,7 @@ static vs_rc search_once(const shard_search *q, shard_hit **hits, size_t *n, sha
   } else if (!rc && r.k) {
     rc = run_scans(&r, err);
     if (!rc) rc = collect(&r, r.n_candidates, hits, n, err);
-    if (!rc) rc = refine_counted(&r, *hits, *n, stats, err);
-    if (!rc && *n > r.k) *n = (size_t)r.k;
+    if (!rc) rc = refine_counted(&r, *hits, n, stats, err);
     if (!rc && q->after) *n = skip_until(q->after, *hits, *n);
   }
   if (!rc) rc = order_ties(q, *hits, *n, err);

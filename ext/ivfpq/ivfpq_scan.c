@@ -1,0 +1,550 @@
+/* ivfpq_scan.c - estimates by codes; see ivfpq_search.h and the estimate in ivfpq_format.h.
+ *
+ * A scan, stage by stage (a step ends where reads were begun that are worth waiting for together with other segments'):
+ * prepare the query; rank the centroids by 8-bit scores (group by group); make the query's table; scan the partitions, nearest
+ * first, keeping the best n_candidates: the buffer is cut back by selection when full, which tightens the threshold that the
+ * scan kernel rejects by.
+ *
+ * Ranking. The centroids are bytes, the query is rounded to bytes: what that leaves out moves a distance by about a thousandth
+ * of |q|^2 (128 dims), far less than codes do, so no second look with floats is needed (measured on sets of 128 to 1,536
+ * dimensions: recall equal in the third digit). Where a projection holds the centroids' energy, all of them are ranked in
+ * its few dimensions and the leaders once more in full.
+ *
+ * When to stop. Partitions come nearest first. One whose centroid is farther than `reach` times the k-th best estimate so far
+ * ends the scan (query-aware pruning as in SPANN, Chen et al. 2021, but against estimates): about half of the partitions of an
+ * average query are never touched.
+ *
+ * A scan's memory is kept in the segment for the next scan: allocating it costs as much as ranking.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../kernels/kern.h"
+#include "ivfpq_search.h"
+#include "ivfpq_table.h"
+
+enum {
+  SCAN_ROWS = 16 * KERN_BLOCK,  /* rows between two looks at the threshold */
+  PARTS_BYTES = 64 << 20,       /* of partitions held at once */
+  CHUNK = 16,                   /* partitions put in order, and looked up, at once: most queries stop early */
+  RESERVE = 16,                 /* projected ranks that are looked at in full before they can be due */
+  ALL_GROUPS_BYTES = 32 << 20   /* centroids: up to here all are ranked */
+};
+
+uint32_t ivfpq_default_nprobe(uint32_t nlist) {
+  double n = ceil(2 * sqrt((double)nlist)) + 16; /* small segments need a larger share */
+  return (uint32_t)n;
+}
+
+static int stopped(const ivfpq_query *q) { return q->stop && q->stop(q->stop_ctx); }
+static vs_rc interrupted(vs_err *err) { return vs_fail(err, VS_INTERRUPT, "interrupted"); }
+
+static int bit(const uint64_t *bitmap, size_t i) { return bitmap[i / 64] >> i % 64 & 1; }
+
+/* What was begun and not yet worked on. */
+typedef enum pending { NOTHING, GROUPS, PARTS } pending;
+
+typedef struct ivfpq_scan_state scan;
+struct ivfpq_scan_state {
+  ivfpq_segment *s;
+  const ivfpq_query *q;
+  ivfpq_keys *out;
+  ivfpq_stats *stats;
+  ivfpq_table table;
+  /* ranking: keys of (distance, lane) */
+  const ivfpq_group_view *resident;
+  uint32_t *order;         /* all groups; the first n_views of them are read */
+  ivfpq_group_view *views; /* by place in `order` */
+  uint32_t *place;         /* of a group in `order` */
+  size_t n_views;
+  float *projected;
+  int8_t *projected8;
+  int32_t *score;
+  uint64_t *rank, *rank_scratch;
+  size_t n_ranked, next;   /* rank[0..next) went out to be probed */
+  size_t settled, scored;  /* rank[0..settled) is in its final order; with a projection rank[0..scored) was looked at in full */
+  int cut;                 /* only the nearest were kept */
+  uint64_t seen;           /* rows that pass the filter */
+  uint64_t worst, kth;     /* keys; UINT64_MAX while the buffer was not cut */
+  uint32_t *out_row;
+  uint16_t *out_sum;
+  uint64_t *bitmap;
+  /* reads under way */
+  pending pending;
+  int has_table, probed, arrived; /* arrived: what is left lies out of reach */
+  vs_range codebook[2];
+  size_t n_begun;          /* GROUPS: views behind n_views */
+  size_t to_probe;         /* partitions of this round that are not begun yet */
+  ivfpq_part *parts;       /* PARTS */
+  uint64_t *part_keys;
+  size_t n_parts, parts_room;
+  vs_range *flat;          /* a flat segment's rows, stretch by stretch */
+  size_t n_flat;
+};
+
+/* ---- memory ---- */
+
+static void scan_free(void *p) {
+  scan *c = p;
+  if (!c) return;
+  ivfpq_table_reset(&c->table);
+  free(c->order), free(c->views), free(c->place), free(c->projected), free(c->projected8), free(c->score), free(c->rank);
+  free(c->rank_scratch), free(c->out_row), free(c->out_sum), free(c->bitmap), free(c->parts), free(c->part_keys), free(c->flat);
+  free(c);
+}
+
+static vs_rc scan_allocate(scan *c, vs_err *err) {
+  const ivfpq_params *p = &c->s->params;
+  size_t lanes = c->s->first_lane[p->n_groups];
+  vs_rc rc = ivfpq_table_allocate(p, &c->table, err);
+  if (rc) return rc;
+  c->order = malloc((p->n_groups + 1) * sizeof *c->order), c->place = malloc((p->n_groups + 1) * sizeof *c->place);
+  c->views = calloc(p->n_groups + 1, sizeof *c->views);
+  c->projected = calloc(p->project + 16, sizeof *c->projected), c->projected8 = calloc(p->project + 64, 1);
+  c->score = malloc((lanes + p->project + 16) * sizeof *c->score);
+  c->rank = malloc((lanes + 32) * sizeof *c->rank), c->rank_scratch = malloc((2 * lanes + 32) * sizeof *c->rank_scratch);
+  c->out_row = malloc(SCAN_ROWS * sizeof *c->out_row), c->out_sum = malloc(SCAN_ROWS * sizeof *c->out_sum);
+  c->parts_room = CHUNK;
+  c->parts = malloc(c->parts_room * sizeof *c->parts), c->part_keys = malloc(c->parts_room * sizeof *c->part_keys);
+  int ok = c->order && c->place && c->views && c->projected && c->projected8 && c->score && c->rank && c->rank_scratch &&
+           c->out_row && c->out_sum && c->parts && c->part_keys;
+  return ok ? VS_OK : vs_nomem(err);
+}
+
+/* The one kept in the segment, or a new one; reset to the state before a scan. */
+static scan *scan_take(ivfpq_segment *s) {
+  scan *c = __atomic_exchange_n((scan **)&s->spare, NULL, __ATOMIC_ACQ_REL);
+  if (!c) {
+    if ((c = calloc(1, sizeof *c))) c->s = s;
+    return c;
+  }
+  c->resident = NULL;
+  c->n_views = c->n_ranked = c->next = c->settled = c->scored = 0, c->cut = 0;
+  c->seen = 0, c->pending = NOTHING, c->has_table = c->probed = c->arrived = 0;
+  c->n_begun = c->to_probe = c->n_parts = c->n_flat = 0;
+  memset(c->codebook, 0, sizeof c->codebook);
+  return c;
+}
+
+static void scan_give_back(scan *c) {
+  scan *none = NULL;
+  ivfpq_segment *s = c->s;
+  s->free_spare = scan_free;
+  if (!__atomic_compare_exchange_n((scan **)&s->spare, &none, c, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) scan_free(c);
+}
+
+/* ---- ranking ---- */
+
+static const ivfpq_group_view *view_of(const scan *c, uint32_t group) {
+  return c->resident ? &c->resident[group] : &c->views[c->place[group]];
+}
+
+/* All groups into c->order, and how many of them to read at first. Groups are rough: on two clustered sets (1,000,000 x 128 and
+ * 300,000 x 960, nprobe 20) the nearest half of the centroids holds .997 of the recall that all of them give, a quarter .96. So
+ * all are read while that is cheap, the nearest half or more else. The same for files and stores: they give the same rows. */
+static vs_rc choose_groups(scan *c, size_t *n, vs_err *err) {
+  const ivfpq_params *p = &c->s->params;
+  uint64_t lanes = ivfpq_round(p->n_groups, 16), enough = (uint64_t)c->q->nprobe * 32 + 64, have = 0;
+  int all = c->s->section[IVFPQ_GROUPS].size <= ALL_GROUPS_BYTES || c->q->n_candidates > p->n_rows / 8;
+  *n = p->n_groups;
+  for (uint32_t g = 0; g < p->n_groups; g++) c->order[g] = c->place[g] = g;
+  if (all) return VS_OK;
+  float *score = malloc(lanes * sizeof *score + 64);
+  uint64_t *key = malloc(2 * (p->n_groups + 1) * sizeof *key);
+  if (!score || !key) {
+    free(score), free(key);
+    return vs_nomem(err);
+  }
+  kern_get()->scores_f32(c->table.x, p->dim_padded, c->s->group_centroids, c->s->group_bias, p->n_groups, score);
+  for (uint32_t g = 0; g < p->n_groups; g++) key[g] = kern_key(-score[g], g);
+  kern_sort_u64(key, p->n_groups, key + p->n_groups + 1);
+  if (enough < p->nlist / 2) enough = p->nlist / 2;
+  *n = 0;
+  for (uint32_t i = 0; i < p->n_groups; i++) {
+    uint32_t g = kern_key_number(key[i]);
+    c->order[i] = g, c->place[g] = i;
+    if (have < enough) ++*n;
+    have += c->s->groups[g].n;
+  }
+  free(score), free(key);
+  return VS_OK;
+}
+
+/* The query in the directions of the projection, as bytes; returns their step. */
+static float project(scan *c) {
+  const ivfpq_segment *s = c->s;
+  uint32_t n = s->params.project;
+  int32_t *score = c->score;
+  kern_get()->scores_i8(c->table.bytes, 1, 0, ivfpq_coded_dim(&s->params), s->projection, n, score, 0);
+  for (uint32_t u = 0; u < n; u++) c->projected[u] = c->table.step8 * s->projection_scale[u] * (float)score[u];
+  return kern_get()->quantize_i8(c->projected, n, c->projected8);
+}
+
+/* Ranks that a round may want; more are kept only when a filter uses these up. */
+static size_t ranks_wanted(const scan *c) { return c->q->nprobe + (c->s->params.project ? RESERVE : 0); }
+
+/* Ranks n groups of c->order, from the at-th on, behind what is ranked already; keeps about the nearest `want`. */
+static void rank_groups(scan *c, size_t at, size_t n, size_t want) {
+  const ivfpq_params *p = &c->s->params;
+  const kern *k = kern_get();
+  uint32_t width = p->project ? p->project : ivfpq_coded_dim(p);
+  float step = p->project ? project(c) : c->table.step8;
+  const int8_t *q = p->project ? c->projected8 : c->table.bytes;
+  uint64_t limit = UINT64_MAX;
+  for (size_t i = at; i < at + n; i++) {
+    uint32_t g = c->order[i], lanes = c->s->first_lane[g + 1] - c->s->first_lane[g];
+    const ivfpq_group_view *v = view_of(c, g);
+    k->scores_i8(q, 1, 0, width, v->packed, v->n, c->score, 0);
+    c->n_ranked += k->keys_i8(c->score, v->scale, v->norm2, lanes, -2 * step, c->table.qq, c->s->first_lane[g], limit,
+                              c->rank + c->n_ranked);
+    if (c->n_ranked - c->next >= 2 * want + 128) {
+      limit = k->select_u64(c->rank + c->next, c->n_ranked - c->next, want, c->rank_scratch);
+      c->n_ranked = c->next + want, c->cut = 1;
+    }
+  }
+}
+
+/* Full distances of the projected leaders, rank[from, to). */
+static void rank_again(scan *c, size_t from, size_t to) {
+  const ivfpq_params *p = &c->s->params;
+  const kern *k = kern_get();
+  uint32_t width = ivfpq_coded_dim(p);
+  for (size_t i = from; i < to; i++) {
+    uint32_t lane = kern_key_number(c->rank[i]), g = c->s->lane_group[lane], in = lane - c->s->first_lane[g];
+    const ivfpq_group_view *v = view_of(c, g);
+    if (i + 2 < to) {
+      uint32_t next = kern_key_number(c->rank[i + 2]), ng = c->s->lane_group[next];
+      const ivfpq_group_view *nv = view_of(c, ng);
+      if (next - c->s->first_lane[ng] < nv->n)
+        for (uint32_t z = 0; z < width; z += 64) __builtin_prefetch(nv->rows + (size_t)(next - c->s->first_lane[ng]) * width + z);
+    }
+    if (in >= v->n) continue;
+    int32_t score = k->dot_i8(c->table.bytes, v->rows + (size_t)in * width, width);
+    uint64_t key[16];
+    k->keys_i8(&score, v->row_scale + in, v->norm2 + in, 1, -2 * c->table.step8, c->table.qq, lane, UINT64_MAX, key);
+    c->rank[i] = key[0];
+  }
+}
+
+static vs_rc begin_ranking(scan *c, vs_err *err) {
+  size_t n;
+  vs_rc rc = ivfpq_resident(c->s, &c->resident, err);
+  if (!rc) rc = choose_groups(c, &n, err);
+  if (!rc && !c->resident) rc = ivfpq_groups_begin(c->s, c->order, n, c->views, err);
+  if (!rc) c->pending = GROUPS, c->n_begun = n;
+  return rc;
+}
+
+/* A strict filter may use up the groups that were chosen: twice as many then. */
+static vs_rc begin_more_groups(scan *c, vs_err *err) {
+  size_t left = c->s->params.n_groups - c->n_views, n = left < c->n_views ? left : c->n_views;
+  vs_rc rc = c->resident ? VS_OK : ivfpq_groups_begin(c->s, c->order + c->n_views, n, c->views + c->n_views, err);
+  if (!rc) c->pending = GROUPS, c->n_begun = n;
+  return rc;
+}
+
+/* What was cut off is ranked after all, without what was probed. */
+static vs_rc rank_rest(scan *c, vs_err *err) {
+  uint32_t lanes = c->s->first_lane[c->s->params.n_groups];
+  uint64_t *done = calloc(lanes / 64 + 1, sizeof *done);
+  if (!done) return vs_nomem(err);
+  for (size_t i = 0; i < c->next; i++) done[kern_key_number(c->rank[i]) / 64] |= 1ull << kern_key_number(c->rank[i]) % 64;
+  c->n_ranked = c->next = c->settled = c->scored = 0, c->cut = 0;
+  rank_groups(c, 0, c->n_views, lanes);
+  size_t n = 0;
+  for (size_t i = 0; i < c->n_ranked; i++)
+    if (!bit(done, kern_key_number(c->rank[i]))) c->rank[n++] = c->rank[i];
+  c->n_ranked = n;
+  free(done);
+  return VS_OK;
+}
+
+/* Puts a chunk more in order. Projected ranks are rough: a partition is due only when it is the nearest of a few more that were
+ * looked at in full. In chunks of one size everywhere, so that files and stores come to the same order. */
+static void settle_chunk(scan *c) {
+  const kern *k = kern_get();
+  int rough = c->s->params.project != 0;
+  size_t left = c->n_ranked - c->scored, n = CHUNK + (rough && c->scored == c->settled ? RESERVE : 0);
+  if (n > left) n = left;
+  if (n < left) k->select_u64(c->rank + c->scored, left, n, c->rank_scratch);
+  if (rough) rank_again(c, c->scored, c->scored + n);
+  c->scored += n;
+  kern_sort_u64(c->rank + c->settled, c->scored - c->settled, c->rank_scratch);
+  c->settled = rough && c->scored < c->n_ranked ? c->settled + CHUNK : c->scored;
+}
+
+/* The next m partitions, nearest first; sorts only what is reached. */
+static size_t next_ranked(scan *c, size_t m, const uint64_t **keys) {
+  while (c->settled - c->next < m && c->settled < c->n_ranked) settle_chunk(c);
+  if (m > c->settled - c->next) m = c->settled - c->next;
+  *keys = c->rank + c->next;
+  c->next += m;
+  return m;
+}
+
+/* ---- scanning ---- */
+
+/* Sums below this can enter the result; 65536: all. */
+static uint32_t threshold_of(const scan *c, float base) {
+  if (c->worst == UINT64_MAX) return 65536;
+  float units = (kern_key_value(c->worst) - base) / c->table.step;
+  if (!(units >= 0)) return units < 0 ? 0 : 65536;
+  return units >= 65534 ? 65536 : (uint32_t)units + 1;
+}
+
+/* Worth cutting: selection is linear, so it pays once the buffer has about twice what is wanted. */
+static void cut_when_full(scan *c) {
+  uint64_t want = c->q->n_candidates;
+  if (c->out->n < want + (want > 256 ? want : 256)) return;
+  c->worst = ivfpq_keys_cut(c->out, want);
+  if (!(c->q->reach > 0) || c->q->k >= want) return;
+  memcpy(c->out->scratch, c->out->key, want * sizeof *c->out->key);
+  c->kth = kern_get()->select_u64(c->out->scratch, want, c->q->k, c->out->scratch + want);
+}
+
+static vs_rc take_survivors(scan *c, size_t n, uint32_t first_row, const uint64_t *bitmap, uint32_t at, float base, vs_err *err) {
+  if (!n) return VS_OK;
+  vs_rc rc = ivfpq_keys_room(c->out, c->out->n + n + 16, err);
+  if (rc) return rc;
+  if (bitmap) {
+    size_t m = 0;
+    for (size_t i = 0; i < n; i++)
+      if (bit(bitmap, at + c->out_row[i])) c->out_row[m] = c->out_row[i], c->out_sum[m++] = c->out_sum[i];
+    n = m;
+  }
+  kern_get()->keys_u16(c->out_sum, c->out_row, n, base, c->table.step, first_row + at, c->out->key + c->out->n);
+  c->out->n += n;
+  if (!c->q->probe) cut_when_full(c);
+  return VS_OK;
+}
+
+static vs_rc eval_filter(scan *c, const ivfpq_part *part, vs_err *err) {
+  uint32_t n = part->entry.n_rows;
+  memset(c->bitmap, 0, ivfpq_round(n, 64) / 8);
+  vs_rc rc = c->q->filter->eval(c->q->filter->ctx, c->s, part, c->bitmap, err);
+  for (uint32_t i = 0; i < n && !rc; i += 64) c->seen += (uint64_t)__builtin_popcountll(c->bitmap[i / 64]);
+  return rc;
+}
+
+static vs_rc scan_part(scan *c, const ivfpq_part *part, float coarse, vs_err *err) {
+  const ivfpq_params *p = &c->s->params;
+  uint32_t n = part->entry.n_rows;
+  float base = ivfpq_table_base(c->s, &c->table, coarse);
+  const uint64_t *bitmap = NULL;
+  vs_rc rc = VS_OK;
+  uint64_t seen = c->seen;
+  if (c->q->filter) {
+    rc = eval_filter(c, part, err);
+    if (rc || c->seen == seen) return rc;
+    bitmap = c->bitmap;
+  } else c->seen += n;
+  c->stats->partitions++, c->stats->rows += n;
+  for (uint32_t at = 0; at < n && !rc; at += SCAN_ROWS) {
+    uint32_t m = n - at < SCAN_ROWS ? n - at : SCAN_ROWS, threshold = threshold_of(c, base);
+    if (!threshold) break;
+    size_t hits = kern_get()->pq_scan(part->codes + (size_t)at * p->m, p->m, part->terms + at, m, c->table.table, c->table.term_mul,
+                                      threshold, c->out_row, c->out_sum);
+    rc = take_survivors(c, hits, (uint32_t)part->entry.row0, bitmap, at, base, err);
+  }
+  if (c->q->probe && !rc) c->q->probe(c->q->probe_ctx, part, coarse, c->out->key), c->out->n = 0;
+  return rc;
+}
+
+static int seen_enough(const scan *c) {
+  uint64_t rows = c->s->params.n_rows;
+  return c->seen >= (c->q->n_candidates < rows ? c->q->n_candidates : rows);
+}
+
+/* Does this partition, and so every later one, lie out of reach? */
+static int out_of_reach(const scan *c, float coarse) {
+  return c->q->reach > 0 && c->kth != UINT64_MAX && coarse > c->q->reach * kern_key_value(c->kth) && seen_enough(c);
+}
+
+static vs_rc parts_room(scan *c, size_t n, vs_err *err) {
+  if (n <= c->parts_room) return VS_OK;
+  free(c->parts), free(c->part_keys);
+  c->parts = malloc(n * sizeof *c->parts), c->part_keys = malloc(n * sizeof *c->part_keys);
+  c->parts_room = c->parts && c->part_keys ? n : 0;
+  return c->parts_room ? VS_OK : vs_nomem(err);
+}
+
+/* Starts reading the nearest of the partitions that are still to be probed: all of them, or as many as may be held at once. */
+static vs_rc begin_parts(scan *c, vs_err *err) {
+  const uint64_t *keys;
+  size_t want = c->s->io->local && c->to_probe > CHUNK ? CHUNK : c->to_probe;
+  size_t n = next_ranked(c, want, &keys), m = 0, taken = 0;
+  int what = IVFPQ_WANT_CODES | (c->q->filter ? IVFPQ_WANT_COLUMNS : 0);
+  uint64_t bytes = 0;
+  vs_rc rc = parts_room(c, n, err);
+  if (rc) return rc;
+  for (size_t i = 0; i < n; i++) { /* each lies in a cache line of its own */
+    uint32_t lane = kern_key_number(keys[i]), g = c->s->lane_group[lane];
+    __builtin_prefetch(view_of(c, g)->entries + (lane - c->s->first_lane[g]));
+  }
+  for (; taken < n && (m < 1 || bytes < PARTS_BYTES); taken++) {
+    uint32_t lane = kern_key_number(keys[taken]), g = c->s->lane_group[lane], at = lane - c->s->first_lane[g];
+    const ivfpq_group_view *v = view_of(c, g);
+    if (at >= v->n) continue; /* padding: these rank last */
+    c->parts[m].number = v->first + at, c->parts[m].entry = v->entries[at];
+    c->part_keys[m++] = keys[taken];
+    bytes += ivfpq_code_bytes(v->entries[at].n_rows, c->s->params.m) + v->entries[at].column_bytes;
+  }
+  c->next -= n - taken; /* they stay sorted */
+  c->to_probe = c->next < c->n_ranked && taken < c->to_probe ? c->to_probe - taken : 0;
+  rc = ivfpq_parts_begin(c->s, what, c->parts, m, err);
+  if (!rc) c->pending = PARTS, c->n_parts = m;
+  return rc;
+}
+
+/* The head of each page of codes: the hardware follows within a page only. */
+static void prefetch_part(const scan *c, const ivfpq_part *p) {
+  const uint8_t *end = p->codes + ivfpq_term_offset(p->entry.n_rows, c->s->params.m);
+  for (const uint8_t *page = p->codes; page < end; page = (const uint8_t *)(((uintptr_t)page | 4095) + 1))
+    for (const uint8_t *z = page; z < page + 256 && z < end; z += 64) __builtin_prefetch(z);
+  __builtin_prefetch(end);
+}
+
+static vs_rc scan_parts(scan *c, vs_err *err) {
+  size_t n = c->n_parts;
+  c->pending = NOTHING, c->n_parts = 0;
+  vs_rc rc = ivfpq_parts_wait(c->s, c->parts, n, err);
+  if (rc) return rc;
+  for (size_t i = 0; i < n && !rc; i++) {
+    float coarse = kern_key_value(c->part_keys[i]);
+    if (out_of_reach(c, coarse)) {
+      c->arrived = 1;
+      break;
+    }
+    if (i + 1 < n) prefetch_part(c, &c->parts[i + 1]);
+    rc = scan_part(c, &c->parts[i], coarse, err);
+  }
+  if (!rc && stopped(c->q)) rc = interrupted(err);
+  ivfpq_parts_release(c->s, c->parts, n);
+  return rc;
+}
+
+/* Everything a coded segment's scan needs to know is there once the first groups and the codebook are: ranks, table. */
+static vs_rc finish_ranking(scan *c, vs_err *err) {
+  size_t n = c->n_begun;
+  c->pending = NOTHING, c->n_begun = 0;
+  vs_rc rc = c->resident ? VS_OK : ivfpq_groups_wait(c->s, c->views + c->n_views, n, err);
+  if (!rc && c->codebook[0].len) {
+    rc = ivfpq_codebook_wait(c->s, c->codebook, err);
+    memset(c->codebook, 0, sizeof c->codebook);
+  }
+  if (rc) {
+    if (!c->resident) memset(c->views + c->n_views, 0, n * sizeof *c->views);
+    return rc;
+  }
+  rank_groups(c, c->n_views, n, ranks_wanted(c));
+  c->n_views += n;
+  if (!c->has_table) ivfpq_table_make(c->s, &c->table), c->has_table = 1;
+  return VS_OK;
+}
+
+/* What to read next: the rest of this round, more partitions while the filter let too few rows through, more groups; nothing
+ * (pending stays NOTHING) when enough was seen. */
+static vs_rc begin_next(scan *c, vs_err *err) {
+  const ivfpq_params *p = &c->s->params;
+  if (c->arrived) return VS_OK;
+  if (!c->to_probe && !c->probed) c->to_probe = c->q->nprobe;
+  else if (!c->to_probe && !seen_enough(c)) c->to_probe = c->q->nprobe < 64 ? 64 : c->q->nprobe;
+  c->probed = 1;
+  if (c->to_probe && c->next < c->n_ranked) return begin_parts(c, err);
+  if (seen_enough(c)) return VS_OK;
+  if (c->cut) {
+    vs_rc rc = rank_rest(c, err);
+    c->to_probe = c->q->nprobe < 64 ? 64 : c->q->nprobe;
+    return rc ? rc : begin_parts(c, err);
+  }
+  c->to_probe = 0;
+  return c->n_views < p->n_groups ? begin_more_groups(c, err) : VS_OK;
+}
+
+static vs_rc step_coded(scan *c, int *more, vs_err *err) {
+  vs_rc rc = VS_OK;
+  do {
+    rc = c->pending == GROUPS ? finish_ranking(c, err) : c->pending == PARTS ? scan_parts(c, err) : VS_OK;
+    if (!rc) rc = begin_next(c, err);
+  } while (!rc && c->pending != NOTHING && c->s->io->local);
+  *more = !rc && c->pending != NOTHING;
+  if (!rc && !*more) ivfpq_keys_cut(c->out, c->q->n_candidates);
+  return rc;
+}
+
+static vs_rc open_coded(scan *c, vs_err *err) {
+  vs_rc rc = c->rank ? VS_OK : scan_allocate(c, err);
+  if (!rc && c->q->filter && !c->bitmap && !(c->bitmap = malloc(IVFPQ_MAX_PARTITION / 8 + 64))) rc = vs_nomem(err);
+  if (rc) return rc;
+  ivfpq_table_query(c->s, c->q->vector, &c->table);
+  rc = ivfpq_codebook_begin(c->s, c->codebook, err);
+  return rc ? rc : begin_ranking(c, err);
+}
+
+/* A flat segment has no codes: its estimates are true distances on the scale of the others. Its rows are read ahead in the
+ * stretches that ivfpq_exact will ask for. */
+static vs_rc open_flat(scan *c, vs_err *err) {
+  const ivfpq_params *p = &c->s->params;
+  uint32_t stretch = ivfpq_stretch_rows(p);
+  if (c->s->io->local) return VS_OK;
+  c->n_flat = (p->n_rows + stretch - 1) / stretch;
+  if (!c->flat && !(c->flat = calloc(c->n_flat + 1, sizeof *c->flat))) {
+    c->n_flat = 0;
+    return vs_nomem(err);
+  }
+  for (size_t i = 0; i < c->n_flat; i++) {
+    uint64_t first = i * (uint64_t)stretch, n = p->n_rows - first < stretch ? p->n_rows - first : stretch;
+    c->flat[i] = (vs_range){.off = c->s->section[IVFPQ_ROWS].off + first * p->row_bytes, .len = n * p->row_bytes};
+  }
+  vs_rc rc = vs_io_begin(c->s->io, c->flat, c->n_flat, err);
+  if (rc) c->n_flat = 0;
+  return rc;
+}
+
+static vs_rc step_flat(scan *c, vs_err *err) {
+  vs_rc rc = ivfpq_exact(c->s, c->q, NULL, 1, c->out, c->stats, err);
+  for (size_t i = 0; i < c->out->n && !rc; i++) {
+    float d = kern_key_value(c->out->key[i]);
+    c->out->key[i] = kern_key(c->s->params.metric == IVFPQ_L2 ? d * d : 2 * d, kern_key_number(c->out->key[i]));
+  }
+  return rc;
+}
+
+vs_rc ivfpq_scan_open(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, ivfpq_scan_state **scan_out,
+                      vs_err *err) {
+  scan *c = scan_take(s);
+  *scan_out = c;
+  if (!c) return vs_nomem(err);
+  c->q = q, c->out = out, c->stats = stats, c->worst = c->kth = UINT64_MAX;
+  if (!s->params.n_rows || !q->n_candidates) return VS_OK;
+  vs_rc rc = ivfpq_is_flat(s) ? open_flat(c, err) : open_coded(c, err);
+  if (rc) ivfpq_scan_close(c), *scan_out = NULL;
+  return rc;
+}
+
+vs_rc ivfpq_scan_step(ivfpq_scan_state *c, int *more, vs_err *err) {
+  *more = 0;
+  if (!c->s->params.n_rows || !c->q->n_candidates) return VS_OK;
+  return ivfpq_is_flat(c->s) ? step_flat(c, err) : step_coded(c, more, err);
+}
+
+void ivfpq_scan_close(ivfpq_scan_state *c) {
+  if (!c) return;
+  if (c->pending == PARTS) ivfpq_parts_release(c->s, c->parts, c->n_parts);
+  if (c->views && !c->resident) ivfpq_groups_release(c->s, c->views, c->n_views + c->n_begun);
+  for (int i = 0; i < 2; i++)
+    if (c->codebook[i].len) vs_io_release(c->s->io, &c->codebook[i], 1);
+  if (c->n_flat) vs_io_release(c->s->io, c->flat, c->n_flat);
+  if (c->rank || c->flat) scan_give_back(c);
+  else scan_free(c);
+}
+
+vs_rc ivfpq_scan(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, vs_err *err) {
+  ivfpq_scan_state *c;
+  int more = 1;
+  vs_rc rc = ivfpq_scan_open(s, q, out, stats, &c, err);
+  while (!rc && more) rc = ivfpq_scan_step(c, &more, err);
+  ivfpq_scan_close(c);
+  return rc;
+}

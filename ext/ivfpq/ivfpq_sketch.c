@@ -1,0 +1,76 @@
+/* ivfpq_sketch.c - see ivfpq_sketch.h and SKETCH in ivfpq_format.h.
+ *
+ * A row x in the model's space is kept as x' = scale * bytes. With e = x - x' and a query q
+ *   |q - x|^2 = |q - x'|^2 + |e|^2 - 2 (q - x').e
+ * The first two terms are known. e is what rounding left: independent errors, uniform within half a step, so the last term has a
+ * standard deviation of 2 |q - x'| scale / sqrt(12), and is close to normal when there are hundreds of dimensions. `width` is six of
+ * these: a row is passed over wrongly once in 10^9. For dot products the last term is -2 q.e.
+ * The query is taken as two planes of bytes (16 bits), so that its own rounding does not matter.
+ */
+#include "ivfpq_sketch.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../kernels/kern.h"
+#include "ivfpq_table.h"
+
+enum { AHEAD = 4 }; /* sketches asked for before they are needed */
+#define SIGMAS 6
+
+void ivfpq_sketch_make(ivfpq_metric metric, const float *x, uint32_t dim_padded, uint8_t *record, int8_t *q) {
+  uint32_t coded = (uint32_t)ivfpq_round(dim_padded, 4);
+  float tail[2] = {kern_get()->quantize_i8(x, dim_padded, q), 0};
+  for (uint32_t j = 0; j < coded; j++) record[j] = (uint8_t)(128 + (j < dim_padded ? q[j] : 0));
+  for (uint32_t j = 0; j < dim_padded && metric != IVFPQ_DOT; j++) {
+    float y = tail[0] * q[j], e = x[j] - y;
+    tail[1] += y * y + e * e;
+  }
+  memcpy(record + coded, tail, sizeof tail);
+  uint32_t check = ivfpq_check32(record, coded + 8);
+  memcpy(record + coded + 8, &check, 4);
+}
+
+typedef struct planes {
+  ivfpq_table t; /* x and bytes of it are used */
+  int8_t *fine;  /* what the first plane left, in steps of fine_step */
+  float fine_step, norm;
+} planes;
+
+static vs_rc open_planes(const ivfpq_segment *s, const float *query, planes *p, vs_err *err) {
+  const ivfpq_params *h = &s->params;
+  uint32_t coded = ivfpq_coded_dim(h);
+  memset(p, 0, sizeof *p);
+  p->t.x = calloc(coded + 16, sizeof *p->t.x), p->t.bytes = calloc(coded + 64, 1), p->fine = calloc(coded + 64, 1);
+  if (!p->t.x || !p->t.bytes || !p->fine) return vs_nomem(err);
+  ivfpq_table_query(s, query, &p->t);
+  p->norm = sqrtf(kern_get()->dot_f32(p->t.x, p->t.x, h->dim));
+  for (uint32_t j = 0; j < h->dim_padded; j++) p->t.x[j] -= p->t.step8 * p->t.bytes[j];
+  p->fine_step = kern_get()->quantize_i8(p->t.x, h->dim_padded, p->fine);
+  return VS_OK;
+}
+
+static void close_planes(planes *p) { free(p->t.x), free(p->t.bytes), free(p->fine); }
+
+vs_rc ivfpq_sketch_estimate(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *est, float *width, vs_err *err) {
+  const kern *k = kern_get();
+  uint32_t coded = ivfpq_coded_dim(&s->params);
+  int dot = s->params.metric == IVFPQ_DOT;
+  planes p;
+  vs_rc rc = open_planes(s, query, &p, err);
+  for (size_t i = 0; i < n + AHEAD && !rc; i++) {
+    if (i < n) ivfpq_sketch_prefetch(s, rows[i]);
+    if (i < AHEAD) continue;
+    const uint8_t *record;
+    float tail[2];
+    if ((rc = ivfpq_sketch_mapped(s, rows[i - AHEAD], &record, err))) break;
+    memcpy(tail, record + coded, sizeof tail);
+    float product = p.t.step8 * (float)k->dot_i8(p.t.bytes, record, coded) + p.fine_step * (float)k->dot_i8(p.fine, record, coded);
+    float d = p.t.qq + tail[1] - 2 * tail[0] * product, spread = dot ? p.norm : sqrtf(d > 0 ? d : 0);
+    est[i - AHEAD] = d + p.t.constant;
+    width[i - AHEAD] = SIGMAS * 2 * spread * tail[0] / sqrtf(12) + 1e-5f * (p.t.qq + tail[1]); /* floats round, too */
+  }
+  close_planes(&p);
+  return rc;
+}

@@ -1,0 +1,16 @@
+/* ivfpq_sketch.h - rows as bytes: a quarter of a stored vector decides that most candidates need no look at the rest. */
+#ifndef IVFPQ_SKETCH_H
+#define IVFPQ_SKETCH_H
+#include "ivfpq_segment.h"
+
+/* Estimates far sharper than those of codes, on the same scale, of rows of a segment with mapped sketches: the true value lies
+ * within est[i] +- width[i]. query: params.dim floats. */
+vs_rc ivfpq_sketch_estimate(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *est, float *width,
+                            vs_err *err) VS_WARN_UNUSED;
+static inline int ivfpq_sketches_mapped(const ivfpq_segment *s) { return s->mapped_sketches != NULL; }
+
+/* A row in the model's space (params.dim_padded floats) -> its sketch record of ivfpq_sketch_bytes. q: scratch of so many bytes. */
+void ivfpq_sketch_make(ivfpq_metric metric, const float *x, uint32_t dim_padded, uint8_t *record, int8_t *q);
+static inline uint32_t ivfpq_sketch_bytes(uint32_t coded_dim) { return coded_dim + 12; }
+
+#endif

@@ -1,0 +1,21 @@
+/* shard_refine.h - the second phase of a search: candidates of all segments are compared by their stored vectors. */
+#ifndef SHARD_REFINE_H
+#define SHARD_REFINE_H
+#include "shard.h"
+
+typedef struct shard_refine {
+  const shard_search *q;
+  uint64_t k;
+  int (*stop)(void *ctx);
+  void *stop_ctx;
+} shard_refine;
+
+/* hits[0..*n): candidates in any order, `distance` their estimate. Becomes the k nearest of them by true distance, in the order of
+ * shard_hit_order; *refined says how many vectors were looked at. Rows in stores are read in one round. */
+vs_rc shard_refine_run(const shard_refine *r, shard_hit *hits, size_t *n, uint64_t *refined, vs_err *err) VS_WARN_UNUSED;
+
+/* (distance, shard, segment, row) */
+int shard_hit_order(const void *a, const void *b);
+void shard_hits_sort(shard_hit *hits, size_t n);
+
+#endif
