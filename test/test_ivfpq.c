@@ -1685,7 +1685,7 @@ static void test_forged_calibration(void **state) {
       {REACH(1, reach), inf, WRONG}, {REACH(1, reach), minus, WRONG}, {REACH(1, nprobe), zero, WRONG}, {REACH(1, nprobe), huge, WRONG},
       {offsetof(ivfpq_calibration, n_reach), huge, WRONG}, {offsetof(ivfpq_calibration, n_levels), huge, WRONG},
       {offsetof(ivfpq_calibration, n_levels), zero, WRONG}, {offsetof(ivfpq_calibration, k), zero, WRONG},
-      {offsetof(ivfpq_calibration, k) + 4, huge, WRONG}, {offsetof(ivfpq_calibration, k) + 8, huge, FINE},
+      {offsetof(ivfpq_calibration, k) + 4, huge, WRONG}, {offsetof(ivfpq_calibration, k) + 4 * (IVFPQ_CURVES - 1), huge, FINE},
       {LEVEL(2, nprobe), huge, FINE}, {LEVEL(2, n_candidates), huge, FINE}, {LEVEL(c.n_levels + 1, nprobe), huge, FINE}};
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     memcpy(at + cases[i].off, &cases[i].value, 4);

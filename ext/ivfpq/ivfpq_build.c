@@ -143,7 +143,7 @@ static vs_rc train(builder *b) {
                      .ctx = b->opt->ctx, .progress = b->opt->progress};
     rc = ivfpq_model_learn(m, &p, padded, b->err);
   }
-  if (!rc && b->opt->open) rc = ivfpq_truth_open(m, raw, seq, n, &b->truth, b->err);
+  if (!rc && b->opt->open) rc = ivfpq_truth_open(m, raw, seq, n, b->in->n_rows, &b->truth, b->err);
   free(raw), free(padded), free(seq);
   return rc;
 }
@@ -182,7 +182,7 @@ static void encode_slice(void *ctx, size_t s) {
   kern_get()->argmax_f32(x, n, m->dim_padded, m->dim_padded, m->packed, m->bias, m->nlist, e->centroid + at, NULL);
   if (e->truth) rc = ivfpq_truth_see(e->truth, x, n, e->seq + at, &near, &err);
   ivfpq_model_encode(m, x, n, e->centroid + at, e->codes + at * m->m, e->terms + at, e->err2 + at);
-  if (near) rc = ivfpq_truth_add(e->truth, near, e->codes + at * m->m, e->centroid + at, e->terms + at, e->err2 + at, &err);
+  if (near) ivfpq_truth_add(e->truth, near, e->codes + at * m->m, e->centroid + at, e->terms + at, e->err2 + at);
   if (rc) encode_failed(e, rc, &err);
 }
 
