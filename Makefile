@@ -58,7 +58,7 @@ C_TESTS := $(patsubst test/%.c,$(OUT)/test/%,$(wildcard test/test_*.c))
 $(OUT)/test/test_kernels: $(call core_obj,$(wildcard ext/kernels/*.c))
 $(OUT)/test/test_ivfpq: $(call core_obj,$(LOWER) ext/s3vfs/io_local.c)
 $(OUT)/test/test_base: $(call core_obj,$(wildcard ext/base/*.c) ext/s3vfs/io_local.c)
-$(OUT)/test/test_input: $(call core_obj,$(INPUT) ext/input/input_fault.c $(wildcard ext/base/*.c) ext/s3vfs/io_local.c)
+$(OUT)/test/test_input: $(call core_obj,$(INPUT) ext/input/input_fault.c tool/input_concat.c $(wildcard ext/base/*.c) ext/s3vfs/io_local.c)
 $(OUT)/test/test_s3_sign: $(call core_obj,ext/base/vs_err.c ext/s3vfs/s3_sign.c)
 $(OUT)/test/test_s3_config: $(call core_obj,ext/base/vs_err.c ext/s3vfs/s3_config.c ext/s3vfs/s3_profile.c)
 $(OUT)/test/test_manifest: $(OUT)/libvecshard.a

@@ -77,8 +77,9 @@ static inline void input_close(input *in) {
 /* The number of rows and the dimension without reading data: what `pack` needs. */
 vs_rc input_shape(const char *path, const input_options *opt, uint64_t *n_rows, uint32_t *dim, vs_err *err) VS_WARN_UNUSED;
 
-/* For programs, before the first call: no clean-up by libhdf5 at exit. It loops, and says so on stderr, over what a damaged file
- * left open inside it; inputs are only read, so nothing needs flushing. Not for libraries: the host may write HDF5 itself. */
+/* For programs, before the first call: no clean-up by libhdf5 at exit. It loops, and says so on stderr, over what a damaged
+ * file left open inside it; inputs are only read, so nothing needs flushing. Not for libraries: the host may write HDF5
+ * itself. */
 void input_skip_exit_cleanup(void);
 
 #endif

@@ -1,9 +1,9 @@
 /* input_ahead.c - an input as windows of rows, of which the next is loaded while the caller works on this one.
  *
- * Two windows. The caller's batches are slices of the front one; a reader thread of this input fills the other, once two windows
- * in a row were wanted one behind the other (a caller who jumps about loads what he asks for and nothing else). When the front
- * one is used up the two change places. Windows grow from what the caller asks for towards window_max, so that a small batch
- * size does not make small reads.
+ * Two windows. The caller's batches are slices of the front one; a reader thread of this input fills the other, once two
+ * windows in a row were wanted one behind the other (a caller who jumps about loads what he asks for and nothing else). When
+ * the front one is used up the two change places. Windows grow from what the caller asks for towards window_max, so that a
+ * small batch size does not make small reads.
  *
  * One load runs at a time, on the reader or on the caller's thread, so that loaders need no locks of their own; both use the
  * pool. What is delivered does not depend on who loaded: a failed load is kept with its row and reported when that row is asked
@@ -91,7 +91,7 @@ static input_reader *start_reader(input_ahead *a) {
   pthread_mutex_destroy(&r->m);
   free(r);
   a->reader = NULL;
-  a->threads = 1;
+  a->no_reader = 1;
   return NULL;
 }
 
@@ -168,14 +168,16 @@ static vs_rc next_window(input_ahead *a, size_t max_rows, vs_err *err) {
   uint64_t end = w->row + w->n;
   int was_full = w->n > 0, taken = 0;
   if (lost_reader(a))
-    return vs_fail(err, VS_IO, "%s: the process was forked while this file was being read: open it again in the child", a->base.path);
+    return vs_fail(err, VS_IO, "%s: the process was forked while this file was being read: open it again in the child",
+                   a->base.path);
   vs_rc rc = a->reader ? take_loaded(a, &taken, err) : VS_OK;
   if (rc) return rc;
   w = &a->window[a->front];
   if (!taken) {
     w->n = 0;
     rc = a->load(a, w, a->pos, at_most(a, a->pos, max_rows), err);
-    if (!rc && !holds(w, a->pos)) rc = vs_fail(err, VS_IO, "%s: row %llu cannot be read", a->base.path, (unsigned long long)a->pos);
+    if (!rc && !holds(w, a->pos))
+      rc = vs_fail(err, VS_IO, "%s: row %llu cannot be read", a->base.path, (unsigned long long)a->pos);
     if (rc) {
       w->n = 0, a->streak = 0;
       return rc;
@@ -189,7 +191,7 @@ static vs_rc next_window(input_ahead *a, size_t max_rows, vs_err *err) {
     input_rows_free(&other->rows);
     if (a->free_own) a->free_own(other->own);
     memset(other, 0, sizeof *other);
-  } else if (a->streak >= STREAK && a->threads > 1) {
+  } else if (a->streak >= STREAK && !a->no_reader) {
     ask_reader(a, end, at_most(a, end, w->n < a->window_max / 2 ? 2 * w->n : a->window_max));
   }
   return VS_OK;
@@ -225,7 +227,7 @@ static vs_rc ahead_seek(input *base, uint64_t row, vs_err *err) {
 
 static void ahead_start(input *base, size_t max_rows) {
   input_ahead *a = (input_ahead *)base;
-  if (a->reader || a->threads < 2 || a->pos >= base->n_rows || holds(&a->window[a->front], a->pos) || !max_rows) return;
+  if (a->reader || a->no_reader || a->pos >= base->n_rows || holds(&a->window[a->front], a->pos) || !max_rows) return;
   ask_reader(a, a->pos, at_most(a, a->pos, max_rows));
 }
 
@@ -254,8 +256,9 @@ static void ahead_close(input *base) {
 
 void input_ahead_init(input_ahead *a) {
   if (a->threads <= 0) a->threads = vs_threads();
+  if (a->threads == 1) a->no_reader = 1;
   a->base.read = ahead_read;
   a->base.seek = ahead_seek;
-  a->base.start = a->threads > 1 ? ahead_start : NULL;
+  a->base.start = a->no_reader ? NULL : ahead_start;
   a->base.close = ahead_close;
 }

@@ -13,10 +13,10 @@
  * Reading: rows are decoded into windows (input_ahead.c), whole chunks where there are chunks, and handed out in slices of what
  * the caller asks for. The first window is no larger than needed for one call, so that a caller who seeks about reads little.
  *
- * Memory of an open file, whatever it claims: two windows of at most INPUT_WINDOW_BYTES and INPUT_WINDOW_ROWS each (32 MiB; twice
- * that for doubles that libhdf5 converts), texts of variable length, 32 MiB for each window and series; for the vectors what
- * input_hdf5_chunks.c needs (<= 48 + 64 MiB unless a single chunk is larger), for ids and each column one decoded chunk; libhdf5's
- * own cache, one row of chunks (64 MiB at most), where only libhdf5 can decode.
+ * Memory of an open file, whatever it claims: two windows of at most INPUT_WINDOW_BYTES and INPUT_WINDOW_ROWS each (32 MiB;
+ * twice that for doubles that libhdf5 converts), texts of variable length, 32 MiB for each window and series; for the vectors
+ * what input_hdf5_chunks.c needs (<= 48 + 64 MiB unless a single chunk is larger), for ids and each column one decoded chunk;
+ * libhdf5's own cache, one row of chunks (64 MiB at most), where only libhdf5 can decode.
  *
  * Not read: compound tables, integers as vectors, virtual datasets, external links and storage.
  */
@@ -27,8 +27,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include "../base/vs_pool.h"
 
 /* ---- the lock and libhdf5's errors ---- */
 
@@ -56,10 +54,9 @@ void input_h5_unlock(void) {
   pthread_mutex_unlock(&lock);
 }
 
-int input_h5_threads(int threads) {
+int input_h5_threadsafe(void) {
   hbool_t safe = 0;
-  if (H5is_library_threadsafe(&safe) < 0 || !safe) return 1;
-  return threads > 0 ? threads : vs_threads();
+  return H5is_library_threadsafe(&safe) >= 0 && safe;
 }
 
 void input_skip_exit_cleanup(void) { H5dont_atexit(); }
@@ -271,7 +268,7 @@ static vs_rc matrix_load(input_ahead *a, input_window *w, uint64_t row, size_t w
   /* Chunks that libhdf5 decodes, and that are too tall for the window, are decoded once per window: then make it a full one. */
   if (!in->chunks && in->vectors.filtered && in->vectors.chunk[0] > a->window_max) n = a->window_max;
   if (n > a->base.n_rows - row) n = (size_t)(a->base.n_rows - row);
-  if (in->chunks ? input_h5_chunks_straight(in->chunks) : in->vectors.filtered)
+  if (in->chunks ? input_h5_chunks_whole(in->chunks) : in->vectors.filtered)
     input_h5_align(&in->vectors, a->base.n_rows, a->window_max, &from, &n);
   got = n;
   rc = load_rows(in, w, from, &got, &why);
@@ -294,6 +291,7 @@ static void matrix_free(matrix_input *in) {
   for (size_t c = 0; in->columns && c < in->ahead.base.n_columns; c++) input_h5_series_close(in->columns + c);
   if (in->number.mem >= 0) H5Tclose(in->number.mem);
   input_h5_dataset_close(&in->vectors);
+  if (in->file.lookup >= 0) H5Fclose(in->file.lookup);
   free(in->ids);
   free(in->columns);
   free(in->types);
@@ -410,16 +408,17 @@ static vs_rc matrix_open(const input_h5_file *f, const char *vectors, const char
   base->id_kind = !in->ids                                      ? INPUT_ID_ROW
                   : input_h5_series_type(in->ids) == INPUT_TEXT ? INPUT_ID_TEXT
                                                                 : INPUT_ID_INT;
-  in->ahead.threads = input_h5_threads(opt->threads);
+  in->ahead.threads = opt->threads;
+  in->ahead.no_reader = !input_h5_threadsafe();
   in->ahead.window_max = window_rows(in);
   in->ahead.load = matrix_load;
   in->ahead.free_own = free_values;
   in->ahead.destroy = matrix_destroy;
-  if (in->number.plain)
-    rc = input_h5_chunks_open(&in->vectors, input_num_bytes(in->number.stored), in->ahead.window_max, in->ahead.threads,
-                              &in->ahead.cancel, &in->chunks, err);
-  if (rc) goto fail;
   input_ahead_init(&in->ahead);
+  if (in->number.plain)
+    rc = input_h5_chunks_open(&in->file, &in->vectors, in->ahead.window_max, in->ahead.threads, &in->ahead.cancel,
+                              &in->chunks, err);
+  if (rc) goto fail;
   *out = base;
   return VS_OK;
 fail:
@@ -568,7 +567,7 @@ static vs_rc choose_layout(const input_h5_file *f, const input_options *opt, int
 
 vs_rc input_hdf5_open(const char *path, uint64_t n_bytes, const input_options *opt, int shape_only, input **out,
                       vs_err *err) {
-  input_h5_file f = {.path = path, .n_bytes = n_bytes, .id = -1};
+  input_h5_file f = {.path = path, .n_bytes = n_bytes, .id = -1, .lookup = -1};
   vs_rc rc;
   *out = NULL;
   input_h5_lock();

@@ -7,9 +7,9 @@
  *                                        for, so the layout is looked at before that
  * Missing filters are named here, because libhdf5's own error names them only for the first chunk read.
  *
- * Chunks with filters that only libhdf5 can undo: reading part of one decodes all of it, so libhdf5 gets a cache that holds one row
- * of chunks (CACHE_MAX at most); sequential reading then decodes each chunk once. All others go past libhdf5's cache, see
- * input_hdf5_chunks.c.
+ * Chunks with filters that only libhdf5 can undo: reading part of one decodes all of it, so libhdf5 gets a cache that holds
+ * one row of chunks (CACHE_MAX at most); sequential reading then decodes each chunk once. All others go past libhdf5's cache,
+ * see input_hdf5_chunks.c.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -220,21 +220,21 @@ static herr_t says_not_allocated(unsigned n, const H5E_error2_t *e, void *unused
 }
 
 /* 1.10 fails for a chunk without storage, and says why; later versions say 0 bytes. */
-int input_h5_chunk_size(const input_h5_dataset *d, const hsize_t at[2], hsize_t *n_bytes) {
+int input_h5_chunk_size(hid_t dataset, const hsize_t at[2], hsize_t *n_bytes) {
   *n_bytes = 0;
-  if (H5Dget_chunk_storage_size(d->id, at, n_bytes) >= 0) return *n_bytes > 0;
+  if (H5Dget_chunk_storage_size(dataset, at, n_bytes) >= 0) return *n_bytes > 0;
   return H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, says_not_allocated, NULL) > 0 ? 0 : -1;
 }
 
 /* The first chunk's size as the layout has it; 1 also when that chunk was never written. */
 static int chunk_size_agrees(const input_h5_dataset *d, uint64_t want) {
   hsize_t at[2] = {0, 0}, n = 0;
-  return input_h5_chunk_size(d, at, &n) <= 0 || n == want;
+  return input_h5_chunk_size(d->id, at, &n) <= 0 || n == want;
 }
 
 /* How much of the dataset's claimed extent has storage. The number of elements is known to be below 2^55 here. */
 static vs_rc check_extent(const input_h5_file *f, input_h5_dataset *d, hid_t space, int contiguous, vs_err *err) {
-  uint64_t size = H5Tget_size(d->type), n = d->dims[0] * (d->rank == 2 ? d->dims[1] : 1);
+  uint64_t size = d->elem, n = d->dims[0] * (d->rank == 2 ? d->dims[1] : 1);
   d->written = H5_WRITTEN_ALL;
   if (!n) return VS_OK;
   if (d->chunk[0]) {
@@ -300,6 +300,8 @@ vs_rc input_h5_dataset_take(const input_h5_file *f, hid_t obj, const char *name,
     goto fail;
   }
   d->class = H5Tget_class(d->type);
+  /* A string of variable length is a reference in the file, of 16 bytes, whatever its size in memory. */
+  d->elem = d->class == H5T_STRING && H5Tis_variable_str(d->type) > 0 ? 16 : H5Tget_size(d->type);
   if (H5Sget_simple_extent_type(space) == H5S_NULL) {
     rc = vs_fail(err, VS_INVALID, "%s: '%s' is empty (a null dataspace)", f->path, d->shown);
     goto fail;
@@ -313,12 +315,12 @@ vs_rc input_h5_dataset_take(const input_h5_file *f, hid_t obj, const char *name,
   if (d->rank < 1 || d->rank > 2 || (d->chunk[0] && d->rank == 2 && !d->chunk[1])) d->chunk[0] = d->chunk[1] = 0;
   else if (d->dims[0] > INPUT_ROWS_MAX || (d->rank == 2 && d->dims[1] > INPUT_ROWS_MAX) ||
            (d->rank == 2 && d->dims[0] > INPUT_DIM_MAX && d->dims[1] > INPUT_DIM_MAX) ||
-           H5Tget_size(d->type) > 1 << 20) {
+           d->elem > 1 << 20) {
     char shape[INPUT_SHOW];
     rc = vs_fail(err, VS_INVALID,
                  "%s: '%s' claims the shape %s of elements of %zu bytes: more than can be read (dimension up "
                  "to %u)",
-                 f->path, d->shown, input_h5_shape(d, shape), H5Tget_size(d->type), INPUT_DIM_MAX);
+                 f->path, d->shown, input_h5_shape(d, shape), d->elem, INPUT_DIM_MAX);
     goto fail;
   } else {
     rc = check_extent(f, d, space, contiguous, err);
@@ -343,7 +345,7 @@ vs_rc input_h5_dataset_open(const input_h5_file *f, const char *name, input_h5_d
   if (rc) return rc;
   rc = input_h5_dataset_take(f, obj, name, d, err);
   if (!rc && d->chunk[0] && d->filtered && (d->rank == 1 || d->dims[1] <= INPUT_DIM_MAX))
-    band = d->chunk[0] * H5Tget_size(d->type) * (d->rank == 2 ? d->chunk[1] * chunks_along(d, 1) : 1);
+    band = d->chunk[0] * d->elem * (d->rank == 2 ? d->chunk[1] * chunks_along(d, 1) : 1);
   /* A chunk that was never written is made up by libhdf5 when read, and from then on, while it is cached, looks as if it had
    * storage (1.10). So a dataset with holes gets no cache. */
   no_cache = !rc && d->written == H5_WRITTEN_PART;
@@ -469,7 +471,7 @@ void input_h5_find_holes(const input_h5_dataset *d, uint64_t row, size_t n, uint
     uint64_t first = band * d->chunk[0], end = first + d->chunk[0];
     for (uint64_t c = 0, m = d->rank == 2 ? chunks_along(d, 1) : 1; c < m && !hole; c++) {
       hsize_t at[2] = {first, c * d->chunk[1]}, n_bytes;
-      hole = input_h5_chunk_size(d, at, &n_bytes) <= 0;
+      hole = input_h5_chunk_size(d->id, at, &n_bytes) <= 0;
     }
     if (!hole) continue;
     if (first < row) first = row;

@@ -60,7 +60,10 @@ static size_t unshuffle_blocks(const unsigned char *in, unsigned char *out, size
     bytes16 v[8], w[8];
     for (int p = 0; p < width; p++) v[p] = load16(in + (size_t)p * n + at);
     for (int half = 1; half < width; half *= 2) {
-      for (int p = 0; p < width / 2; p++) w[2 * p] = low_pairs(v[p], v[p + width / 2]), w[2 * p + 1] = high_pairs(v[p], v[p + width / 2]);
+      for (int p = 0; p < width / 2; p++) {
+        w[2 * p] = low_pairs(v[p], v[p + width / 2]);
+        w[2 * p + 1] = high_pairs(v[p], v[p + width / 2]);
+      }
       memcpy(v, w, (size_t)width * 16);
     }
     for (int p = 0; p < width; p++) store16(out + (at * (size_t)width) + (size_t)p * 16, v[p]);
@@ -129,8 +132,8 @@ int input_h5_filters_read(hid_t props, size_t chunk_bytes, input_h5_filters *f) 
     case H5Z_FILTER_DEFLATE: f->step[i].what = H5_STEP_DEFLATE, deflates++; break;
     case H5Z_FILTER_FLETCHER32: f->step[i].what = H5_STEP_FLETCHER32; break;
     case H5Z_FILTER_SHUFFLE:
-      if (n_values < 1 || !values[0]) return 0;
-      f->step[i].what = H5_STEP_SHUFFLE, f->step[i].width = values[0], f->n_shuffles++;
+      /* For references to strings libhdf5 gives no width; then it leaves the filter out, and says so in each chunk's mask. */
+      f->step[i].what = H5_STEP_SHUFFLE, f->step[i].width = n_values ? values[0] : 0, f->n_shuffles++;
       break;
     default: return 0;
     }
@@ -179,6 +182,7 @@ const char *input_h5_undo(const input_h5_filters *f, uint32_t mask, input_h5_scr
       if (!checksum_agrees(at, n)) return "the checksum does not agree (fletcher32)";
       continue;
     }
+    if (f->step[i].what == H5_STEP_SHUFFLE && !f->step[i].width) return "shuffled by elements of unknown size";
     /* The last step to be undone writes where the caller wants it; others take turns between two buffers. */
     size_t size = f->step[i].what == H5_STEP_DEFLATE ? before[i] : n;
     if (i == first && to && size == f->chunk_bytes) into = to;

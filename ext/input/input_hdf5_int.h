@@ -1,5 +1,5 @@
-/* input_hdf5_int.h - what the input_hdf5*.c files share. What opens and closes is called with the lock held (input_h5_lock), what
- * reads rows without it, unless it says otherwise: readers take it themselves, on any thread, where they call libhdf5.
+/* input_hdf5_int.h - what the input_hdf5*.c files share. What opens and closes is called with the lock held (input_h5_lock),
+ * what reads rows without it, unless it says otherwise: readers take it themselves, on any thread, where they call libhdf5.
  *
  * Who opens what: input_hdf5.c the file and the layout "one matrix", input_hdf5_named.c the layout "one dataset per id",
  * input_hdf5_dataset.c any dataset (after looking at its links, storage and filters), input_hdf5_series.c 1-D datasets of
@@ -18,9 +18,8 @@
  * printing of errors for the calling thread and puts the setting back, because a host may use libhdf5 itself. */
 void input_h5_lock(void);
 void input_h5_unlock(void);
-/* Threads for an input that is asked to use `threads` (0: vs_threads()): 1 when libhdf5 must not be called beside the host's own
- * threads. With the lock held. */
-int input_h5_threads(int threads);
+/* 1 when libhdf5 may be called beside the host's own threads. With the lock held. */
+int input_h5_threadsafe(void);
 /* vs_fail plus ": " plus the innermost description on libhdf5's error stack, when there is one. */
 vs_rc input_h5_fail(vs_err *err, vs_rc rc, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 
@@ -29,6 +28,7 @@ typedef struct input_h5_file {
   const char *path;
   uint64_t n_bytes;
   hid_t id;
+  hid_t lookup; /* the file once more, see input_hdf5_places.c; < 0: not yet. Closed by who keeps the struct. */
 } input_h5_file;
 
 /* ---- input_hdf5_dataset.c ---- */
@@ -38,6 +38,7 @@ typedef enum input_h5_written { H5_WRITTEN_ALL, H5_WRITTEN_PART, H5_WRITTEN_NONE
 typedef struct input_h5_dataset {
   hid_t id, type; /* < 0: closed */
   H5T_class_t class;
+  size_t elem; /* bytes of an element in the file */
   int rank;
   hsize_t dims[H5S_MAX_RANK];
   hsize_t chunk[2]; /* rank 1 and 2 only; 0: not chunked */
@@ -76,9 +77,11 @@ typedef struct input_h5_float {
 vs_rc input_h5_float_type(const input_h5_file *f, const input_h5_dataset *d, input_h5_float *t, vs_err *err) VS_WARN_UNUSED;
 /* Reads rows [row, row+n) of a dataset of rank 1 or 2 by libhdf5, or from the file if contiguous. With the lock held. */
 vs_rc input_h5_read_rows(const input_h5_dataset *d, hid_t mem, uint64_t row, size_t n, void *out, vs_err *err) VS_WARN_UNUSED;
-/* Bytes of the chunk at this place as stored: 1 there it is, 0 never written, -1 the index is damaged. With the lock held. */
-int input_h5_chunk_size(const input_h5_dataset *d, const hsize_t at[2], hsize_t *n_bytes);
-/* Sets flags[i] to INPUT_HAS_HOLE for the rows of [row, row+n) that lie in a chunk that was never written. With the lock held. */
+/* Bytes of the chunk at this place as stored: 1 there it is, 0 never written, -1 the index is damaged. Not to be relied on for
+ * unfiltered chunks. With the lock held. */
+int input_h5_chunk_size(hid_t dataset, const hsize_t at[2], hsize_t *n_bytes);
+/* Sets flags[i] to INPUT_HAS_HOLE for the rows of [row, row+n) that lie in a chunk that was never written. With the lock
+ * held. */
 void input_h5_find_holes(const input_h5_dataset *d, uint64_t row, size_t n, uint8_t *flags);
 /* Rounds [row, row+n) outwards to whole chunks, when that stays within max_rows. */
 void input_h5_align(const input_h5_dataset *d, uint64_t n_rows, size_t max_rows, uint64_t *row, size_t *n);
@@ -109,8 +112,8 @@ void input_h5_scratch_free(input_h5_scratch *s);
 
 /* 0: with a filter that only libhdf5 can undo. */
 int input_h5_filters_read(hid_t props, size_t chunk_bytes, input_h5_filters *f);
-/* Decodes the n bytes in s->buf[0] to chunk_bytes at *out, which is `to` if that is given (it must have the room), else in s. NULL:
- * done; input_h5_no_memory, or what is wrong with them. */
+/* Decodes the n bytes in s->buf[0] to chunk_bytes at *out, which is `to` if that is given (it must have the room), else in s.
+ * NULL: done; input_h5_no_memory, or what is wrong with them. */
 extern const char input_h5_no_memory[];
 const char *input_h5_undo(const input_h5_filters *f, uint32_t mask, input_h5_scratch *s, size_t n, unsigned char *to,
                           const unsigned char **out);
@@ -118,16 +121,27 @@ const char *input_h5_undo(const input_h5_filters *f, uint32_t mask, input_h5_scr
 void input_h5_unshuffle(const unsigned char *in, unsigned char *out, size_t n_bytes, size_t width);
 uint32_t input_h5_fletcher32(const unsigned char *p, size_t n);
 
+/* ---- input_hdf5_places.c: all of it with the lock held ---- */
+
+typedef struct input_h5_place {
+  uint64_t off, size; /* in the file, unchecked */
+  uint32_t mask;      /* filters that were left out */
+} input_h5_place;
+/* The dataset in the file opened once more, for input_h5_place_of and H5Oclose; < 0: it cannot be had. */
+hid_t input_h5_places_open(input_h5_file *f, const input_h5_dataset *d);
+/* 1 there it is, 0 never written, -1 the index is damaged. */
+int input_h5_place_of(hid_t places, const hsize_t at[2], input_h5_place *p);
+
 /* ---- input_hdf5_chunks.c ---- */
 
 typedef struct input_h5_chunks input_h5_chunks;
-/* *out is NULL for a dataset that only libhdf5 can read. elem: bytes of a stored number. Bands taller than window_rows are held.
- * d must stay where it is. cancel may be NULL. */
-vs_rc input_h5_chunks_open(const input_h5_dataset *d, size_t elem, size_t window_rows, int threads, const int *cancel,
+/* *out is NULL for a dataset that only libhdf5 can read. Bands taller than window_rows are held. d must stay where it is.
+ * cancel may be NULL. */
+vs_rc input_h5_chunks_open(input_h5_file *f, const input_h5_dataset *d, size_t window_rows, int threads, const int *cancel,
                            input_h5_chunks **out, vs_err *err) VS_WARN_UNUSED;
 void input_h5_chunks_close(input_h5_chunks *c);
 /* 1: whole bands should be asked for. */
-int input_h5_chunks_straight(const input_h5_chunks *c);
+int input_h5_chunks_whole(const input_h5_chunks *c);
 /* Rows [row, row + *n) to out, as stored or (num) as floats, and their bits to flags. On failure *n says how many rows from
  * `row` on are good. */
 vs_rc input_h5_chunks_read(input_h5_chunks *c, uint64_t row, size_t *n, const input_num *num, void *out, uint8_t *flags,
@@ -137,7 +151,7 @@ vs_rc input_h5_chunks_read(input_h5_chunks *c, uint64_t row, size_t *n, const in
 
 /* Variable-length strings: 16-byte references first, then the text behind each. */
 typedef struct input_h5_vlen input_h5_vlen;
-vs_rc input_h5_vlen_open(const input_h5_file *f, const input_h5_dataset *d, const int *cancel, input_h5_vlen **out,
+vs_rc input_h5_vlen_open(input_h5_file *f, const input_h5_dataset *d, const int *cancel, input_h5_vlen **out,
                          vs_err *err) VS_WARN_UNUSED;
 void input_h5_vlen_close(input_h5_vlen *v);
 /* References of rows [row, row + *n), and the rows' bits. On failure *n says how many rows from `row` on are good. */
@@ -180,7 +194,7 @@ typedef struct input_h5_values {
 } input_h5_values;
 void input_h5_values_free(input_h5_values *v);
 
-vs_rc input_h5_series_open(const input_h5_file *f, const char *name, int is_id, const int *cancel, input_h5_series *s,
+vs_rc input_h5_series_open(input_h5_file *f, const char *name, int is_id, const int *cancel, input_h5_series *s,
                            vs_err *err) VS_WARN_UNUSED;
 void input_h5_series_close(input_h5_series *s);
 /* Reads rows [row, row + *n); *n becomes less when their strings are too long to be held at once. On failure *n says how many

@@ -192,22 +192,50 @@ static vs_rc read_attribute(const named_input *in, const input_h5_dataset *d, ch
                        d->shown);
 }
 
+/* The numbers of one open dataset, as they are stored or as libhdf5 converts them: *kind says which. */
+static vs_rc read_numbers(named_input *in, const input_h5_dataset *d, const input_h5_float *number, void *out, input_num *kind,
+                          vs_err *err) {
+  uint8_t flags[INPUT_DIM_MAX]; /* of what counts as a row there: a number, when the dataset has one axis */
+  size_t n = (size_t)d->dims[0];
+  input_h5_chunks *chunks = NULL;
+  vs_rc rc = VS_OK;
+  *kind = number->stored;
+  if (number->plain && d->contiguous) return input_pread(d->fd, d->path, out, in->ahead.base.dim * d->elem, d->data_off, err);
+  input_h5_lock();
+  if (number->plain) rc = input_h5_chunks_open(&in->file, d, n, 1, &in->ahead.cancel, &chunks, err);
+  if (!rc && !chunks) rc = input_h5_read_rows(d, number->mem, 0, n, out, err);
+  input_h5_unlock();
+  if (!chunks) {
+    *kind = number->as_mem;
+    return rc;
+  }
+  rc = input_h5_chunks_read(chunks, 0, &n, NULL, out, flags, err);
+  input_h5_lock();
+  input_h5_chunks_close(chunks);
+  input_h5_unlock();
+  return rc;
+}
+
 /* Reads the vector of one open dataset of the right length; its bits to *flags. */
 static vs_rc read_vector(named_input *in, const input_h5_dataset *d, float *out, uint8_t *flags, vs_err *err) {
   uint32_t dim = in->ahead.base.dim;
   input_h5_float number;
+  input_num kind = INPUT_F32;
+  input_h5_lock();
   vs_rc rc = input_h5_float_type(&in->file, d, &number, err);
+  input_h5_unlock();
   if (rc) return rc;
   double wide[256], *tmp = dim <= 256 ? wide : malloc((size_t)dim * 8);
-  if (!tmp) rc = vs_nomem(err);
-  else rc = input_h5_read_rows(d, number.mem, 0, (size_t)d->dims[0], tmp, err);
-  if (!rc) *flags |= (uint8_t)input_to_floats(number.as_mem, tmp, out, dim);
+  rc = tmp ? read_numbers(in, d, &number, tmp, &kind, err) : vs_nomem(err);
+  if (!rc) *flags |= (uint8_t)input_to_floats(kind, tmp, out, dim);
   if (tmp != wide) free(tmp);
+  input_h5_lock();
   H5Tclose(number.mem);
+  input_h5_unlock();
   return rc;
 }
 
-/* Row number `row` into place i of the window. With the lock held. */
+/* Row number `row` into place i of the window. */
 static vs_rc read_row(named_input *in, input_window *w, uint64_t row, size_t i, vs_err *err) {
   uint32_t dim = in->ahead.base.dim;
   float *out = w->rows.vectors + i * dim;
@@ -217,10 +245,11 @@ static vs_rc read_row(named_input *in, input_window *w, uint64_t row, size_t i, 
   uint64_t len;
   size_t n_text = strlen(text);
   uint8_t *fault = w->rows.faults + i;
+  input_h5_lock();
   vs_rc rc = open_row(in, row, &d, &len, err);
-  if (rc) return rc;
+  if (!rc && !in->row_ids) rc = read_attribute(in, &d, &ids->text[i], &n_text, err);
+  input_h5_unlock();
   *fault = 0;
-  if (!in->row_ids) rc = read_attribute(in, &d, &ids->text[i], &n_text, err);
   if (!rc && ids->text[i]) text = ids->text[i];
   w->rows.ids[i] = (input_value){.type = INPUT_TEXT, .text = text, .len = n_text};
   if (in->row_ids) w->rows.ids[i] = (input_value){.type = INPUT_INT, .i = (int64_t)row};
@@ -237,7 +266,9 @@ static vs_rc read_row(named_input *in, input_window *w, uint64_t row, size_t i, 
     memset(out, 0, (size_t)dim * 4);
     w->rows.ids[i] = (input_value){.type = INPUT_NULL};
   }
+  input_h5_lock();
   input_h5_dataset_close(&d);
+  input_h5_unlock();
   return rc;
 }
 
@@ -269,14 +300,7 @@ static vs_rc named_load(input_ahead *a, input_window *w, uint64_t row, size_t wa
   vs_rc rc = reserve_ids(w, want, err);
   if (!rc) rc = input_rows_reserve(&w->rows, want, a->base.dim, sizeof(float), 0, err);
   if (rc) return rc;
-  while (n < want && !rc && !__atomic_load_n(&a->cancel, __ATOMIC_RELAXED)) {
-    input_h5_lock(); /* for a few rows at a time: others wait for it */
-    for (int i = 0; i < 64 && n < want && !rc; i++) {
-      rc = read_row(in, w, row + n, n, &why);
-      if (!rc) n++;
-    }
-    input_h5_unlock();
-  }
+  for (; n < want && !rc && !__atomic_load_n(&a->cancel, __ATOMIC_RELAXED); n += !rc) rc = read_row(in, w, row + n, n, &why);
   if (!n) return rc ? vs_fail(err, rc, "%s", why.text) : vs_fail(err, VS_INTERRUPT, "interrupted");
   w->row = row;
   w->n = n;
@@ -295,6 +319,7 @@ static void named_destroy(input_ahead *a) {
   named_input *in = (named_input *)a;
   input_h5_lock();
   H5Oclose(in->group);
+  if (in->file.lookup >= 0) H5Fclose(in->file.lookup);
   H5Fclose(in->file.id);
   input_h5_unlock();
   named_free(in);
@@ -319,7 +344,8 @@ vs_rc input_h5_named_open(const input_h5_file *f, const char *group, int row_ids
   if (rc) goto fail;
   in->ahead.base.n_rows = in->n;
   in->ahead.base.id_kind = row_ids ? INPUT_ID_ROW : INPUT_ID_TEXT;
-  in->ahead.threads = input_h5_threads(opt->threads);
+  in->ahead.threads = opt->threads;
+  in->ahead.no_reader = !input_h5_threadsafe();
   in->ahead.window_max = INPUT_WINDOW_BYTES / ((size_t)in->ahead.base.dim * 4);
   if (in->ahead.window_max > INPUT_WINDOW_ROWS) in->ahead.window_max = INPUT_WINDOW_ROWS;
   in->ahead.load = named_load;

@@ -86,7 +86,7 @@ size_t input_h5_text_len(const char *s, size_t n, H5T_str_t pad) {
 }
 
 /* Chooses kind and memory type from the dataset's type. */
-static vs_rc choose_kind(const input_h5_file *f, int is_id, const int *cancel, input_h5_series *s, vs_err *err) {
+static vs_rc choose_kind(input_h5_file *f, int is_id, const int *cancel, input_h5_series *s, vs_err *err) {
   size_t size = H5Tget_size(s->ds.type);
   const char *what = is_id ? "ids" : "a metadata column";
   const char *wanted = is_id ? "integers or strings" : "integers, floats or strings";
@@ -116,7 +116,7 @@ static vs_rc choose_kind(const input_h5_file *f, int is_id, const int *cancel, i
   return VS_OK;
 }
 
-vs_rc input_h5_series_open(const input_h5_file *f, const char *name, int is_id, const int *cancel, input_h5_series *s,
+vs_rc input_h5_series_open(input_h5_file *f, const char *name, int is_id, const int *cancel, input_h5_series *s,
                            vs_err *err) {
   vs_rc rc;
   memset(s, 0, sizeof *s);
@@ -131,8 +131,7 @@ vs_rc input_h5_series_open(const input_h5_file *f, const char *name, int is_id, 
   }
   rc = choose_kind(f, is_id, cancel, s, err);
   /* Numbers are widened in place, so they must not be wider in the file. */
-  if (!rc && !s->vlen && H5Tget_size(s->ds.type) <= s->elem)
-    rc = input_h5_chunks_open(&s->ds, H5Tget_size(s->ds.type), 0, 1, cancel, &s->chunks, err);
+  if (!rc && !s->vlen && s->ds.elem <= s->elem) rc = input_h5_chunks_open(f, &s->ds, 0, 1, cancel, &s->chunks, err);
   if (rc) goto fail;
   return VS_OK;
 fail:
@@ -282,11 +281,8 @@ input_fault input_h5_series_value(const input_h5_series *s, const input_h5_value
 vs_rc input_h5_series_exceeds(input_h5_series *s, int *exceeds, vs_err *err) {
   input_h5_values v = {0};
   vs_rc rc = VS_OK;
-  input_h5_lock();
-  int can = s->kind == H5_KIND_UINT && H5Tget_size(s->ds.type) >= 8;
-  input_h5_unlock();
   *exceeds = 0;
-  if (!can) return VS_OK;
+  if (s->kind != H5_KIND_UINT || s->ds.elem < 8) return VS_OK;
   for (uint64_t row = 0; row < s->ds.dims[0] && !*exceeds && !rc;) {
     uint64_t left = s->ds.dims[0] - row;
     size_t n = left < INPUT_WINDOW_ROWS ? (size_t)left : INPUT_WINDOW_ROWS;

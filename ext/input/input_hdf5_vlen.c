@@ -13,10 +13,11 @@
  * pieces of AHEAD_BYTES while one collection follows the other, and collection by collection otherwise. (1,000,000 ids of 9
  * bytes: 9.2 s when each is sought from the collection's start, 0.13 s so.)
  *
- * References are read from the file when they are contiguous, chunks of them by input_hdf5_chunks.c. Where filters need libhdf5,
- * a chunk's bytes go as they are into a chunk of a dataset of 16-byte opaque elements with the same filters, in a file in
- * memory, and come out decoded.
+ * References are read from the file when they are contiguous, chunks of them by input_hdf5_chunks.c. Where filters need
+ * libhdf5, a chunk's bytes go as they are into a chunk of a dataset of 16-byte opaque elements with the same filters, in a
+ * file in memory, and come out decoded.
  */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -86,7 +87,9 @@ static int make_scratch(const input_h5_dataset *d, input_h5_vlen *v) {
     ok = id >= 0 && n_values <= 32 && H5Pset_filter(own, id, flags, n_values, values) >= 0;
   }
   if (ok) {
-    v->scratch_file = H5Fcreate("vecshard-in-memory", H5F_ACC_TRUNC, H5P_DEFAULT, access);
+    char name[40]; /* libhdf5 knows files in memory by their names: two readers need two */
+    snprintf(name, sizeof name, "vecshard-in-memory-%p", (void *)v);
+    v->scratch_file = H5Fcreate(name, H5F_ACC_TRUNC, H5P_DEFAULT, access);
     if (v->scratch_file >= 0)
       v->scratch = H5Dcreate2(v->scratch_file, "refs", type, space, H5P_DEFAULT, own, H5P_DEFAULT);
     ok = v->scratch >= 0;
@@ -99,7 +102,7 @@ static int make_scratch(const input_h5_dataset *d, input_h5_vlen *v) {
   return ok;
 }
 
-vs_rc input_h5_vlen_open(const input_h5_file *f, const input_h5_dataset *d, const int *cancel, input_h5_vlen **out,
+vs_rc input_h5_vlen_open(input_h5_file *f, const input_h5_dataset *d, const int *cancel, input_h5_vlen **out,
                          vs_err *err) {
   input_h5_vlen *v = calloc(1, sizeof *v);
   hid_t props = H5Fget_create_plist(f->id);
@@ -126,7 +129,7 @@ vs_rc input_h5_vlen_open(const input_h5_file *f, const input_h5_dataset *d, cons
     v->chunk_rows = d->chunk[0];
     v->chunk_held = UINT64_MAX;
     v->object = calloc(INDEXES, sizeof *v->object);
-    rc = v->object ? input_h5_chunks_open(d, REF, 0, 1, cancel, &v->chunks, err) : vs_nomem(err);
+    rc = v->object ? input_h5_chunks_open(f, d, 0, 1, cancel, &v->chunks, err) : vs_nomem(err);
   }
   if (!rc && v->chunk_rows && !v->chunks) {
     v->refs = v->chunk_rows <= SIZE_MAX / REF ? malloc((size_t)v->chunk_rows * REF) : NULL;
@@ -146,7 +149,7 @@ static vs_rc load_chunk(const input_h5_dataset *d, input_h5_vlen *v, uint64_t ch
   size_t full = (size_t)v->chunk_rows * REF;
   uint32_t mask = 0;
   unsigned char *raw;
-  int ok, found = input_h5_chunk_size(d, at, &n);
+  int ok, found = input_h5_chunk_size(d->id, at, &n);
   v->chunk_held = UINT64_MAX;
   memset(v->refs, 0, full);
   v->chunk_flags = found ? 0 : INPUT_HAS_HOLE;

@@ -15,8 +15,8 @@
 /* Rows of a window, whatever the dimension: bounds ids and columns where vectors are tiny. */
 #define INPUT_WINDOW_ROWS ((size_t)65536)
 
-/* The arrays behind an input_batch, kept between reads. elem_bytes is the room per vector component: 4, or 8 where libhdf5 leaves
- * doubles that are narrowed in place. */
+/* The arrays behind an input_batch, kept between reads. elem_bytes is the room per vector component: 4, or 8 where libhdf5
+ * leaves doubles that are narrowed in place. */
 typedef struct input_rows {
   float *vectors;
   input_value *ids, *columns;
@@ -44,8 +44,8 @@ typedef enum input_num { INPUT_F16, INPUT_F16_BE, INPUT_F32, INPUT_F32_BE, INPUT
 size_t input_num_bytes(input_num kind);
 /* Bits: what a row's numbers are, and whether they exist. */
 enum { INPUT_HAS_NAN = 1, INPUT_HAS_OVERFLOW = 2, INPUT_HAS_HOLE = 4 };
-/* n numbers to floats; returns INPUT_HAS_NAN and INPUT_HAS_OVERFLOW bits. out may lie on in where going from front to back never
- * writes what is yet to be read: the same place, or halves in the upper half of out's own memory. */
+/* n numbers to floats; returns INPUT_HAS_NAN and INPUT_HAS_OVERFLOW bits. out may lie on in where going from front to back
+ * never writes what is yet to be read: the same place, or halves in the upper half of out's own memory. */
 unsigned input_to_floats(input_num kind, const void *in, float *out, size_t n);
 unsigned input_check_floats(const float *row, size_t n);
 /* Bits to faults, in place; rows with a fault are zeroed, so that no caller computes with them by mistake. */
@@ -85,7 +85,8 @@ struct input_ahead {
   void (*free_own)(void *own);
   void (*destroy)(input_ahead *); /* all of the format's own, and the struct */
   size_t window_max;              /* rows */
-  int threads;                    /* 1: everything on the caller's thread */
+  int threads;                    /* 0: vs_threads(); 1: everything on the caller's thread */
+  int no_reader;                  /* what load calls must not run beside the host's own threads */
   int cancel;                     /* read by the loader, atomically: the load under way is not wanted any more */
 
   /* Of input_ahead.c. */
