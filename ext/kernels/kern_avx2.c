@@ -109,6 +109,41 @@ static void f32_to_f16(const float *in, uint16_t *out, size_t n) {
   }
 }
 
+/* n halves, n <= 8, the rest zeros. */
+KERN_INLINE __m256 halves(const uint16_t *in, size_t n) {
+  if (n >= 8) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)in));
+  uint16_t half[8] = {0};
+  memcpy(half, in, n * sizeof *in);
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)half));
+}
+
+static float dot_f16(const float *a, const uint16_t *b, size_t n) {
+  __m256 sum[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+  size_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    KERN_UNROLL
+    for (int u = 0; u < 4; u++)
+      sum[u] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8 * u), halves(b + i + 8 * u, 8), sum[u]);
+  for (; i < n; i += 8) sum[0] = _mm256_fmadd_ps(_mm256_maskload_ps(a + i, tail8(n - i)), halves(b + i, n - i), sum[0]);
+  return reduce_add4(sum);
+}
+
+static float l2sq_f16(const float *a, const uint16_t *b, size_t n) {
+  __m256 sum[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+  size_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    KERN_UNROLL
+    for (int u = 0; u < 4; u++) {
+      __m256 d = _mm256_sub_ps(_mm256_loadu_ps(a + i + 8 * u), halves(b + i + 8 * u, 8));
+      sum[u] = _mm256_fmadd_ps(d, d, sum[u]);
+    }
+  for (; i < n; i += 8) {
+    __m256 d = _mm256_sub_ps(_mm256_maskload_ps(a + i, tail8(n - i)), halves(b + i, n - i));
+    sum[0] = _mm256_fmadd_ps(d, d, sum[0]);
+  }
+  return reduce_add4(sum);
+}
+
 static int all_finite_f32(const float *a, size_t n) {
   __m256i exponent = _mm256_set1_epi32(0x7f800000), bad = _mm256_setzero_si256();
   for (size_t i = 0; i < n; i += 8) {
@@ -253,7 +288,261 @@ static void scores_f32(const float *x, size_t dim, const float *packed, const fl
   for (; c < n_padded; c += KERN_LANES) strip_scores(x, dim, packed + c * dim, bias + c, 1, out + c);
 }
 
+KERN_INLINE void tile_store(const float *x, size_t stride, size_t dim, const float *packed, const float *bias, const int n_rows,
+                            float *out, size_t out_stride) {
+  __m256 acc[TILE_ROWS][2];
+  tile_scores(x, stride, dim, packed, bias, n_rows, acc);
+  KERN_UNROLL
+  for (int r = 0; r < TILE_ROWS; r++) {
+    if (r >= n_rows) break;
+    _mm256_storeu_ps(out + (size_t)r * out_stride, acc[r][0]);
+    _mm256_storeu_ps(out + (size_t)r * out_stride + 8, acc[r][1]);
+  }
+}
+
+static void scores_many_f32(const float *x, size_t n_x, size_t stride, size_t dim, const float *packed, const float *bias,
+                            size_t n_c, float *out, size_t out_stride) {
+  for (size_t row = 0; row < n_x; row += CHUNK_ROWS) {
+    size_t n_rows = n_x - row < CHUNK_ROWS ? n_x - row : CHUNK_ROWS;
+    const float *chunk = x + row * stride;
+    for (size_t c = 0; c < n_c; c += KERN_LANES) {
+      const float *p = packed + c * dim, *h = bias + c;
+      float *to = out + row * out_stride + c;
+      size_t r = 0;
+      for (; r + 6 <= n_rows; r += 6) tile_store(chunk + r * stride, stride, dim, p, h, 6, to + r * out_stride, out_stride);
+      for (; r + 2 <= n_rows; r += 2) tile_store(chunk + r * stride, stride, dim, p, h, 2, to + r * out_stride, out_stride);
+      if (r < n_rows) tile_store(chunk + r * stride, stride, dim, p, h, 1, to + r * out_stride, out_stride);
+    }
+  }
+}
+
+/* ------------------------------------------------------------------ bytes */
+
+static float quantize_i8(const float *x, size_t n, int8_t *out) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  __m256 top = _mm256_setzero_ps();
+  for (size_t i = 0; i < n; i += 8) top = _mm256_max_ps(top, _mm256_andnot_ps(sign, _mm256_maskload_ps(x + i, tail8(n - i))));
+  float lane[8], m = 0;
+  _mm256_storeu_ps(lane, top);
+  for (int i = 0; i < 8; i++) m = lane[i] > m ? lane[i] : m;
+  const __m256 inv = _mm256_set1_ps(m >= 1e-30f ? 127 / m : 0);
+  for (size_t i = 0; i < n; i += 8) {
+    __m256i v = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_maskload_ps(x + i, tail8(n - i)), inv));
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    uint64_t bytes = (uint64_t)_mm_cvtsi128_si64(_mm_packs_epi16(words, words));
+    memcpy(out + i, &bytes, n - i < 8 ? n - i : 8);
+  }
+  return m >= 1e-30f ? m / 127 : 0;
+}
+
+/* vpmaddubsw saturates (two products of 255 and 127 are too much for 16 bits), so bytes are widened: of each four dimensions the
+ * first and third stay in place as words, the second and fourth are shifted down, and vpmaddwd adds two exact products. Queries
+ * are widened once, in stretches of I8_DIMS that stay in L1; the matrix is read as unsigned, and what its 128 adds is known. */
+enum { I8_QUERIES = 4, I8_DIMS = 1024 };
+typedef struct {
+  int32_t even[I8_DIMS / 4], odd[I8_DIMS / 4]; /* two words each: dimensions 0 and 2, 1 and 3 of each four */
+  int32_t zero;                                /* -128 * the sum of the stretch */
+} wide_query;
+
+static void widen(const int8_t *q, size_t dim, wide_query *w) {
+  int32_t sum = 0;
+  for (size_t j = 0; j < dim; j += 4) {
+    w->even[j / 4] = (int32_t)((uint32_t)(uint16_t)q[j] | (uint32_t)(uint16_t)q[j + 2] << 16);
+    w->odd[j / 4] = (int32_t)((uint32_t)(uint16_t)q[j + 1] | (uint32_t)(uint16_t)q[j + 3] << 16);
+    sum += q[j] + q[j + 1] + q[j + 2] + q[j + 3];
+  }
+  w->zero = -128 * sum;
+}
+
+/* n_q queries against one group of 16 over one stretch of dimensions; adds to out unless the stretch is the first. */
+KERN_INLINE void tile_i8(const wide_query *w, size_t dim, const uint8_t *packed, const int n_q, int is_first, int32_t *out,
+                         size_t out_stride) {
+  __m256i acc[I8_QUERIES][2];
+  const __m256i low = _mm256_set1_epi16(255);
+  KERN_UNROLL
+  for (int r = 0; r < I8_QUERIES; r++)
+    KERN_UNROLL
+    for (int h = 0; h < 2; h++) {
+      if (r >= n_q) break;
+      acc[r][h] = _mm256_set1_epi32(w[r].zero);
+      if (!is_first)
+        acc[r][h] = _mm256_add_epi32(acc[r][h], _mm256_loadu_si256((const __m256i *)(out + (size_t)r * out_stride + 8 * h)));
+    }
+  for (size_t j = 0; j < dim / 4; j++, packed += 64) {
+    __m256i even[2], odd[2];
+    KERN_UNROLL
+    for (int h = 0; h < 2; h++) {
+      __m256i v = _mm256_loadu_si256((const __m256i *)(packed + 32 * h));
+      even[h] = _mm256_and_si256(v, low), odd[h] = _mm256_srli_epi16(v, 8);
+    }
+    KERN_UNROLL
+    for (int r = 0; r < I8_QUERIES; r++) {
+      if (r >= n_q) break;
+      __m256i q_even = _mm256_set1_epi32(w[r].even[j]), q_odd = _mm256_set1_epi32(w[r].odd[j]);
+      KERN_UNROLL
+      for (int h = 0; h < 2; h++) {
+        acc[r][h] = _mm256_add_epi32(acc[r][h], _mm256_madd_epi16(even[h], q_even));
+        acc[r][h] = _mm256_add_epi32(acc[r][h], _mm256_madd_epi16(odd[h], q_odd));
+      }
+    }
+  }
+  KERN_UNROLL
+  for (int r = 0; r < I8_QUERIES; r++)
+    KERN_UNROLL
+    for (int h = 0; h < 2; h++)
+      if (r < n_q) _mm256_storeu_si256((__m256i *)(out + (size_t)r * out_stride + 8 * h), acc[r][h]);
+}
+
+static void scores_i8(const int8_t *q, size_t n_q, size_t q_stride, size_t dim, const uint8_t *packed, size_t n_c, int32_t *out,
+                      size_t out_stride) {
+  for (size_t r = 0, n; r < n_q; r += n) {
+    wide_query w[I8_QUERIES];
+    n = n_q - r < I8_QUERIES ? 1 : I8_QUERIES;
+    for (size_t j = 0; j < dim || j == 0; j += I8_DIMS) {
+      size_t n_dims = dim - j < I8_DIMS ? dim - j : I8_DIMS;
+      for (size_t i = 0; i < n; i++) widen(q + (r + i) * q_stride + j, n_dims, w + i);
+      for (size_t c = 0; c < n_c; c += KERN_LANES) {
+        const uint8_t *p = packed + c * dim + j * KERN_LANES;
+        int32_t *to = out + r * out_stride + c;
+        if (n == I8_QUERIES)
+          tile_i8(w, n_dims, p, I8_QUERIES, j == 0, to, out_stride);
+        else
+          tile_i8(w, n_dims, p, 1, j == 0, to, out_stride);
+      }
+    }
+  }
+}
+
+KERN_INLINE int32_t reduce_add_i32(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, _MM_SHUFFLE(1, 0, 3, 2)));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, _MM_SHUFFLE(2, 3, 0, 1))));
+}
+
+static int32_t dot_i8(const int8_t *q, const uint8_t *row, size_t n) {
+  __m256i sum = _mm256_setzero_si256();
+  const __m256i middle = _mm256_set1_epi16(128);
+  size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    __m256i v = _mm256_sub_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(row + i))), middle);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(v, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(q + i)))));
+  }
+  int32_t rest = 0;
+  for (; i < n; i++) rest += q[i] * ((int)row[i] - 128);
+  return reduce_add_i32(sum) + rest;
+}
+
+/* kern_key of eight values: negative floats are inverted, others get their sign bit set; NaN becomes the largest. */
+KERN_INLINE void keys8(__m256 v, __m256i number, __m256i key[2]) {
+  __m256i u = _mm256_castps_si256(v), sign = _mm256_set1_epi32((int)0x80000000u);
+  u = _mm256_xor_si256(u, _mm256_or_si256(_mm256_srai_epi32(u, 31), sign));
+  u = _mm256_or_si256(u, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  __m256i low = _mm256_unpacklo_epi32(number, u), high = _mm256_unpackhi_epi32(number, u);
+  key[0] = _mm256_permute2x128_si256(low, high, 0x20);
+  key[1] = _mm256_permute2x128_si256(low, high, 0x31);
+}
+
+/* Which 32-bit words of four keys go to the front, by the mask of the keys to keep. */
+static const uint32_t gather_words[16][8] = {
+  {0},
+  {0, 1},
+  {2, 3},
+  {0, 1, 2, 3},
+  {4, 5},
+  {0, 1, 4, 5},
+  {2, 3, 4, 5},
+  {0, 1, 2, 3, 4, 5},
+  {6, 7},
+  {0, 1, 6, 7},
+  {2, 3, 6, 7},
+  {0, 1, 2, 3, 6, 7},
+  {4, 5, 6, 7},
+  {0, 1, 4, 5, 6, 7},
+  {2, 3, 4, 5, 6, 7},
+  {0, 1, 2, 3, 4, 5, 6, 7},
+};
+KERN_INLINE __m256i compress(__m256i key, unsigned keep) {
+  return _mm256_permutevar8x32_epi32(key, _mm256_loadu_si256((const __m256i *)gather_words[keep]));
+}
+
+static size_t keys_i8(const int32_t *score, const float *scale, const float *norm2, size_t n, float mul, float base, uint32_t first,
+                      uint64_t limit, uint64_t *out) {
+  const __m256i iota = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i top = _mm256_set1_epi64x((long long)((uint64_t)1 << 63)); /* unsigned order from a signed comparison */
+  const __m256i last = _mm256_xor_si256(_mm256_set1_epi64x((long long)limit), top);
+  const __m256 highest = _mm256_set1_ps(kern_key_value(limit));
+  const int every = limit >> 32 > 0xff800000u; /* above the key of +Inf: `highest` is a NaN */
+  size_t n_out = 0;
+  for (size_t i = 0; i < n; i += 8) {
+    __m256i live = tail8(n - i), key[2];
+    __m256 v = _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(mul), _mm256_maskload_ps(scale + i, live)),
+                             _mm256_cvtepi32_ps(_mm256_maskload_epi32(score + i, live)));
+    v = _mm256_add_ps(_mm256_add_ps(_mm256_maskload_ps(norm2 + i, live), _mm256_set1_ps(base)), v);
+    if (!every && !_mm256_movemask_ps(_mm256_cmp_ps(v, highest, _CMP_LE_OQ))) continue; /* mostly */
+    keys8(v, _mm256_add_epi32(_mm256_set1_epi32((int)(first + (uint32_t)i)), iota), key);
+    unsigned n_live = n - i < 8 ? (unsigned)(n - i) : 8;
+    KERN_UNROLL
+    for (int h = 0; h < 2; h++) {
+      __m256i is_high = _mm256_cmpgt_epi64(_mm256_xor_si256(key[h], top), last);
+      unsigned keep = ~(unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(is_high)) & ((1u << n_live) - 1) >> 4 * h & 15;
+      _mm256_storeu_si256((__m256i *)(out + n_out), compress(key[h], keep));
+      n_out += (size_t)__builtin_popcount(keep);
+    }
+  }
+  return n_out;
+}
+
+static void keys_u16(const uint16_t *sum, const uint32_t *row, size_t n, float base, float step, uint32_t first, uint64_t *out) {
+  for (size_t i = 0; i < n; i += 8) {
+    uint16_t buffer[8] = {0};
+    const uint16_t *from = sum + i;
+    if (n - i < 8) from = memcpy(buffer, from, (n - i) * sizeof *sum);
+    __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)));
+    v = _mm256_add_ps(_mm256_set1_ps(base), _mm256_mul_ps(_mm256_set1_ps(step), v));
+    __m256i number = _mm256_maskload_epi32((const int *)row + i, tail8(n - i)), key[2];
+    keys8(v, _mm256_add_epi32(_mm256_set1_epi32((int)first), number), key);
+    _mm256_storeu_si256((__m256i *)(out + i), key[0]);
+    _mm256_storeu_si256((__m256i *)(out + i + 4), key[1]);
+  }
+}
+
 /* ------------------------------------------------------------------ PQ scan */
+
+/* The order of the operands of min and max matters: a NaN never replaces what is there. */
+static float pq_table_raw(const int8_t *q, const uint8_t *words, const float *factor, size_t m, size_t sub_dim, float *raw,
+                          float *low) {
+  float widest = 0;
+  for (size_t j = 0; j < m; j++, q += sub_dim, words += 256 * sub_dim, raw += 256) {
+    int32_t score[256];
+    scores_i8(q, 1, 0, sub_dim, words, 256, score, 0);
+    __m256 f = _mm256_set1_ps(factor[j]), lo = _mm256_set1_ps(INFINITY), hi = _mm256_set1_ps(-INFINITY);
+    for (int w = 0; w < 256; w += 8) {
+      __m256 v = _mm256_mul_ps(f, _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(score + w))));
+      lo = _mm256_min_ps(v, lo), hi = _mm256_max_ps(v, hi);
+      _mm256_storeu_ps(raw + w, v);
+    }
+    float los[8], his[8], lowest = INFINITY, highest = -INFINITY;
+    _mm256_storeu_ps(los, lo), _mm256_storeu_ps(his, hi);
+    for (int i = 0; i < 8; i++) lowest = los[i] < lowest ? los[i] : lowest, highest = his[i] > highest ? his[i] : highest;
+    low[j] = lowest;
+    widest = highest - lowest > widest ? highest - lowest : widest;
+  }
+  return widest;
+}
+
+static void pq_table(const float *raw, const float *low, size_t m, float inv, uint8_t *table) {
+  const __m256 mul = _mm256_set1_ps(inv), top = _mm256_set1_ps(255);
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (size_t i = 0; i < m * 256; i += 32) {
+    __m256 base = _mm256_set1_ps(low[i / 256]);
+    __m256i v[4];
+    KERN_UNROLL
+    for (int u = 0; u < 4; u++)
+      v[u] = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(raw + i + 8 * u), base), mul), top));
+    __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+    _mm256_storeu_si256((__m256i *)(table + i), _mm256_permutevar8x32_epi32(bytes, in_order));
+  }
+}
 
 /* vpshufb looks up 16 entries by the low nibble and gives 0 where bit 7 of the index is set. A code in 0..127 is walked
  * down by 16, sixteen entries a step, until it turns negative: it meets pieces 0..(code >> 4) of its half, so when
@@ -325,10 +614,10 @@ typedef struct {
   uint16_t *out_sum;
 } sieve;
 
-/* Adds the terms of rows [row, row + 16) to their sums and appends the survivors. */
-KERN_INLINE void sift16(sieve *s, __m256i sum, size_t row) {
-  if (row >= s->n_rows) return;
-  size_t left = s->n_rows - row;
+/* Adds the terms of rows [row, min(row + 16, end)) to their sums and appends the survivors. */
+KERN_INLINE void sift16(sieve *s, __m256i sum, size_t row, size_t end) {
+  if (row >= end) return;
+  size_t left = end - row;
   __m256i terms = _mm256_loadu_si256((const __m256i *)(s->terms + row));
   sum = _mm256_adds_epu16(sum, _mm256_mulhi_epu16(terms, s->term_mul));
   __m256i is_low = _mm256_cmpeq_epi16(_mm256_min_epu16(sum, s->limit), sum); /* no unsigned comparison before AVX-512 */
@@ -344,10 +633,12 @@ KERN_INLINE void sift16(sieve *s, __m256i sum, size_t row) {
   }
 }
 
-static void scan_block(const uint8_t *codes, size_t m, const uint8_t *table, size_t row, size_t n_groups, sieve *s) {
+/* One block of `width` rows, rounded up to 2. */
+static void scan_block(const uint8_t *codes, size_t m, const uint8_t *table, size_t row, size_t width, sieve *s) {
   block_sums sums;
+  size_t n_groups = (width + KERN_GROUP - 1) / KERN_GROUP;
   memset(&sums, 0, sizeof sums);
-  for (size_t j = 0; j < m; j++, codes += n_groups * KERN_GROUP) {
+  for (size_t j = 0; j < m; j++, codes += width) {
     xor_table t;
     make_table(table + 256 * j, &t);
     size_t g = 0;
@@ -355,11 +646,12 @@ static void scan_block(const uint8_t *codes, size_t m, const uint8_t *table, siz
     if (g < n_groups) add_codes(codes, &t, 2, 2 * g, &sums);
   }
   for (size_t g = 0; g < n_groups; g++) {
-    size_t at = row + g * KERN_GROUP;
-    sift16(s, sums.even[2 * g], at);
-    sift16(s, sums.even[2 * g + 1], at + 16);
-    sift16(s, sums.odd[2 * g], at + 32);
-    sift16(s, sums.odd[2 * g + 1], at + 48);
+    size_t at = row + g * KERN_GROUP, bytes = width - g * KERN_GROUP, half = bytes < KERN_GROUP ? bytes / 2 : KERN_GROUP / 2;
+    size_t middle = at + half < s->n_rows ? at + half : s->n_rows, end = at + 2 * half < s->n_rows ? at + 2 * half : s->n_rows;
+    sift16(s, sums.even[2 * g], at, middle);
+    sift16(s, sums.even[2 * g + 1], at + 16, middle);
+    sift16(s, sums.odd[2 * g], at + half, end);
+    sift16(s, sums.odd[2 * g + 1], at + half + 16, end);
   }
 }
 
@@ -374,35 +666,12 @@ static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, siz
              .out_sum = out_sum};
   for (size_t row = 0; row < n_rows; row += KERN_BLOCK) {
     size_t left = n_rows - row < KERN_BLOCK ? n_rows - row : KERN_BLOCK;
-    scan_block(codes + row * m, m, table, row, (left + KERN_GROUP - 1) / KERN_GROUP, &s);
+    scan_block(codes + row * m, m, table, row, (left + 1) / 2 * 2, &s);
   }
   return s.n_out;
 }
 
 /* ------------------------------------------------------------------ selection */
-
-/* Which 32-bit words of four keys go to the front, by the mask of the keys to keep. */
-static const uint32_t gather_words[16][8] = {
-  {0},
-  {0, 1},
-  {2, 3},
-  {0, 1, 2, 3},
-  {4, 5},
-  {0, 1, 4, 5},
-  {2, 3, 4, 5},
-  {0, 1, 2, 3, 4, 5},
-  {6, 7},
-  {0, 1, 6, 7},
-  {2, 3, 6, 7},
-  {0, 1, 2, 3, 6, 7},
-  {4, 5, 6, 7},
-  {0, 1, 4, 5, 6, 7},
-  {2, 3, 4, 5, 6, 7},
-  {0, 1, 2, 3, 4, 5, 6, 7},
-};
-KERN_INLINE __m256i compress(__m256i key, unsigned keep) {
-  return _mm256_permutevar8x32_epi32(key, _mm256_loadu_si256((const __m256i *)gather_words[keep]));
-}
 
 /* In place for the low keys: what is stored at n_low <= i ends before i + 4, which has been read. */
 static size_t split_u64(uint64_t *a, size_t n, uint64_t pivot, uint64_t *spill) {
@@ -443,7 +712,17 @@ const kern kern_table_avx2 = {
   .f32_to_f16 = f32_to_f16,
   .all_finite_f32 = all_finite_f32,
   .scores_f32 = scores_f32,
+  .scores_many_f32 = scores_many_f32,
   .argmax_f32 = argmax_f32,
+  .dot_f16 = dot_f16,
+  .l2sq_f16 = l2sq_f16,
+  .quantize_i8 = quantize_i8,
+  .scores_i8 = scores_i8,
+  .dot_i8 = dot_i8,
+  .keys_i8 = keys_i8,
+  .keys_u16 = keys_u16,
+  .pq_table_raw = pq_table_raw,
+  .pq_table = pq_table,
   .pq_scan = pq_scan,
   .select_u64 = select_u64,
 };

@@ -428,7 +428,7 @@ static size_t keys_i8(const int32_t *score, const float *scale, const float *nor
   const __m512i last = _mm512_set1_epi64((long long)limit);
   const __m512 highest = _mm512_set1_ps(kern_key_value(limit));
   size_t n_out = 0;
-  int every = (limit >> 32) == 0xffffffffu; /* then `highest` is a NaN */
+  int every = limit >> 32 > 0xff800000u; /* above the key of +Inf: `highest` is a NaN */
   for (size_t i = 0; i < n; i += 16) {
     __mmask16 live = tail16(n - i);
     __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(mul), _mm512_maskz_loadu_ps(live, scale + i)),
