@@ -423,17 +423,22 @@ KERN_INLINE int32_t reduce_add_i32(__m256i v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, _MM_SHUFFLE(2, 3, 0, 1))));
 }
 
+/* Sixteen products, added in pairs. */
+KERN_INLINE __m256i products16(const int8_t *q, const uint8_t *row) {
+  __m256i v = _mm256_sub_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)row)), _mm256_set1_epi16(128));
+  return _mm256_madd_epi16(v, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)q)));
+}
+
 static int32_t dot_i8(const int8_t *q, const uint8_t *row, size_t n) {
-  __m256i sum = _mm256_setzero_si256();
-  const __m256i middle = _mm256_set1_epi16(128);
+  __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
   size_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    __m256i v = _mm256_sub_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(row + i))), middle);
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(v, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(q + i)))));
-  }
+  for (; i + 64 <= n; i += 64)
+    KERN_UNROLL
+    for (int u = 0; u < 4; u++) sum[u] = _mm256_add_epi32(sum[u], products16(q + i + 16 * u, row + i + 16 * u));
+  for (; i + 16 <= n; i += 16) sum[0] = _mm256_add_epi32(sum[0], products16(q + i, row + i));
   int32_t rest = 0;
   for (; i < n; i++) rest += q[i] * ((int)row[i] - 128);
-  return reduce_add_i32(sum) + rest;
+  return rest + reduce_add_i32(_mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), _mm256_add_epi32(sum[2], sum[3])));
 }
 
 /* kern_key of eight values: negative floats are inverted, others get their sign bit set; NaN becomes the largest. */
