@@ -479,7 +479,7 @@ static float pq_table_raw(const int8_t *q, const uint8_t *words, const float *fa
     KERN_UNROLL
     for (int g = 0; g < 16; g++) {
       __m512 v = _mm512_mul_ps(f, _mm512_cvtepi32_ps(acc[g]));
-      lo = _mm512_min_ps(lo, v), hi = _mm512_max_ps(hi, v);
+      lo = _mm512_min_ps(v, lo), hi = _mm512_max_ps(v, hi); /* in this order a NaN never replaces what is there */
       _mm512_storeu_ps(raw + 16 * g, v);
     }
     low[j] = _mm512_reduce_min_ps(lo);
