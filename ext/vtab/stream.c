@@ -12,7 +12,8 @@ enum {
   FIRST_BATCH = 16,    /* LIMIT 10 is the common case: hardly dearer than k = 10 */
   WIDEN = 4,
   MOST = 1 << 20,      /* rows in one batch, and of the first phase: bounds the memory of a query without end */
-  APPROXIMATE_PART = 8 /* up to this part of the rows an approximate search reads less than brute force */
+  APPROXIMATE_PART = 8, /* up to this part of the rows an approximate search reads less than brute force */
+  PREFETCH = 12        /* rows between asking for a row's bytes and handing it out */
 };
 
 static shard_search search_of(stream *s, uint64_t k) {
@@ -237,6 +238,35 @@ vs_rc stream_next(stream *s, vs_err *err) {
   drop_row(s);
   s->at++;
   return s->at < s->n || s->done ? VS_OK : next_batch(s, err);
+}
+
+/* Results lie all over the file: each would be waited for. */
+static void prefetch(const stream *s, size_t at) {
+  if (at >= s->n || s->want == STREAM_NOTHING) return;
+  const shard_hit *h = &s->hits[at];
+  const ivfpq_segment *segment = s->shards[h->shard]->segments[h->segment];
+  if (!ivfpq_rows_mapped(segment)) return;
+  if (s->want == STREAM_VECTOR) ivfpq_row_prefetch(segment, h->row);
+  else ivfpq_row_id_prefetch(segment, h->row);
+}
+
+int stream_step(stream *s) {
+  if (s->has_row || (s->at + 1 >= s->n && !s->done)) return 0;
+  s->at++;
+  prefetch(s, s->at + PREFETCH);
+  return 1;
+}
+
+int stream_row_at_hand(stream *s, stream_want want, ivfpq_segment **segment, const uint8_t **record, vs_rc *rc, vs_err *err) {
+  const shard_hit *h = stream_hit(s);
+  *segment = s->shards[h->shard]->segments[h->segment];
+  if (!ivfpq_rows_mapped(*segment)) return 0;
+  if (s->want < want) {
+    s->want = want;
+    for (size_t i = 1; i <= PREFETCH; i++) prefetch(s, s->at + i);
+  }
+  *rc = ivfpq_row_mapped(*segment, h->row, record, err);
+  return 1;
 }
 
 static const shard_hit *hit_at(void *ctx, size_t i) { return &((stream *)ctx)->hits[i]; }
