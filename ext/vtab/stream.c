@@ -17,7 +17,7 @@ enum {
 };
 
 static shard_search search_of(stream *s, uint64_t k) {
-  return (shard_search){.shards = s->shards, .n_shards = s->n_shards, .query = s->query, .dim = s->opt.dim, .k = k,
+  return (shard_search){.shards = s->shards, .n_shards = s->n_shards, .query = s->opt.query, .dim = s->opt.dim, .k = k,
                         .nprobe = s->opt.nprobe, .refine = s->opt.refine, .exact = s->opt.exact, .filters = s->filters,
                         .threads = s->opt.threads};
 }
@@ -171,7 +171,7 @@ static vs_rc add_named(stream *s, const filter_value *v, uint32_t shard_no, size
   else if (v->type != SQLITE_TEXT && v->type != SQLITE_INTEGER) return VS_OK;
   vs_rc rc = shard_find(sh, &id, &h.segment, &h.row, &found, err);
   if (!rc && found) rc = filter_row(s->opt.filter, sh->segments[h.segment], h.row, &found, err);
-  if (!rc && found) rc = ivfpq_distances(sh->segments[h.segment], s->query, &h.row, 1, &h.distance, err);
+  if (!rc && found) rc = ivfpq_distances(sh->segments[h.segment], s->opt.query, &h.row, 1, &h.distance, err);
   if (rc || !found) return rc;
   if (s->n == *room) {
     shard_hit *grown = realloc(s->hits, (*room * 2 + 16) * sizeof *grown);
@@ -215,10 +215,6 @@ vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_sh
   s->shards = shards, s->n_shards = n_shards, s->opt = *opt;
   s->statement = owner;
   for (size_t i = 0; i < n_shards; i++) s->n_rows += shards[i]->manifest.n_rows;
-  s->query = malloc(opt->dim * sizeof *s->query + 1);
-  if (!s->query) return vs_nomem(err);
-  memcpy(s->query, opt->query, opt->dim * sizeof *s->query);
-  s->opt.query = s->query;
   const filter_term *ids = opt->filter ? filter_by_id(opt->filter) : NULL;
   if (ids) return search_named(s, ids, err);
   if (opt->filter && opt->filter->n) {
@@ -228,6 +224,8 @@ vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_sh
   if (opt->has_k && opt->k > s->n_rows) s->opt.k = s->n_rows;
   s->done = opt->has_k && s->opt.k <= MOST;
   if (s->done) return opt->floor.given && s->opt.k ? search_k_beyond(s, err) : search_k(s, err);
+  if (!(s->query = malloc(opt->dim * sizeof *s->query + 1))) return vs_nomem(err);
+  s->opt.query = memcpy(s->query, opt->query, opt->dim * sizeof *s->query);
   s->left = opt->has_k ? s->opt.k : UINT64_MAX;
   s->batch = opt->has_k ? MOST : FIRST_BATCH;
   if (opt->has_k) s->opt.exact = 1;

@@ -44,7 +44,7 @@ typedef struct stream {
   shard *const *shards;
   size_t n_shards;
   stream_options opt;
-  float *query;           /* own copy */
+  float *query;           /* own copy, for batches to come */
   const ivfpq_filter **filters;
   statement *statement;   /* entered by the caller of every function here */
   uint64_t n_rows;
@@ -68,7 +68,8 @@ typedef struct stream {
   ahead ahead;
 } stream;
 
-/* shards and the owner must outlive the stream. Searches at once; at the end when stream_eof. */
+/* shards and the owner must outlive the stream; the query is copied where it is needed later. Searches at once; at the end when
+ * stream_eof. */
 vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_shards, const stream_options *opt, vs_err *err) VS_WARN_UNUSED;
 vs_rc stream_next(stream *s, vs_err *err) VS_WARN_UNUSED;
 static inline int stream_eof(const stream *s) { return s->at >= s->n; }

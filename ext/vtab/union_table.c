@@ -323,9 +323,8 @@ static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
 /* ---- cursors ---- */
 
 static int x_open(sqlite3_vtab *v, sqlite3_vtab_cursor **out) {
-  union_cursor *c = sqlite3_malloc64(sizeof *c);
+  union_cursor *c = calloc(1, sizeof *c);
   if (!c) return SQLITE_NOMEM;
-  memset(c, 0, sizeof *c);
   statement_open(&c->statement, ((union_table *)v)->c);
   *out = &c->base;
   return SQLITE_OK;
@@ -353,7 +352,7 @@ static void cursor_reset(union_cursor *c) {
 static int x_close(sqlite3_vtab_cursor *v) {
   cursor_reset((union_cursor *)v);
   statement_close(&((union_cursor *)v)->statement);
-  sqlite3_free(v);
+  free(v);
   return SQLITE_OK;
 }
 
@@ -433,7 +432,8 @@ static vs_rc no_query(const union_table *t, const char *missing, vs_err *err) {
 static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, int argc, sqlite3_value **argv) {
   union_cursor *c = (union_cursor *)v;
   union_table *t = (union_table *)v->pVtab;
-  vs_err err = {0};
+  vs_err err;
+  vs_err_reset(&err);
   cursor_reset(c);
   vs_rc rc = (idx_num & PLAN_KIND) == PLAN_NO_QUERY ? no_query(t, idx_str, &err)
                                                     : plan_decode(idx_str, argc, argv, column_type, t, &c->plan, &err);

@@ -361,10 +361,8 @@ static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
 /* ---- cursors ---- */
 
 static int x_open(sqlite3_vtab *v, sqlite3_vtab_cursor **out) {
-  cursor *c = sqlite3_malloc64(sizeof *c);
-  (void)v;
+  cursor *c = calloc(1, sizeof *c);
   if (!c) return SQLITE_NOMEM;
-  memset(c, 0, sizeof *c);
   statement_open(&c->statement, table_of(v)->c);
   *out = &c->base;
   return SQLITE_OK;
@@ -385,14 +383,15 @@ static void cursor_reset(cursor *c) {
 static int x_close(sqlite3_vtab_cursor *v) {
   cursor_reset((cursor *)v);
   statement_close(&((cursor *)v)->statement);
-  sqlite3_free(v);
+  free(v);
   return SQLITE_OK;
 }
 
 static vs_rc start_search(cursor *c, table *t, vs_err *err) {
-  float *query = NULL;
+  const float *query;
+  float *owned;
   uint32_t dim;
-  vs_rc rc = vec_from_value(c->plan.query, &query, &dim, err);
+  vs_rc rc = vec_borrow(c->plan.query, &query, &dim, &owned, err);
   if (!rc && query) {
     stream_options o = {.query = query, .dim = dim, .has_k = c->plan.has_k, .k = c->plan.k, .nprobe = c->plan.nprobe,
                         .refine = c->plan.refine, .exact = c->plan.exact, .filter = &c->plan.filter, .floor = c->plan.floor,
@@ -400,7 +399,7 @@ static vs_rc start_search(cursor *c, table *t, vs_err *err) {
     if (dim != t->m.dim) rc = vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", dim, t->entry.name, t->m.dim);
     if (!rc) rc = stream_open(&c->hits, &c->statement, &c->s, 1, &o, err);
   }
-  sqlite3_free(query);
+  sqlite3_free(owned);
   c->eof = !rc && stream_eof(&c->hits);
   return rc;
 }
@@ -446,7 +445,8 @@ static void settle_scan(cursor *c) {
 static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, int argc, sqlite3_value **argv) {
   cursor *c = (cursor *)v;
   table *t = table_of(v->pVtab);
-  vs_err err = {0};
+  vs_err err;
+  vs_err_reset(&err);
   cursor_reset(c);
   c->kind = idx_num & PLAN_KIND;
   c->segment = c->row = 0;
