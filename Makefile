@@ -40,10 +40,15 @@ $(OUT)/vecshard: $(call core_obj,$(TOOL) $(INPUT)) $(OUT)/libvecshard.a
 	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) -lsqlite3 $(NET_LIBS) $(LIBS)
 
 KERN_FLAGS_scalar := -fno-tree-vectorize
+ARCH := $(shell $(CC) -dumpmachine 2>/dev/null)
+ifneq ($(filter x86_64%,$(ARCH)),)
 KERN_FLAGS_avx2 := -O3 -mavx2 -mfma -mf16c
 KERN_FLAGS_avx512 := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mavx2 -mfma -mf16c
-X86 := $(filter x86_64% i%86%,$(shell $(CC) -dumpmachine 2>/dev/null))
-kern_flags = $(if $(X86),$(KERN_FLAGS_$(patsubst kern_%,%,$(notdir $(basename $(1))))))
+else ifneq ($(filter aarch64%,$(ARCH)),)
+KERN_FLAGS_neon := -O3
+KERN_FLAGS_dotprod := -O3 -march=armv8.2-a+dotprod
+endif
+kern_flags = $(KERN_FLAGS_$(patsubst kern_%,%,$(notdir $(basename $(1)))))
 
 $(OUT)/obj/ext/%.o: %.c Makefile
 	@mkdir -p $(@D)
@@ -70,6 +75,10 @@ SQLITE_LIB_s3_threads := -lsqlite3
 $(OUT)/test/%: $(OUT)/obj/core/test/%.o
 	@mkdir -p $(@D)
 	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ -lcmocka $(if $(findstring test_input,$@),$(HDF5_LIBS)) $(SQLITE_LIB_$(notdir $@)) $(NET_LIBS) $(LIBS)
+# The kernel tests as one static program without cmocka's library, so that a cross compiler and an emulator are enough.
+$(OUT)/test/bare_kernels: test/test_kernels.c $(call core_obj,$(wildcard ext/kernels/*.c)) test/bare/cmocka.h
+	@mkdir -p $(@D)
+	@echo "  LINK  $@"; $(CC) $(ALL_CFLAGS) -Itest/bare -static -o $@ $(filter %.c %.o,$^) -lm -lpthread
 .SECONDARY:
 
 deps:
