@@ -2,7 +2,7 @@
  *
  * What carries the speed
  *   dot, l2sq, cosine  independent fused chains; tails go through a small buffer of zeros.
- *   argmax, scores     a register tile of 6 rows x 16 centroids, 24 accumulators of the 32 registers.
+ *   argmax, scores     a register tile of 5 rows x 16 centroids, 20 accumulators of the 32 registers (gcc spills one of 24).
  *   scores_i8, dot_i8  SMULL of 8 bytes, SADALP adds the products in pairs to words: exact, also for -128 * -128. Where the CPU
  *                      has the dot product instructions, kern_dotprod.c does these two with a quarter of the instructions.
  *   pq_scan            a table row of 256 bytes is sixteen registers; four TBL/TBX look up 16 codes in its quarters. Nothing
@@ -148,7 +148,7 @@ static int all_finite_f32(const float *a, size_t n) {
 
 /* Rows per tile, and rows that pass over one group of 16 centroids before the next: while they do, the group stays in
  * L1 or L2 (61 KB at 960 dimensions). Their running winners take 128 bytes of stack each. */
-enum { TILE_ROWS = 6, CHUNK_ROWS = 96, QUARTERS = KERN_LANES / 4 };
+enum { TILE_ROWS = 5, CHUNK_ROWS = 100, QUARTERS = KERN_LANES / 4 };
 
 /* Per row and lane: the best score so far and the number of its group. */
 typedef struct {
@@ -229,7 +229,7 @@ static void argmax_f32(const float *x, size_t n_x, size_t stride, size_t dim, co
       const float *p = packed + c * dim, *h = bias + c;
       uint32_t group = (uint32_t)(c / KERN_LANES);
       size_t r = 0;
-      for (; r + 6 <= n_rows; r += 6) tile_compete(chunk + r * stride, stride, dim, p, h, group, n_c - c, 6, win + r);
+      for (; r + 5 <= n_rows; r += 5) tile_compete(chunk + r * stride, stride, dim, p, h, group, n_c - c, 5, win + r);
       for (; r + 2 <= n_rows; r += 2) tile_compete(chunk + r * stride, stride, dim, p, h, group, n_c - c, 2, win + r);
       if (r < n_rows) tile_compete(chunk + r * stride, stride, dim, p, h, group, n_c - c, 1, win + r);
     }
@@ -295,7 +295,7 @@ static void scores_many_f32(const float *x, size_t n_x, size_t stride, size_t di
       const float *p = packed + c * dim, *h = bias + c;
       float *to = out + row * out_stride + c;
       size_t r = 0;
-      for (; r + 6 <= n_rows; r += 6) tile_store(chunk + r * stride, stride, dim, p, h, 6, to + r * out_stride, out_stride);
+      for (; r + 5 <= n_rows; r += 5) tile_store(chunk + r * stride, stride, dim, p, h, 5, to + r * out_stride, out_stride);
       for (; r + 2 <= n_rows; r += 2) tile_store(chunk + r * stride, stride, dim, p, h, 2, to + r * out_stride, out_stride);
       if (r < n_rows) tile_store(chunk + r * stride, stride, dim, p, h, 1, to + r * out_stride, out_stride);
     }
@@ -322,50 +322,31 @@ KERN_INLINE int8x16_t values16(const uint8_t *bytes) {
   return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(bytes), vdupq_n_u8(128)));
 }
 
-/* n_q queries against one group of 16; an accumulator holds two halves each of two rows. */
-enum { I8_QUERIES = 2 };
-KERN_INLINE void tile_i8(const int8_t *q, size_t q_stride, size_t dim, const uint8_t *packed, const int n_q, int32_t *out,
-                         size_t out_stride) {
-  int32x4_t acc[I8_QUERIES][2 * QUARTERS];
+/* One query against one group of 16; an accumulator holds two halves each of two rows. Two queries at once would share the
+ * loads, which are not what limits it, and spill. */
+KERN_INLINE void group_i8(const int8_t *q, size_t dim, const uint8_t *packed, int32_t *out) {
+  int32x4_t acc[2 * QUARTERS];
   KERN_UNROLL
-  for (int r = 0; r < I8_QUERIES; r++)
-    KERN_UNROLL
-    for (int h = 0; h < 2 * QUARTERS; h++) acc[r][h] = vdupq_n_s32(0);
+  for (int h = 0; h < 2 * QUARTERS; h++) acc[h] = vdupq_n_s32(0);
   for (size_t j = 0; j < dim; j += 4, packed += 4 * KERN_LANES) {
-    int8x16_t four[I8_QUERIES];
-    KERN_UNROLL
-    for (int r = 0; r < I8_QUERIES; r++) {
-      if (r >= n_q) break;
-      int32_t bytes;
-      memcpy(&bytes, q + (size_t)r * q_stride + j, 4);
-      four[r] = vreinterpretq_s8_s32(vdupq_n_s32(bytes));
-    }
+    int32_t bytes;
+    memcpy(&bytes, q + j, 4);
+    int8x16_t four = vreinterpretq_s8_s32(vdupq_n_s32(bytes));
     KERN_UNROLL
     for (int h = 0; h < QUARTERS; h++) {
       int8x16_t v = values16(packed + 16 * h);
-      KERN_UNROLL
-      for (int r = 0; r < I8_QUERIES; r++) {
-        if (r >= n_q) break;
-        acc[r][2 * h] = vpadalq_s16(acc[r][2 * h], vmull_s8(vget_low_s8(v), vget_low_s8(four[r])));
-        acc[r][2 * h + 1] = vpadalq_s16(acc[r][2 * h + 1], vmull_high_s8(v, four[r]));
-      }
+      acc[2 * h] = vpadalq_s16(acc[2 * h], vmull_s8(vget_low_s8(v), vget_low_s8(four)));
+      acc[2 * h + 1] = vpadalq_s16(acc[2 * h + 1], vmull_high_s8(v, four));
     }
   }
   KERN_UNROLL
-  for (int r = 0; r < I8_QUERIES; r++)
-    KERN_UNROLL
-    for (int h = 0; h < QUARTERS; h++)
-      if (r < n_q) vst1q_s32(out + (size_t)r * out_stride + 4 * h, vpaddq_s32(acc[r][2 * h], acc[r][2 * h + 1]));
+  for (int h = 0; h < QUARTERS; h++) vst1q_s32(out + 4 * h, vpaddq_s32(acc[2 * h], acc[2 * h + 1]));
 }
 
 static void scores_i8(const int8_t *q, size_t n_q, size_t q_stride, size_t dim, const uint8_t *packed, size_t n_c, int32_t *out,
                       size_t out_stride) {
-  for (size_t c = 0; c < n_c; c += KERN_LANES) { /* a group stays in L1 while all queries pass */
-    size_t r = 0;
-    for (; r + I8_QUERIES <= n_q; r += I8_QUERIES)
-      tile_i8(q + r * q_stride, q_stride, dim, packed + c * dim, I8_QUERIES, out + r * out_stride + c, out_stride);
-    if (r < n_q) tile_i8(q + r * q_stride, q_stride, dim, packed + c * dim, 1, out + r * out_stride + c, out_stride);
-  }
+  for (size_t c = 0; c < n_c; c += KERN_LANES) /* a group stays in L1 while all queries pass */
+    for (size_t r = 0; r < n_q; r++) group_i8(q + r * q_stride, dim, packed + c * dim, out + r * out_stride + c);
 }
 
 static int32_t dot_i8(const int8_t *q, const uint8_t *row, size_t n) {
