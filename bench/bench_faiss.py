@@ -114,14 +114,17 @@ def tuned(found, data, goals, say, quick=False):
                     top["recall"], top["qps_cpu"], top["nprobe"], top["refine"]) if top else "nothing better for %.2f" % goal))
             result["indexes"].append(made)
             result["points"] += [dict(point, index=made["name"], choice=choice) for point in search.points]
+            return max(point["recall"] for point in search.points)
 
         def best_cost(goal):
             top = cheapest(result["points"], goal)
             return 1.2 * top[0]["cpu_us"] if top else float("inf")
 
         for nlist in lists:
-            for m in widths:
-                try_index((nlist, "PQ%dx4fs" % m, 0))
+            for m in list(widths):
+                reached = try_index((nlist, "PQ%dx4fs" % m, 0))
+                if reached < min(goals) and len(widths) > 1:
+                    widths.remove(m)  # more lists do not make up for codes that are too short
         if not quick:
             more = set()
             for goal in goals:

@@ -132,8 +132,8 @@ def curve(p, data, quick):
             point = measure(p, data, k, data.half, n, deep, passes=3, threads=1)
         except Failure as e:
             raise Failure("k = %d: %s" % (k, e))
-        traced(p, data, point, data.half, n)
-        mean = 1e6 / point["qps"]
+        scans = [traced(p, data, point, data.half, n)["scan_us"] for _ in range(3)]
+        mean, point["scan_us"] = 1e6 / point["qps"], min(scans)
         point.update(mean_us=mean, of_scan=mean / point["scan_us"] if point["scan_us"] else None)
         out.append(point)
     return out
