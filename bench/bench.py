@@ -20,6 +20,7 @@ import os
 import pathlib
 import platform
 import signal
+import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -165,7 +166,7 @@ def main():
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
-    except (bench_sets.Failure, OSError) as e:
+    except (bench_sets.Failure, OSError, subprocess.CalledProcessError) as e:
         sys.exit("bench.py: %s" % e)
 
 
