@@ -106,8 +106,16 @@ def processes(wanted):
     return found
 
 
+def is_alive(pid):
+    """Not ended, whether or not anybody asked for its status."""
+    with contextlib.suppress(OSError):
+        with open("/proc/%d/stat" % pid) as f:
+            return f.read().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
 class Slurm:
-    def __init__(self, nodes=3, cpus=1, memory_mb=1024, node_timeout=4, max_array=1001):
+    def __init__(self, nodes=3, cpus=1, memory_mb=1024, node_timeout=2, max_array=1001):
         self.dir = tempfile.mkdtemp(prefix="vecshard-slurm-")  # short: the path of a socket has at most 107 bytes
         self.children, self.count = {}, nodes
         self.conf = os.path.join(self.dir, "slurm.conf")
@@ -153,19 +161,11 @@ class Slurm:
                    "--pid-file", self.dir + "/munged.pid", "--seed-file", self.dir + "/munge.seed", "--log-file", self.dir + "/log/munged",
                    "--num-threads", "2")
         until("munged", START_S, lambda: os.path.exists(socket_path))
-        self.controller_returns()
+        self.spawn("slurmctld", "slurmctld", "-D", "-i")
         for i in range(self.count):
             self.node_returns(i + 1)
         for i in range(self.count):
             self.wait_for_state(i + 1, "idle", START_S)
-
-    def controller_dies(self):
-        child = self.children.pop("slurmctld")
-        child.kill()
-        child.wait()
-
-    def controller_returns(self):
-        self.spawn("slurmctld", "slurmctld", "-D", "-i")
 
     def node_returns(self, i):
         self.spawn("n%d" % i, "slurmd", "-D", "-N", "n%d" % i)
