@@ -17,8 +17,8 @@ enum {
 
 static shard_search search_of(stream *s, uint64_t k) {
   return (shard_search){.shards = s->shards, .n_shards = s->n_shards, .query = s->query, .dim = s->opt.dim, .k = k,
-                        .nprobe = s->opt.nprobe, .refine = s->opt.refine, .exact = s->opt.exact, .filters = s->filters,
-                        .threads = s->opt.threads};
+                        .nprobe = s->opt.nprobe, .refine = s->opt.refine, .recall = s->opt.recall, .exact = s->opt.exact,
+                        .filters = s->filters, .threads = s->opt.threads};
 }
 
 static int search_order(const shard_hit *a, const shard_hit *b) {
@@ -218,6 +218,7 @@ vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_sh
   if (!s->query) return vs_nomem(err);
   memcpy(s->query, opt->query, opt->dim * sizeof *s->query);
   s->opt.query = s->query;
+  if (opt->recall >= 1 && opt->nprobe < 0 && opt->refine < 0) s->opt.exact = 1;
   const filter_term *ids = opt->filter ? filter_by_id(opt->filter) : NULL;
   if (ids) return search_named(s, ids, err);
   if (opt->filter && opt->filter->n) {

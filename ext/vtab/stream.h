@@ -31,6 +31,7 @@ typedef struct stream_options {
   int has_k;
   uint64_t k;
   int64_t nprobe, refine; /* -1: not given */
+  double recall;          /* 0: not given */
   int exact;
   const filter *filter;   /* on every shard; NULL or n == 0: none */
   stream_bound floor, limit; /* only rows from floor on, up to limit; k counts these */

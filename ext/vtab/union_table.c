@@ -357,7 +357,7 @@ static int x_close(sqlite3_vtab_cursor *v) {
 
 static stream_options options_of(union_cursor *c, const union_table *t, uint32_t query_no) {
   return (stream_options){.query = c->batch.vectors + (size_t)query_no * c->batch.dim, .dim = c->batch.dim, .has_k = c->plan.has_k,
-                          .k = c->plan.k, .nprobe = c->plan.nprobe, .refine = c->plan.refine, .exact = c->plan.exact,
+                          .k = c->plan.k, .nprobe = c->plan.nprobe, .refine = c->plan.refine, .recall = c->plan.recall, .exact = c->plan.exact,
                           .filter = &c->plan.filter, .floor = c->plan.floor, .limit = c->plan.limit, .threads = t->c->threads};
 }
 
@@ -533,6 +533,7 @@ static void hidden_column(union_cursor *c, union_table *t, sqlite3_context *ctx,
     case HID_K: plan_result_number(ctx, c->plan.has_k ? (int64_t)c->plan.k : -1); break;
     case HID_NPROBE: plan_result_number(ctx, c->plan.nprobe); break;
     case HID_REFINE: plan_result_number(ctx, c->plan.refine); break;
+    case HID_RECALL: plan_result_recall(ctx, c->plan.recall); break;
     case HID_EXACT: sqlite3_result_int(ctx, c->plan.exact); break;
     default: break;
   }

@@ -393,7 +393,7 @@ static vs_rc start_search(cursor *c, table *t, vs_err *err) {
   vs_rc rc = vec_from_value(c->plan.query, &query, &dim, err);
   if (!rc && query) {
     stream_options o = {.query = query, .dim = dim, .has_k = c->plan.has_k, .k = c->plan.k, .nprobe = c->plan.nprobe,
-                        .refine = c->plan.refine, .exact = c->plan.exact, .filter = &c->plan.filter, .floor = c->plan.floor,
+                        .refine = c->plan.refine, .recall = c->plan.recall, .exact = c->plan.exact, .filter = &c->plan.filter, .floor = c->plan.floor,
                         .limit = c->plan.limit, .threads = t->c->threads};
     if (dim != t->m.dim) rc = vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", dim, t->entry.name, t->m.dim);
     if (!rc) rc = stream_open(&c->hits, &c->statement, &c->s, 1, &o, err);
@@ -495,6 +495,7 @@ static void hidden_column(cursor *c, sqlite3_context *ctx, int hidden) {
     case HIDDEN_K: plan_result_number(ctx, c->plan.has_k ? (int64_t)c->plan.k : -1); break;
     case HIDDEN_NPROBE: plan_result_number(ctx, c->plan.nprobe); break;
     case HIDDEN_REFINE: plan_result_number(ctx, c->plan.refine); break;
+    case HIDDEN_RECALL: plan_result_recall(ctx, c->plan.recall); break;
     case HIDDEN_EXACT: sqlite3_result_int(ctx, c->plan.exact); break;
     case HIDDEN_DISTANCE: sqlite3_result_double(ctx, stream_hit(&c->hits)->distance); break;
     default: break;
