@@ -190,8 +190,10 @@ static vs_rc read_plan(build_job *j, vs_err *err) {
 
 static vs_rc check_rows(const build_job *j, vs_err *err) {
   if (!j->bucket || j->bucket->n_rows == PLAN_ROWS_UNKNOWN || j->bucket->n_rows == j->in->n_rows) return VS_OK;
-  return vs_fail(err, VS_INVALID, "bucket %lld of %s: its files hold %llu rows and the plan says %llu: they changed; pack again",
-                 (long long)j->o.bucket, j->o.plan, (unsigned long long)j->in->n_rows, (unsigned long long)j->bucket->n_rows);
+  return vs_fail(err, VS_INVALID,
+                 "bucket %lld of %s: its files hold %llu rows and the plan says %llu: they changed; pack again",
+                 (long long)j->o.bucket, j->o.plan, (unsigned long long)j->in->n_rows,
+                 (unsigned long long)j->bucket->n_rows);
 }
 
 /* ---- the folder ---- */
@@ -209,7 +211,8 @@ static void remove_leftovers(int folder) {
   if (d) closedir(d);
 }
 
-/* A task of an array may be started twice: the second waits, and then finds the bucket built, or builds it where the first died. */
+/* A task of an array may be started twice: the second waits, and then finds the bucket built, or builds it where the
+ * first died. */
 static vs_rc wait_for_lock(const build_job *j, vs_err *err) {
   tool_note("%s: another build is at work in this folder; waiting for it", j->folder);
   while (flock(j->lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) {

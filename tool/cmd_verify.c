@@ -165,7 +165,8 @@ static tool_status verify_all(verify_job *j, const char *source) {
 }
 
 static tool_status check_arguments(const verify_options *o) {
-  if (!o->plan && (o->quick || o->missing)) return options_wrong(&command, "%s needs --plan", o->quick ? "--quick" : "--missing");
+  if (!o->plan && (o->quick || o->missing))
+    return options_wrong(&command, "%s needs --plan", o->quick ? "--quick" : "--missing");
   if (o->missing && o->json) return options_wrong(&command, "give --missing or --json, not both");
   return TOOL_DONE;
 }

@@ -23,8 +23,8 @@ static int is_type(sqlite3_stmt *s, int col, const char *type) {
 
 static vs_rc prepare(const plan *p, sqlite3 *db, const char *json, const char *sql, sqlite3_stmt **s, vs_err *err) {
   *s = NULL;
-  if (sqlite3_prepare_v2(db, sql, -1, s, NULL) || sqlite3_bind_text(*s, 1, json, -1, SQLITE_STATIC)) return sql_failed(p, db, err);
-  return VS_OK;
+  int failed = sqlite3_prepare_v2(db, sql, -1, s, NULL) || sqlite3_bind_text(*s, 1, json, -1, SQLITE_STATIC);
+  return failed ? sql_failed(p, db, err) : VS_OK;
 }
 
 static char *text_or_null(sqlite3_stmt *s, int col) {
@@ -72,8 +72,10 @@ static vs_rc read_buckets(plan *p, sqlite3 *db, const char *json, vs_err *err) {
   vs_rc rc = json_length(json, "$.buckets", p->path, &n, err);
   if (rc) return rc;
   p->buckets = tool_alloc(n, sizeof *p->buckets);
-  rc = prepare(p, db, json, "SELECT type, value, json_type(value,'$.rows'), json_extract(value,'$.rows') FROM "
-               "(SELECT type, CASE WHEN type = 'object' THEN value ELSE '{}' END AS value FROM json_each(?1,'$.buckets'))", &s, err);
+  rc = prepare(p, db, json,
+               "SELECT type, value, json_type(value,'$.rows'), json_extract(value,'$.rows') FROM (SELECT type, "
+               "CASE WHEN type = 'object' THEN value ELSE '{}' END AS value FROM json_each(?1,'$.buckets'))",
+               &s, err);
   while (!rc && p->n < n && sqlite3_step(s) == SQLITE_ROW) rc = read_bucket(p, s, &p->buckets[p->n++], err);
   if (!rc && p->n != n) rc = sql_failed(p, db, err);
   sqlite3_finalize(s);

@@ -31,7 +31,8 @@ typedef struct plan {
 vs_rc plan_read(const char *path, plan *out, vs_err *err) VS_WARN_UNUSED;
 void plan_reset(plan *p); /* legal on a zeroed struct */
 
-/* 32 hex digits over the names of the files, in order, and the rows: a shard keeps them, and so tells what it was built from. */
+/* 32 hex digits over the names of the files, in order, and the rows: a shard keeps them, and so tells what it was built
+ * from. */
 void plan_hash(const plan_bucket *b, char hash[33]);
 /* The same of any text, such as the options of a build. */
 void plan_hash_text(const char *text, char hash[33]);

@@ -83,10 +83,12 @@ static void check_rows(const check *k, size_t bucket, const char *path, const sh
   unsigned long long have = m->n_rows, input = o->n_rows, skipped = o->n_skipped, twice = o->n_duplicates;
   uint64_t planned = k->p->buckets[bucket - 1].n_rows;
   if (planned != PLAN_ROWS_UNKNOWN && planned != o->n_rows)
-    tell(k, bucket, path, tool_format("was built from %llu rows, the plan says %llu", input, (unsigned long long)planned));
+    tell(k, bucket, path,
+         tool_format("was built from %llu rows, the plan says %llu", input, (unsigned long long)planned));
   else if (m->n_rows != o->n_rows - o->n_skipped - o->n_duplicates)
-    tell(k, bucket, path, tool_format("holds %llu rows; its input had %llu, of which %llu were bad and %llu duplicates", have, input,
-                                      skipped, twice));
+    tell(k, bucket, path,
+         tool_format("holds %llu rows; its input had %llu, of which %llu were bad and %llu duplicates", have, input, skipped,
+                     twice));
 }
 
 /* Shards of one database are searched together. */
@@ -97,7 +99,8 @@ static void check_alike(check *k, size_t bucket, const char *path, const shard_m
   }
   if (m->dim != k->dim) tell(k, bucket, path, tool_format("has dimension %u and %s has %u", m->dim, k->first, k->dim));
   if ((int)m->metric != k->metric)
-    tell(k, bucket, path, tool_format("has metric %s and %s has %s", source_metric((int)m->metric), k->first, source_metric(k->metric)));
+    tell(k, bucket, path,
+         tool_format("has metric %s and %s has %s", source_metric((int)m->metric), k->first, source_metric(k->metric)));
   if (m->id_text != k->id_text)
     tell(k, bucket, path, tool_format("has ids of another kind than %s (text and integers)", k->first));
 }
@@ -112,7 +115,8 @@ static void check_bucket(check *k, size_t bucket, const char *path) {
   plan_hash(&k->p->buckets[bucket - 1], hash);
   if (rc) tell(k, bucket, path, tool_format("%s", why.text));
   else if (!*f.manifest.origin.files) tell(k, bucket, path, tool_format("was not built from a plan"));
-  else if (strcmp(f.manifest.origin.files, hash)) tell(k, bucket, path, tool_format("was built from other files than the plan's"));
+  else if (strcmp(f.manifest.origin.files, hash))
+    tell(k, bucket, path, tool_format("was built from other files than the plan's"));
   else check_rows(k, bucket, path, &f.manifest), check_alike(k, bucket, path, &f.manifest);
   shard_files_reset(&f);
 }
