@@ -718,10 +718,13 @@ vs_rc ivfpq_row_columns(ivfpq_segment *s, const uint8_t *record, ivfpq_value *va
   if (!s->params.n_columns) return VS_OK;
   memcpy(&off, slot, 8);
   if (size < 4 || off > x->size || size > x->size - off) return damaged(s, err, "a row's columns lie outside the file");
-  vs_rc rc = read_copy(s->io, x->off + off, size, (void **)buf, err);
+  vs_range r = {.off = x->off + off, .len = size};
+  vs_rc rc = s->io->stable ? vs_io_fetch(s->io, &r, 1, err) : read_copy(s->io, r.off, size, (void **)buf, err);
   if (rc) return rc;
-  if (load_u32(*buf + size - 4) != ivfpq_check32(*buf, size - 4)) rc = damaged(s, err, "checksum of a row's columns");
-  else rc = decode_columns(s, *buf, size - 4, values, err);
+  const uint8_t *bytes = s->io->stable ? r.ptr : *buf; /* a stable range need not be held */
+  if (load_u32(bytes + size - 4) != ivfpq_check32(bytes, size - 4)) rc = damaged(s, err, "checksum of a row's columns");
+  else rc = decode_columns(s, bytes, size - 4, values, err);
+  if (s->io->stable) vs_io_release(s->io, &r, 1);
   if (rc) free(*buf), *buf = NULL;
   return rc;
 }

@@ -8,6 +8,7 @@
  * Bytes that fail their check may have been damaged on their way: a search that met some is run once more with fresh ones.
  */
 #include <pthread.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -20,23 +21,33 @@
 #include "shard_refine.h"
 #include "shard_spend.h"
 
+enum { SPARE_BYTES = 1 << 20 }; /* of memory kept between searches */
+
 typedef struct segment_task {
-  ivfpq_segment *segment;
+  ivfpq_keys keys;        /* its memory may come from an earlier search */
+  ivfpq_segment *segment; /* cleared for each search from here ... */
   uint32_t shard, number;
-  ivfpq_keys keys;
   ivfpq_stats stats;
   ivfpq_setting spend;
   ivfpq_query query;
   ivfpq_scan_state *scan;
   int more;               /* the scan has a step to go */
   vs_rc rc;
-  vs_err err;
+  vs_err err;             /* ... to here: its text is the most of a task */
 } segment_task;
+
+/* What a search allocates whatever it finds, kept for the next one of the process: asking for it anew took 0.3 us of 30. */
+typedef struct memory {
+  segment_task *tasks;
+  size_t room;
+} memory;
+static memory *spare;
 
 typedef struct run {
   const shard_search *q;
   uint64_t n_rows, k, n_candidates;
   int exact;
+  memory *memory;
   segment_task *tasks;
   size_t n_tasks;
   pthread_t caller;
@@ -49,6 +60,38 @@ static int poll_stop(void *ctx) {
   if (pthread_equal(pthread_self(), r->caller) && r->outer && r->outer->stop && r->outer->stop(r->outer->stop_ctx))
     __atomic_store_n(&r->stop, 1, __ATOMIC_RELAXED);
   return __atomic_load_n(&r->stop, __ATOMIC_RELAXED);
+}
+
+/* ---- memory ---- */
+
+static void memory_free(memory *m) {
+  for (size_t i = 0; i < m->room; i++) ivfpq_keys_reset(&m->tasks[i].keys);
+  free(m->tasks), free(m);
+}
+
+/* The spare one, or a new one, with n tasks that only their key buffers are set of. */
+static memory *memory_take(size_t n) {
+  memory *m = __atomic_exchange_n(&spare, NULL, __ATOMIC_ACQ_REL);
+  if (!m && !(m = calloc(1, sizeof *m))) return NULL;
+  if (m->room < n) {
+    segment_task *grown = realloc(m->tasks, n * sizeof *grown);
+    if (!grown) {
+      memory_free(m);
+      return NULL;
+    }
+    m->tasks = grown;
+    for (; m->room < n; m->room++) memset(&grown[m->room].keys, 0, sizeof grown->keys);
+  }
+  for (size_t i = 0; i < n; i++) m->tasks[i].keys.n = 0;
+  return m;
+}
+
+/* Keeps it when it is small and the place is free. */
+static void memory_give_back(memory *m) {
+  memory *none = NULL;
+  size_t bytes = 0;
+  for (size_t i = 0; i < m->room; i++) bytes += sizeof *m->tasks + 3 * m->tasks[i].keys.room * sizeof *m->tasks->keys.key;
+  if (bytes > SPARE_BYTES || !__atomic_compare_exchange_n(&spare, &none, m, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) memory_free(m);
 }
 
 /* ---- what to spend ---- */
@@ -86,10 +129,15 @@ static vs_rc prepare(run *r, vs_err *err) {
     r->n_rows += s->manifest.n_rows;
   }
   r->k = q->k < r->n_rows ? q->k : r->n_rows;
-  if (!(r->tasks = calloc(n + 1, sizeof *r->tasks))) return vs_nomem(err);
+  if (!(r->memory = memory_take(n))) return vs_nomem(err);
+  r->tasks = r->memory->tasks;
   for (uint32_t i = 0; i < q->n_shards; i++)
-    for (uint32_t g = 0; g < q->shards[i]->manifest.n_segments; g++)
-      r->tasks[r->n_tasks++] = (segment_task){.segment = q->shards[i]->segments[g], .shard = i, .number = g};
+    for (uint32_t g = 0; g < q->shards[i]->manifest.n_segments; g++) {
+      segment_task *t = &r->tasks[r->n_tasks++];
+      memset(&t->segment, 0, offsetof(segment_task, err) - offsetof(segment_task, segment));
+      vs_err_reset(&t->err);
+      t->segment = q->shards[i]->segments[g], t->shard = i, t->number = g;
+    }
   return plan_spend(r, err);
 }
 
@@ -311,9 +359,8 @@ static vs_rc search_once(const shard_search *q, shard_hit **hits, size_t *n, sha
   if (outer) outer->traffic = inner.traffic;
   for (size_t i = 0; i < r.n_tasks; i++) {
     stats->partitions += r.tasks[i].stats.partitions, stats->rows += r.tasks[i].stats.rows;
-    ivfpq_keys_reset(&r.tasks[i].keys);
   }
-  free(r.tasks);
+  if (r.memory) memory_give_back(r.memory);
   if (rc) free(*hits), *hits = NULL, *n = 0;
   return rc;
 }
@@ -330,7 +377,8 @@ static int forget_remote(const shard_search *q) {
 }
 
 vs_rc shard_search_run(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) {
-  vs_err why = {0};
+  vs_err why;
+  vs_err_reset(&why);
   vs_rc rc = search_once(q, hits, n, stats, &why);
   if (rc == VS_CORRUPT && forget_remote(q)) {
     vs_err_reset(&why);
