@@ -166,7 +166,9 @@ def test_tool_of_readme_exists():
     told, missing = README.split("## Not there")
     commands = set(re.findall(r"^\| `vecshard (\w+)`", told, re.M))
     assert commands == set(re.findall(r"^  (\w+)  ", tool("--help").stdout, re.M))
-    helps = "".join(tool(c, "--help").stdout for c in commands) + run(str(ROOT / "bench" / "bench.py") + " --help", ROOT)
+    helps = "".join(tool(c, "--help").stdout for c in commands)
+    for program in ("tool/slurm-build.sh", "tool/parallel-build.sh", "bench/bench.py"):
+        helps += subprocess.run([ROOT / program, "--help"], capture_output=True, text=True, check=True).stdout
     for option in re.findall(r"(--[a-z][a-z0-9-]+)", README):
         assert option in helps, option
     for command in re.findall(r"`(\w+)`", missing.split("the tool's")[1].split("\n")[0]):

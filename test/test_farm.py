@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -440,6 +441,19 @@ def test_parallel(tmp_path):
     assert "complete" in script("parallel-build.sh", "--plan", plan, "--out", db).stdout
     for args in (["--plan", plan], ["--plan", plan, "--out", db, "--jobs", 0], ["--plan", plan, "--out", db, "--bogus", 1], ["--tries"]):
         script("parallel-build.sh", *args, ok=False)
+
+
+@pytest.mark.skipif(not shutil.which("parallel"), reason="GNU parallel is not installed")
+def test_readme_with_parallel(tmp_path, s3):
+    block, = re.findall(r"^```sh farm\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    os.mkdir(tmp_path / "parts")
+    files, n_rows = files_of(tmp_path / "parts", [60, 50, 40])
+    os.symlink(BUILD, tmp_path / "build")
+    uri = s3.uri("db")
+    block = block.replace("--bucket-rows 10000000", "--bucket-rows 90").replace("s3://my-bucket/db", uri)
+    r = subprocess.run(["bash", "-ec", block], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=plain_environ(s3.env))
+    assert r.returncode == 0 and "complete: 2 shards" in r.stdout, r
+    assert json.loads(tool("info", uri, "--json", env=s3.env).stdout)["rows"] == n_rows
 
 
 # ---- Slurm ----
