@@ -1,4 +1,4 @@
-# vecshard: make | make test | make demo | make demo-s3 | make check SAN=address|thread | make soak | make clean
+# vecshard: make | make test | make demo | make demo-s3 | make check SAN=address|thread | make bench | make soak | make clean
 #
 # Everything is compiled twice: build/obj/ext for the loadable extension (SQLite through sqlite3_api), build/obj/core for
 # static linking and the tool (SQLite called directly). Only the kernel files get wider instructions; they are chosen at run
@@ -40,10 +40,15 @@ $(OUT)/vecshard: $(call core_obj,$(TOOL) $(INPUT)) $(OUT)/libvecshard.a
 	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) -lsqlite3 $(NET_LIBS) $(LIBS)
 
 KERN_FLAGS_scalar := -fno-tree-vectorize
+ARCH := $(shell $(CC) -dumpmachine 2>/dev/null)
+ifneq ($(filter x86_64%,$(ARCH)),)
 KERN_FLAGS_avx2 := -O3 -mavx2 -mfma -mf16c
 KERN_FLAGS_avx512 := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mavx2 -mfma -mf16c
-X86 := $(filter x86_64% i%86%,$(shell $(CC) -dumpmachine 2>/dev/null))
-kern_flags = $(if $(X86),$(KERN_FLAGS_$(patsubst kern_%,%,$(notdir $(basename $(1))))))
+else ifneq ($(filter aarch64%,$(ARCH)),)
+KERN_FLAGS_neon := -O3
+KERN_FLAGS_dotprod := -O3 -march=armv8.2-a+dotprod
+endif
+kern_flags = $(KERN_FLAGS_$(patsubst kern_%,%,$(notdir $(basename $(1)))))
 
 $(OUT)/obj/ext/%.o: %.c Makefile
 	@mkdir -p $(@D)
@@ -70,7 +75,31 @@ SQLITE_LIB_s3_threads := -lsqlite3
 $(OUT)/test/%: $(OUT)/obj/core/test/%.o
 	@mkdir -p $(@D)
 	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ -lcmocka $(if $(findstring test_input,$@),$(HDF5_LIBS)) $(SQLITE_LIB_$(notdir $@)) $(NET_LIBS) $(LIBS)
+# The kernel tests as one static program without cmocka's library, so that a cross compiler and an emulator are enough.
+$(OUT)/test/bare_kernels: test/test_kernels.c $(call core_obj,$(wildcard ext/kernels/*.c)) test/bare/cmocka.h
+	@mkdir -p $(@D)
+	@echo "  LINK  $@"; $(CC) $(ALL_CFLAGS) -Itest/bare -static -o $@ $(filter %.c %.o,$^) -lm -lpthread
 .SECONDARY:
+
+# ---- the benchmark ----
+# make bench ARGS='--set base.npy --json out.json'; bench/bench.py --help. QUICK=1: seconds. bench-peers: beside FAISS and LanceDB.
+BENCH := $(OUT)/bench/bench_sql $(OUT)/bench/bench_kernels $(OUT)/bench/bench_ceilings
+$(OUT)/bench/bench_sql: $(call core_obj,bench/bench_sql.c) $(OUT)/libvecshard.a
+	@mkdir -p $(@D)
+	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ -lsqlite3 $(NET_LIBS) $(LIBS)
+$(OUT)/bench/bench_kernels: $(call core_obj,bench/bench_kernels.c $(wildcard ext/kernels/*.c))
+	@mkdir -p $(@D)
+	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(LIBS)
+$(OUT)/bench/bench_ceilings: bench/bench_ceilings.c Makefile
+	@mkdir -p $(@D)
+	@echo "  CC    $@"; $(CC) -std=gnu11 -D_GNU_SOURCE $(WARN) -O3 -ffp-contract=fast -o $@ $<
+bench-programs: all $(BENCH)
+bench: deps
+	@$(MAKE) --no-print-directory -s -j$$(nproc) bench-programs
+	@bench/bench.py $(if $(QUICK),--quick) $(ARGS)
+bench-peers:
+	@tool/install-deps bench
+	@$(MAKE) --no-print-directory bench ARGS='--peers $(ARGS)'
 
 deps:
 	@tool/install-deps build
@@ -103,4 +132,4 @@ clean:
 	rm -rf build build-address build-thread
 
 -include $(shell find $(OUT)/obj -name '*.d' 2>/dev/null)
-.PHONY: all test c-tests check check-all demo demo-s3 soak deps deps-store deps-test clean
+.PHONY: all test c-tests check check-all bench bench-peers bench-programs demo demo-s3 soak deps deps-store deps-test clean

@@ -24,7 +24,7 @@
 
 /* ------------------------------------------------------------------ tools */
 
-static const char *const names[] = {"scalar", "avx2", "avx512", "neon"};
+static const char *const names[] = {"scalar", "avx2", "avx512", "neon", "dotprod"};
 enum { N_NAMES = sizeof names / sizeof *names };
 
 /* Steps through the variants that this machine has; start with *at = 0. */
@@ -470,7 +470,7 @@ static void argmax_finds_best(void **state) {
           check_argmax(k, &m, n_xs[r], m.dim + (r % 3 ? 5 * (r % 3) : 0));
         free_matrix(&m);
       }
-    matrix wide = make_matrix(70, 960), deep = make_matrix(1096, 24);
+    matrix wide = make_matrix(70, 960), deep = make_matrix(200, 24);
     check_argmax(k, &wide, 14, 960);
     check_argmax(k, &deep, 431, 24); /* more rows than a chunk of any variant, twice */
     free_matrix(&wide);
@@ -774,8 +774,16 @@ typedef struct {
   size_t m, n_rows, n_padded;
   uint8_t *codes, *table; /* end where nothing more may be read, so they start anywhere */
   uint16_t *terms;
+  uint32_t *sum; /* of a row's entries, without its term */
 } partition;
 enum { SCAN_SLACK = 64 };
+
+static void sum_entries(partition *p) {
+  for (size_t r = 0; r < p->n_rows; r++) {
+    p->sum[r] = 0;
+    for (size_t j = 0; j < p->m; j++) p->sum[r] += p->table[j * 256 + p->codes[kern_code_offset(p->n_rows, p->m, r, j)]];
+  }
+}
 
 static partition make_partition(size_t m, size_t n_rows, int extreme) {
   partition p = {.m = m, .n_rows = n_rows, .n_padded = (n_rows + KERN_GROUP - 1) / KERN_GROUP * KERN_GROUP};
@@ -784,6 +792,8 @@ static partition make_partition(size_t m, size_t n_rows, int extreme) {
   p.table = fill_bytes(fenced(1, m * 256), m * 256);
   p.terms = fill_bytes(fenced(2, n_rows * sizeof *p.terms + SCAN_SLACK), n_rows * sizeof *p.terms);
   if (extreme) memset(p.table, 255, m * 256), memset(p.terms, 255, n_rows * sizeof *p.terms);
+  p.sum = fenced(5, n_rows * sizeof *p.sum);
+  sum_entries(&p);
   return p;
 }
 
@@ -793,8 +803,7 @@ static void check_scan(const kern *k, const partition *p, uint16_t term_mul, uin
   size_t n = k->pq_scan(p->codes, p->m, p->terms, p->n_rows, p->table, term_mul, threshold, row, sum), at = 0;
   assert_true(n <= p->n_rows);
   for (size_t r = 0; r < p->n_rows; r++) {
-    uint64_t want = (uint64_t)p->terms[r] * term_mul >> 16;
-    for (size_t j = 0; j < p->m; j++) want += p->table[j * 256 + p->codes[kern_code_offset(p->n_rows, p->m, r, j)]];
+    uint64_t want = p->sum[r] + ((uint64_t)p->terms[r] * term_mul >> 16);
     if (want > 65535) want = 65535;
     if (want >= threshold) continue;
     assert_true(at < n);
@@ -834,6 +843,7 @@ static void pq_scan_every_code(void **state) {
   partition p = make_partition(3, 256, 0);
   for (size_t j = 0; j < 3; j++)
     for (size_t r = 0; r < 256; r++) p.codes[kern_code_offset(256, 3, r, j)] = (uint8_t)(r + 85 * j);
+  sum_entries(&p);
   for (int v = 0; (k = next_variant(&v));) check_scan(k, &p, 0, 65536);
 }
 
@@ -915,6 +925,22 @@ static void check_select(const kern *k, const uint64_t *keys, const uint64_t *so
   free(scratch);
 }
 
+/* By the high bits alone; keys that are equal there keep their order, which their low bits tell. */
+static void check_sort_from(const uint64_t *keys, size_t n, uint64_t *a, uint64_t *scratch) {
+  const int bits[] = {20, 40};
+  for (size_t b = 0; b < sizeof bits / sizeof *bits; b++) {
+    uint64_t low = ((uint64_t)1 << bits[b]) - 1;
+    for (size_t i = 0; i < n; i++) a[i] = (keys[i] & ~low) | (low - i); /* n < 2^20; descending: a full sort would turn them */
+    kern_sort_u64_from(a, n, bits[b], scratch);
+    for (size_t i = 1; i < n; i++) {
+      assert_true(a[i - 1] >> bits[b] <= a[i] >> bits[b]);
+      assert_true(a[i - 1] >> bits[b] < a[i] >> bits[b] || a[i - 1] > a[i]);
+    }
+    for (size_t i = 0; i < n; i++) scratch[low - (a[i] & low)] = a[i] & ~low;
+    for (size_t i = 0; i < n; i++) assert_true(scratch[i] == (keys[i] & ~low)); /* each key is still there */
+  }
+}
+
 static void check_order(size_t n, int shape, const size_t *wants, size_t n_wants) {
   uint64_t *keys = exact(n * sizeof *keys), *sorted = exact(n * sizeof *keys), *a = exact(n * sizeof *keys);
   uint64_t *scratch = exact(n * sizeof *keys);
@@ -925,6 +951,7 @@ static void check_order(size_t n, int shape, const size_t *wants, size_t n_wants
   memcpy(a, keys, n * sizeof *keys);
   kern_sort_u64(a, n, scratch);
   assert_memory_equal(a, sorted, n * sizeof *a);
+  check_sort_from(keys, n, a, scratch);
   for (int v = 0; (k = next_variant(&v));)
     for (size_t w = 0; w < n_wants; w++) check_select(k, keys, sorted, n, wants[w]);
   free(keys);
@@ -1014,7 +1041,7 @@ static int chosen_under(const char *value, const char *expected) {
 /* The best variant, unless capped; a cap above the machine and an unknown name mean the best. */
 static void simd_cap(void **state) {
   (void)state;
-  static const char *const rising[] = {"scalar", "neon", "avx2", "avx512"};
+  static const char *const rising[] = {"scalar", "neon", "dotprod", "avx2", "avx512"};
   const char *best = NULL;
   for (size_t i = 0; i < sizeof rising / sizeof *rising; i++) best = kern_variant(rising[i]) ? rising[i] : best;
   assert_non_null(kern_variant("scalar"));

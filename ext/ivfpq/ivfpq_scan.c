@@ -26,10 +26,9 @@
 
 enum {
   SCAN_ROWS = 16 * KERN_BLOCK,  /* rows between two looks at the threshold */
-  PARTS_BYTES = 64 << 20,       /* of partitions held at once */
+  PARTS_BYTES = IVFPQ_PARTS_BYTES,
   CHUNK = 16,                   /* partitions put in order, and looked up, at once: most queries stop early */
-  RESERVE = 16,                 /* projected ranks that are looked at in full before they can be due */
-  ALL_GROUPS_BYTES = 32 << 20   /* centroids: up to here all are ranked */
+  RESERVE = 16                  /* projected ranks that are looked at in full before they can be due */
 };
 
 uint32_t ivfpq_default_nprobe(uint32_t nlist) {
@@ -145,8 +144,8 @@ static const ivfpq_group_view *view_of(const scan *c, uint32_t group) {
  * all are read while that is cheap, the nearest half or more else. The same for files and stores: they give the same rows. */
 static vs_rc choose_groups(scan *c, size_t *n, vs_err *err) {
   const ivfpq_params *p = &c->s->params;
-  uint64_t lanes = ivfpq_round(p->n_groups, 16), enough = (uint64_t)c->q->nprobe * 32 + 64, have = 0;
-  int all = c->s->section[IVFPQ_GROUPS].size <= ALL_GROUPS_BYTES || c->q->n_candidates > p->n_rows / 8;
+  uint64_t lanes = ivfpq_round(p->n_groups, 16), enough = ivfpq_enough_centroids(p->nlist, c->q->nprobe), have = 0;
+  int all = c->s->section[IVFPQ_GROUPS].size <= IVFPQ_ALL_GROUPS_BYTES || c->q->n_candidates > p->n_rows / 8;
   *n = p->n_groups;
   for (uint32_t g = 0; g < p->n_groups; g++) c->order[g] = c->place[g] = g;
   if (all) return VS_OK;
@@ -159,7 +158,6 @@ static vs_rc choose_groups(scan *c, size_t *n, vs_err *err) {
   kern_get()->scores_f32(c->table.x, p->dim_padded, c->s->group_centroids, c->s->group_bias, p->n_groups, score);
   for (uint32_t g = 0; g < p->n_groups; g++) key[g] = kern_key(-score[g], g);
   kern_sort_u64(key, p->n_groups, key + p->n_groups + 1);
-  if (enough < p->nlist / 2) enough = p->nlist / 2;
   *n = 0;
   for (uint32_t i = 0; i < p->n_groups; i++) {
     uint32_t g = kern_key_number(key[i]);

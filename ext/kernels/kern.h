@@ -1,8 +1,8 @@
 /* kern.h - arithmetic on arrays: no SQLite, no files, no allocation.
  *
  * One table of function pointers per process, filled once and thread-safely by kern_get(): the best variant that the CPU
- * and the operating system support, capped by the environment variable VECSHARD_SIMD (scalar | avx2 | avx512; a name above
- * what the machine has means the best it has, an unknown name too). kern_variant(name) hands out one variant for tests, NULL
+ * and the operating system support, capped by the environment variable VECSHARD_SIMD (scalar | avx2 | avx512, on ARM
+ * scalar | neon | dotprod; a name above what the machine has means the best it has, an unknown name too). kern_variant(name) hands out one variant for tests, NULL
  * when this machine lacks it. The scalar file is the definition of every call; allowed differences:
  *   float results   relative error <= 1e-5 of the sum of absolute terms (order of additions, FMA)
  *   integer results equal, and so is everything made from integers (scores_i8, pq_table, pq_scan)
@@ -17,7 +17,7 @@
 enum { KERN_BLOCK = 256, KERN_GROUP = 64, KERN_LANES = 16 };
 
 typedef struct kern {
-  const char *name; /* "scalar", "avx2", "avx512" */
+  const char *name; /* "scalar", "avx2", "avx512", "neon", "dotprod" (NEON with the instructions of that name) */
 
   /* sum a*b, and sum (a-b)^2, over n floats. NaN and Inf propagate as in IEEE arithmetic. */
   float (*dot_f32)(const float *a, const float *b, size_t n);
@@ -99,6 +99,8 @@ const kern *kern_variant(const char *name);
 
 /* Ascending sort of 64-bit keys; scratch has room for n keys. Radix for long arrays, insertion for short ones. */
 void kern_sort_u64(uint64_t *a, size_t n, uint64_t *scratch);
+/* The same by the bits from `bit` on, stable: keys that are equal there stay as they came. */
+void kern_sort_u64_from(uint64_t *a, size_t n, int bit, uint64_t *scratch);
 
 /* Packs an n_c x dim row-major matrix for scores_f32 and argmax_f32: groups of KERN_LANES rows interleaved, element (c, j)
  * at packed[((c / 16) * dim + j) * 16 + c % 16]; the last group is filled with zeros. packed holds kern_packed_len floats. */
