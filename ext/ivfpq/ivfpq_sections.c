@@ -201,9 +201,10 @@ static vs_rc run_pass(pass *p, const block_calls *calls) {
     p->now = p->before, p->before = k;
     if (!rc) rc = build_stopped(b);
     if (p->kind == IVFPQ_RUN_ROWS) build_progress(b, calls->stage, p->written, b->params.n_rows);
-    else build_progress(b, calls->stage, p->next, b->model.nlist);
+    else build_progress(b, calls->stage, b->params.n_rows, b->in->n_rows);
   }
   if (!rc) rc = write_block(p, calls, p->before, b->err);
+  build_progress(b, calls->stage, b->params.n_rows, b->params.n_rows);
   return rc;
 }
 
