@@ -180,7 +180,7 @@ def test_files_and_targets_of_readme_exist():
     for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
         for target in set(re.findall(r"\bmake (\w+)", text)) - {"alone"}:
             assert re.search(r"^%s:" % target, makefile, re.M), target
-        for name in re.findall(r"\b((?:sql|test|tool|ext)/[\w/]+\.(?:sql|py|sh|h|c))\b", text):
+        for name in re.findall(r"\b((?:sql|test|tool|ext|bench)/[\w/]+\.(?:sql|py|sh|h|c))\b", text):
             assert (ROOT / name).exists(), name
         for name in re.findall(r"\]\((\w[\w./]+)\)", text):
             assert (ROOT / name).exists(), name

@@ -8,6 +8,7 @@ typedef struct shard_refine {
   uint64_t k;
   int (*stop)(void *ctx);
   void *stop_ctx;
+  ivfpq_keys *work;   /* memory: what it holds is overwritten */
 } shard_refine;
 
 /* hits[0..*n): candidates in any order, `distance` their estimate. Becomes the k nearest of them by true distance, in the order of
@@ -16,6 +17,7 @@ vs_rc shard_refine_run(const shard_refine *r, shard_hit *hits, size_t *n, uint64
 
 /* (distance, shard, segment, row) */
 int shard_hit_order(const void *a, const void *b);
-void shard_hits_sort(shard_hit *hits, size_t n);
+/* Leaves the k nearest in order; of equal distances those that come first in hits. */
+vs_rc shard_hits_nearest(shard_hit *hits, size_t *n, uint64_t k, ivfpq_keys *work, vs_err *err) VS_WARN_UNUSED;
 
 #endif

@@ -541,6 +541,11 @@ static vs_rc row_column(union_cursor *c, sqlite3_context *ctx, int column, vs_er
   ivfpq_segment *s;
   const uint8_t *record;
   vs_rc rc;
+  sqlite3_int64 id;
+  if (column == COL_ID && !c->many && stream_id_at_hand(&c->hits, &id)) {
+    sqlite3_result_int64(ctx, id);
+    return VS_OK;
+  }
   if (row_at_hand(c, column == COL_EMBEDDING ? STREAM_VECTOR : STREAM_ID, &s, &record, &rc, err))
     return rc ? rc : stored_column(c, ctx, s, record, column, err);
   statement_enter(&c->statement, PHASE_ROWS);
