@@ -41,10 +41,10 @@ except ModuleNotFoundError as e:
 
 def arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--sets", default=None, metavar="A,B,C", help="made sets: A 1,000,000 x 128 l2, B 300,000 x 960 cosine, C 1,000,000 x 1,536 "
-                    "cosine (6 GB), quick 20,000 x 64 l2; default A,B")
-    ap.add_argument("--set", action="append", default=[], metavar="FILE", dest="files",
-                    help=".f32 (with --dim), .npy, HDF5 as ann-benchmarks has it, or a folder with base.f32, query.f32, meta.json; may repeat")
+    ap.add_argument("--sets", default=None, metavar="A,B,C", help="made sets: A 1,000,000 x 128 l2, B 300,000 x 960 cosine, "
+                    "C 1,000,000 x 1,536 cosine (6 GB), quick 20,000 x 64 l2; default A,B")
+    ap.add_argument("--set", action="append", default=[], metavar="FILE", dest="files", help=".f32 (with --dim), .npy, HDF5 as "
+                    "ann-benchmarks has it, or a folder with base.f32, query.f32, meta.json; may repeat")
     ap.add_argument("--queries", metavar="FILE", help="of --set, in the same formats; else its `test`, or rows that are held out")
     ap.add_argument("--dim", type=int, help="of .f32 files")
     ap.add_argument("--metric", choices=("l2", "cosine", "dot"), help="of --set; default cosine, or what the file says")
@@ -148,7 +148,8 @@ def run(a):
         report["sets"].append(result)
         write(a.json, report)
     if report["ratios"]:
-        show("ours against theirs, in this run, tuned on the same queries and reported on the same others\n" + bench_report.ratio_table(report["ratios"]))
+        show("ours against theirs, in this run, tuned on the same queries and reported on the same others\n" +
+             bench_report.ratio_table(report["ratios"]))
     write(a.json, report)
 
 

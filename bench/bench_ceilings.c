@@ -44,11 +44,11 @@ static double cpu_s(void) {
 }
 
 /* Work per second, for a function that does some work and says how much. */
-static double rate(double (*work)(void)) {
+static double rate(double (*some)(void)) {
   double best = 0;
-  for (int turn = 0; turn < TURNS && work; turn++) {
+  for (int turn = 0; turn < TURNS && some; turn++) {
     double start = cpu_s(), now, done = 0;
-    do done += work();
+    do done += some();
     while ((now = cpu_s()) - start < TURN_S);
     if (done / (now - start) > best) best = done / (now - start);
   }
@@ -106,7 +106,8 @@ INLINE double read_rows(const size_t row_bytes) {
   return n;
 }
 
-typedef struct ways { double (*fma)(void), (*dot_i8)(void), (*lookup)(void), (*tile)(void), (*dram)(void), (*l2)(void), (*rows_512)(void), (*rows_4096)(void); } ways;
+typedef double work(void);
+typedef struct ways { work *fma, *dot_i8, *lookup, *tile, *dram, *l2, *rows_512, *rows_4096; } ways;
 
 static double fma_plain(void) { return fma_chains(5); }
 static double dram_plain(void) { return read_piece(); }

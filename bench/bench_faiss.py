@@ -139,38 +139,39 @@ def tuned(found, data, goals, say, quick=False):
         return result
 
 
+def contenders(points, goal, n_indexes, each):
+    """The cheapest points that reach the goal: so many of each of the best indexes."""
+    chosen = {}
+    for p in sorted((p for p in points if p["recall"] >= goal), key=lambda p: p["cpu_us"]):
+        if p["choice"] in chosen or len(chosen) < n_indexes:
+            chosen.setdefault(p["choice"], []).append(p)
+    return {choice: found[:each] for choice, found in chosen.items()}
+
+
 def finals(p, data, points, goal, open_index, say, threads):
     """Close calls are measured again, then the winner on the queries that tuned nothing; batches get settings of their own."""
-    close = cheapest(points, goal, 4)
-    if not close:
+    again, batches = [], []
+    for choice, close in contenders(points, goal, 4, 3).items():
+        made = open_index(choice)
+        for c in close:
+            again.append(dict(measure(p, data, 10, 0, data.half, passes=3, nprobe=c["nprobe"], refine=c["refine"], threads=1),
+                              index=made["name"], choice=choice))
+        near = [n for n in NPROBES if 0.6 * close[0]["nprobe"] <= n <= 1.7 * close[0]["nprobe"]]
+        for implem in (0, 11):  # what it chooses itself; one query after another
+            best = Search(p, data, 10, near, FACTORS, batch=1, threads=1, implem=implem, passes=2).find(goal)
+            if best:
+                batches.append(dict(best, index=made["name"], choice=choice))
+    if not again:
         return None
-    again = []
-    for c in close:
-        open_index(c["choice"])
-        again += [dict(measure(p, data, 10, 0, data.half, passes=3, nprobe=c["nprobe"], refine=c["refine"], threads=1),
-                       index=c["index"], choice=c["choice"])]
     best = (cheapest(again, goal) or again)[0]
     left = len(data.query) - data.half
     open_index(best["choice"])
-    single = dict(measure(p, data, 10, data.half, left, passes=5, nprobe=best["nprobe"], refine=best["refine"], threads=1),
-                  index=best["index"])
-    out = dict(single=single)
-    tried = []
-    seen = set()
-    for c in cheapest(points, goal, 60):
-        if c["choice"] in seen or len(seen) == 3:
-            continue
-        seen.add(c["choice"])
-        open_index(c["choice"])
-        for factor in (0.8, 1, 1.25):
-            for refine in sorted({max(2, round(c["refine"] * f)) for f in (0.7, 1, 1.5)}):
-                for implem in (0, 11):
-                    tried.append(dict(measure(p, data, 10, 0, data.half, batch=1, passes=2, threads=1, refine=refine, implem=implem,
-                                              nprobe=max(1, round(c["nprobe"] * factor))), index=c["index"], choice=c["choice"]))
+    out = dict(single=dict(measure(p, data, 10, data.half, left, passes=5, nprobe=best["nprobe"], refine=best["refine"], threads=1),
+                           index=best["index"]))
+    b = (cheapest(batches, goal) or [dict(best, implem=0)])[0]
+    open_index(b["choice"])
     for t in sorted({1, min(2, threads)}):
-        b = (cheapest(tried, goal) or tried)[0]
-        open_index(b["choice"])
-        out["batch_%d" % t] = dict(measure(p, data, 10, data.half, left, batch=1, passes=15, threads=t, nprobe=b["nprobe"],
+        out["batch_%d" % t] = dict(measure(p, data, 10, data.batch_first, data.batch, batch=1, passes=15, threads=t, nprobe=b["nprobe"],
                                            refine=b["refine"], implem=b["implem"]), index=b["index"])
     for name, point in out.items():
         say("  FAISS at %.2f, %s: %s, nprobe %d, k_factor %g: recall %.4f, %.0f q/s (%.0f by CPU time)" % (

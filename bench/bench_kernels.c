@@ -181,13 +181,13 @@ static double ns_per_call(const kernel_case *c, const kern *k) {
 }
 
 int main(void) {
-  static const char *const variants[] = {"scalar", "neon", "avx2", "avx512"};
+  static const char *const variants[] = {"scalar", "neon", "dotprod", "avx2", "avx512"};
   prepare();
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     const kernel_case *c = &cases[i];
     const char *comma = "";
-    printf("{\"kernel\":\"%s\",\"shape\":\"%s\",\"unit\":\"%s\",\"work\":%.0f,\"bytes\":%.0f,\"ns\":{", c->kernel, c->shape, c->unit, c->work,
-           c->bytes);
+    printf("{\"kernel\":\"%s\",\"shape\":\"%s\",\"unit\":\"%s\",\"work\":%.0f,\"bytes\":%.0f,\"ns\":{", c->kernel, c->shape,
+           c->unit, c->work, c->bytes);
     for (size_t v = 0; v < sizeof variants / sizeof *variants; v++) {
       const kern *k = kern_variant(variants[v]);
       if (!k || strcmp(k->name, variants[v])) continue;

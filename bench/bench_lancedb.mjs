@@ -42,7 +42,8 @@ const schema = new arrow.Schema([new arrow.Field('id', new arrow.Int32(), false)
 
 function block(first, n) {
   const ids = Int32Array.from({ length: n }, (_, i) => first + i);
-  const values = arrow.makeData({ type: new arrow.Float32(), length: n * dim, nullCount: 0, data: readFloats(baseFile, first * dim, n * dim) });
+  const floats = readFloats(baseFile, first * dim, n * dim);
+  const values = arrow.makeData({ type: new arrow.Float32(), length: n * dim, nullCount: 0, data: floats });
   const columns = [
     arrow.makeData({ type: new arrow.Int32(), length: n, nullCount: 0, data: ids }),
     arrow.makeData({ type: vectorType, length: n, nullCount: 0, child: values }),
@@ -65,7 +66,8 @@ async function openTable() {
   }
   const partitions = Math.floor(Math.sqrt(rows));
   const subVectors = [16, 8, 4, 2, 1].map(d => dim / d).find(Number.isInteger);
-  await table.createIndex('vector', { config: lancedb.Index.ivfPq({ distanceType: metric, numPartitions: partitions, numSubVectors: subVectors }), replace: true });
+  const config = lancedb.Index.ivfPq({ distanceType: metric, numPartitions: partitions, numSubVectors: subVectors });
+  await table.createIndex('vector', { config, replace: true });
   const built = { partitions, subVectors, wall_s: Number(wallNs() - t0) / 1e9, cpu_s: cpuSeconds() - c0 };
   fs.writeFileSync(done, JSON.stringify(built));
   return { table, built };

@@ -61,7 +61,7 @@ def tuned(data, root, goals, say):
                 words = dict(nprobe=best["nprobe"], refine=best["refine"])
                 found = dict(single=measure(p, data, 10, data.half, n, passes=2, **words))
                 try:
-                    found["batch"] = measure(p, data, 10, data.half, min(1000, len(data.query) - data.half), batch=1, **words)
+                    found["batch"] = measure(p, data, 10, data.batch_first, data.batch, batch=1, **words)
                 except Failure as e:
                     say("  %s" % e)
                 result["best"]["%.2f" % goal] = found

@@ -17,7 +17,7 @@ from bench_sets import Failure
 class Program:
     """A child process that speaks the protocol. `name` is for messages."""
 
-    TIMED = ("run", "share")
+    TIMED = ("run", "trace", "share")
 
     def __init__(self, name, command, env=None):
         self.name = name
@@ -83,7 +83,7 @@ class Turns:
     """Several benchmarks on one machine take turns at a file: what is timed runs while it is locked, for some SHARE seconds at most
     before the others may. Without a path everything runs at once."""
 
-    SHARE = 40.0
+    SHARE = 50.0
 
     def __init__(self):
         self.path, self.file, self.since = None, None, 0.0

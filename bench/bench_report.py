@@ -17,7 +17,8 @@ def size(n):
 
 
 def points(rows, name="recall", label=None):
-    head = ([label] if label else []) + ["nprobe", "refine", name, "q/s", "p50 us", "p99 us", "CPU us", "partitions", "rows", "scanned", "refined"]
+    head = ([label] if label else []) + ["nprobe", "refine", name, "q/s", "p50 us", "p99 us", "CPU us", "partitions", "rows", "scanned",
+                                         "refined"]
     out = []
     for text, p in rows:
         if not p:
@@ -33,8 +34,9 @@ def search(r):
     """The text of what bench_search.whole returns."""
     out = []
     seg = r["vecshard"]["segments"][0]
-    out.append("%s: %d x %d, %s; %d queries to tune with, %d reported" % (r["set"], r["rows"], r["dim"], r["metric"], r["queries"]["tuning"],
-                                                                          r["queries"]["reported"]))
+    n = r["queries"]
+    out.append("%s: %d x %d, %s; %d queries to tune with, %d reported" % (r["set"], r["rows"], r["dim"], r["metric"], n["tuning"],
+                                                                          n["reported"]))
     b = r["build"]
     out.append("  built in %.1f s, %.1f s of CPU: %.0f vectors per CPU second; %s; %d partitions, %d bytes of code and term a row" % (
         b["wall_s"], b["cpu_s"], b["vectors_per_cpu_s"], size(b["bytes"]), seg["nlist"], seg["code_bytes"] + seg["term_bytes"]))
@@ -51,10 +53,11 @@ def search(r):
     if r["set"] == "C":
         out.append("  " + PUBLISHED)
     if r.get("batch"):
-        out += ["", "  %d queries in one statement" % r["queries"]["reported"],
+        mixed = ", those that tuned among them" if n["batch"] > n["reported"] else ""
+        out += ["", "  %d queries in one statement%s" % (n["batch"], mixed),
                 columns(["goal", "threads", "nprobe", "refine", "recall@10", "q/s", "CPU us"],
-                        [[">= " + goal, p["threads"], p["nprobe"], p["refine"], "%.4f" % p["recall"], "%.0f" % p["qps"], "%.1f" % p["cpu_us"]]
-                         for goal, found in r["batch"].items() for p in found.values()])]
+                        [[">= " + goal, p["threads"], p["nprobe"], p["refine"], "%.4f" % p["recall"], "%.0f" % p["qps"],
+                          "%.1f" % p["cpu_us"]] for goal, found in r["batch"].items() for p in found.values()])]
     if r.get("share"):
         s = r["share"]
         out += ["", "  SQL's share at nprobe %d, refine %d: %.1f us a query through SQL, %.1f us by the C function below: %.1f us" % (
@@ -64,15 +67,21 @@ def search(r):
         out += ["", "  recall = r, and the cheapest (nprobe, refine) that reached r on the tuning queries",
                 columns(["asked", "reached", "CPU us", "cheapest", "reaches", "CPU us", "cost"],
                         [["%.2f" % p["recall_asked"], "%.4f" % p["recall"], "%.1f" % p["cpu_us"],
-                          "%d x %d" % (p["by_nprobe"], p["by_refine"]) if "cost" in p else "none", "%.4f" % p["by_recall"] if "cost" in p else "",
-                          "%.1f" % p["by_cpu_us"] if "cost" in p else "", "%.2f" % p["cost"] if "cost" in p else ""] for p in r["recall"]])]
+                          *(("%d x %d" % (p["by_nprobe"], p["by_refine"]), "%.4f" % p["by_recall"], "%.1f" % p["by_cpu_us"], "%.2f" % p["cost"])
+                            if "cost" in p else ("none", "", "", ""))] for p in r["recall"]])]
+    if r.get("recall_far"):
+        out += ["", "  the same for %d queries far from all rows (real ones, dimensions shuffled)" % 200,
+                columns(["asked", "reached", "CPU us", "partitions", "rows"],
+                        [["%.2f" % p["recall_asked"] if p.get("recall_asked") else "nothing", "%.4f" % p["recall"], "%.1f" % p["cpu_us"],
+                          "%.1f" % p["partitions"], "%.0f" % p["rows"]] for p in r["recall_far"]])]
     if r.get("recall_error"):
         out += ["", "  recall = r: " + r["recall_error"]]
     if r.get("curve"):
         out += ["", "  nothing given but k",
                 columns(["k", "recall", "mean us", "p99 us", "CPU us", "scan alone us", "times the scan", "scanned", "refined"],
-                        [[p["k"], "%.4f" % p["recall"], "%.1f" % p["mean_us"], "%.1f" % p["p99_us"], "%.1f" % p["cpu_us"], "%.1f" % p["scan_us"],
-                          "%.2f" % p["of_scan"] if p["of_scan"] else "-", size(p["scan_bytes"]), size(p["refine_bytes"])] for p in r["curve"]])]
+                        [[p["k"], "%.4f" % p["recall"], "%.1f" % p["mean_us"], "%.1f" % p["p99_us"], "%.1f" % p["cpu_us"],
+                          "%.1f" % p["scan_us"], "%.2f" % p["of_scan"] if p["of_scan"] else "-", size(p["scan_bytes"]),
+                          size(p["refine_bytes"])] for p in r["curve"]])]
     return "\n".join(out)
 
 
@@ -102,15 +111,15 @@ WAYS = {"single": "one at a time", "batch_1": "batch, 1 thread", "batch_2": "bat
 
 def ratio_table(rows):
     return columns(["set", "peer", "recall@10", "queries", "ours q/s", "recall", "theirs q/s", "recall", "times", "by CPU", "their setting"],
-                   [[x["set"], x["peer"], ">= " + x["goal"], WAYS[x["way"]], "%.0f" % x["ours_qps"], "%.4f" % x["ours_recall"], "%.0f" % x["theirs_qps"],
-                     "%.4f" % x["theirs_recall"], "%.2f" % x["ratio"], "%.2f" % x["ratio_cpu"], x["setting"]] for x in rows])
+                   [[x["set"], x["peer"], ">= " + x["goal"], WAYS[x["way"]], "%.0f" % x["ours_qps"], "%.4f" % x["ours_recall"],
+                     "%.0f" % x["theirs_qps"], "%.4f" % x["theirs_recall"], "%.2f" % x["ratio"], "%.2f" % x["ratio_cpu"], x["setting"]] for x in rows])
 
 
 def kernels(found):
     c = found["ceilings"]
     head, rows = bench_kernels.table(found)
     lines = ["kernels, one core: the time of a call, its speed, and that as a part of what the machine can do"]
-    lines.append("  ceilings: fp32 %.0f GFLOP/s, bytes %.0f Gop/s, look-ups %.1f G/s, tiles %.0f GFLOP/s, memory %.1f GB/s, second cache %.0f GB/s, "
-                 "random rows of 512 bytes %.1f GB/s, of 4,096 %.1f GB/s" % tuple(c[n] / 1e9 for n in (
+    lines.append("  ceilings: fp32 %.0f GFLOP/s, bytes %.0f Gop/s, look-ups %.1f G/s, tiles %.0f GFLOP/s, memory %.1f GB/s, "
+                 "second cache %.0f GB/s, random rows of 512 bytes %.1f GB/s, of 4,096 %.1f GB/s" % tuple(c[n] / 1e9 for n in (
                      "fma_f32", "dot_i8", "lookup_u8", "tile_bf16", "read_dram", "read_l2", "rows_512", "rows_4096")))
     return "\n".join(lines + [columns(head, rows)])

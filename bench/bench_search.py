@@ -103,9 +103,8 @@ def reported(p, data, k, search, goals, passes):
 
 
 def batches(p, data, goals, singles, quick):
-    """All queries of the second half in one statement, on one and two threads; settings tuned as batches on the first half."""
+    """Some 1,000 queries in one statement, on one and two threads; settings tuned as batches on the first half."""
     out = {}
-    left = len(data.query) - data.half
     for goal in goals:
         single = singles["%.2f" % goal]
         if not single:
@@ -115,8 +114,8 @@ def batches(p, data, goals, singles, quick):
         best = search.find(goal) or single
         found = {}
         for threads in (1, 2):
-            found["batch_%d" % threads] = measure(p, data, 10, data.half, left, batch=1, threads=threads, passes=3 if quick else 15,
-                                                  nprobe=best["nprobe"], refine=best["refine"])
+            found["batch_%d" % threads] = measure(p, data, 10, data.batch_first, data.batch, batch=1, threads=threads,
+                                                  passes=3 if quick else 15, nprobe=best["nprobe"], refine=best["refine"])
         out["%.2f" % goal] = found
     return out
 
@@ -158,6 +157,19 @@ def asked(p, data, search, quick):
     return out
 
 
+def asked_far(project, data, shard):
+    """The same for queries that are unlike the rows: the calibration did not see such. None of a recall: nothing but k is given."""
+    far = data.far()
+    out = []
+    with opened(project, far, shard) as p:
+        warm(p, far)
+        for r in (None, 0.90, 0.95, 0.99):
+            point = measure(p, far, 10, 0, len(far.query), recall=r, passes=2, threads=1)
+            point["recall_asked"] = r
+            out.append(traced(p, far, {k: v for k, v in point.items() if v is not None}, 0, len(far.query)))
+    return out
+
+
 def share(p, data, point, quick):
     """Microseconds of a query that are SQLite's and the table's: prepared once, and prepared for each query."""
     n = min(len(data.query) - data.half, 1000)
@@ -177,8 +189,8 @@ def plain_reads(project, data, shard, point):
 def whole(project, data, parts, goals, arguments, quick, say):
     """Everything of one set."""
     shard, build = built(project, data, arguments, say)
-    result = dict(set=data.name, rows=data.n, dim=data.dim, metric=data.metric, queries=dict(tuning=data.half, reported=len(data.query) - data.half),
-                  build=build)
+    result = dict(set=data.name, rows=data.n, dim=data.dim, metric=data.metric, build=build,
+                  queries=dict(tuning=data.half, reported=len(data.query) - data.half, batch=data.batch))
     nprobes = NPROBES[::3] if quick else NPROBES
     with opened(project, data, shard) as p:
         result.update(vecshard=p.info)
@@ -206,6 +218,7 @@ def whole(project, data, parts, goals, arguments, quick, say):
             say("  recall = r")
             try:
                 result["recall"] = asked(p, data, search, quick)
+                result["recall_far"] = asked_far(project, data, shard)
             except Failure as e:
                 result["recall_error"] = str(e)
         if "curve" in parts:

@@ -72,6 +72,18 @@ class Set:
         self.half = len(self.query) // 2  # settings are tuned on queries [0, half), reported on the others
         if self.half < 1:
             raise Failure("%s: at least two queries are needed, one to tune with and one to report" % self.query_file)
+        # a batch is the last 1,000: where there are fewer than 2,000, queries that tuned are among them
+        self.batch = min(1000, len(self.query))
+        self.batch_first = len(self.query) - self.batch
+
+    def far(self, n=200):
+        """Queries that lie far from all rows, as a set over the same rows: real ones with their dimensions shuffled, which keeps their
+        length and their values and leaves nothing of the few directions that the rows lie in."""
+        folder = self.cache / "far"
+        folder.mkdir(exist_ok=True)
+        shuffled = np.random.default_rng(3).permutation(self.dim)
+        write_rows(folder / "query.f32", [self.query[-n:][:, shuffled]])
+        return Set(self.name + ", far", folder, self.base_file, folder / "query.f32", self.dim, self.metric)
 
     def truth(self, k, first=0, n=None):
         """(ids, distances) of the k nearest of queries first..first+n, ascending; k is cut to the rows there are."""

@@ -134,7 +134,8 @@ static void close_all(bench *b) {
 
 static int say_hello(bench *b) {
   sqlite3_stmt *s = NULL;
-  if (sqlite3_prepare_v2(b->db, "SELECT vecshard_version(), vecshard_cpu(), sqlite_version()", -1, &s, NULL) || sqlite3_step(s) != SQLITE_ROW) {
+  const char *sql = "SELECT vecshard_version(), vecshard_cpu(), sqlite_version()";
+  if (sqlite3_prepare_v2(b->db, sql, -1, &s, NULL) || sqlite3_step(s) != SQLITE_ROW) {
     sqlite3_finalize(s);
     return fail_sql(b);
   }
@@ -157,7 +158,8 @@ static sqlite3_stmt *prepare(bench *b, const settings *w) {
   sqlite3_stmt *s = NULL;
   char *sql = sqlite3_mprintf(
       "%s%s%s%s%s",
-      w->batch ? "SELECT query_no, id FROM shard_union WHERE source = 't' AND query = (SELECT vec_pack(v) FROM queries WHERE n BETWEEN ?7 AND ?8) AND k = ?2"
+      w->batch ? "SELECT query_no, id FROM shard_union WHERE source = 't' AND k = ?2 "
+                 "AND query = (SELECT vec_pack(v) FROM queries WHERE n BETWEEN ?7 AND ?8)"
                : "SELECT id FROM t WHERE embedding MATCH ?1 AND k = ?2",
       w->nprobe >= 0 ? " AND nprobe = ?3" : "", w->refine >= 0 ? " AND refine = ?4" : "", w->recall >= 0 ? " AND recall = ?5" : "",
       w->exact ? " AND exact = ?6" : "");
@@ -326,8 +328,8 @@ static int do_trace(bench *b, const settings *w) {
   sqlite3_finalize(s);
   if (!bad) bad = write_out(b, w, m.ids, w->batch ? NULL : m.ns);
   if (!bad)
-    printf("{\"partitions\":%.0f,\"rows\":%.0f,\"refined\":%.0f,\"scan_ms\":%.6f,\"refine_ms\":%.6f,\"rows_ms\":%.6f,\"read\":%" PRIu64 "}\n",
-           sums[SCAN_PARTITIONS], sums[SCAN_ROWS], sums[REFINE_ROWS], sums[SCAN_MS], sums[REFINE_MS], sums[ROWS_MS], read);
+    printf("{\"partitions\":%.0f,\"rows\":%.0f,\"refined\":%.0f,\"scan_ms\":%.6f,\"refine_ms\":%.6f,\"rows_ms\":%.6f,\"read\":%"
+           PRIu64 "}\n", sums[SCAN_PARTITIONS], sums[SCAN_ROWS], sums[REFINE_ROWS], sums[SCAN_MS], sums[REFINE_MS], sums[ROWS_MS], read);
   buffers_free(&m);
   return bad;
 }

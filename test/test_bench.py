@@ -71,7 +71,8 @@ def test_curve_share_and_recall(quick):
     assert [p["k"] for p in found["curve"]] == [1, 10, 100, 1000, 10_000]
     assert all(p["recall"] > 0.9 and p["of_scan"] > 0 for p in found["curve"])
     assert found["share"]["sql_us"] > 0 and found["share"]["core_us"] > 0
-    for p in found.get("recall", []):
+    assert found["recall"] and len(found["recall_far"]) == 4
+    for p in found["recall"]:
         assert p["recall"] >= p["recall_asked"] - 0.05 and p["cost"] > 0
 
 

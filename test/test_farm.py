@@ -6,12 +6,12 @@ never taken for it; that of several builds of one bucket one works and the other
 missing, foreign, twice or damaged, and names the buckets to build again; and that on a real Slurm (test/slurm.py) with a build and two
 nodes dying the database comes out complete, each row once, and published.
 """
-import fcntl
 import itertools
 import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -84,27 +84,26 @@ def builds_of(bucket, db):
     return slurm.processes(lambda a, e: a[:1] == [TOOL.encode()] and any(a[i:i + 4] == want for i in range(len(a))))
 
 
-def freeze(bucket, db, seconds=30):
-    """Waits for a build of the bucket, stops it where it is, and returns its process number."""
-    def stopped():
-        for pid, _, _ in builds_of(bucket, db):
-            os.kill(pid, signal.SIGSTOP)
-            return pid
-    return slurm.until("a build of bucket %d" % bucket, seconds, stopped, 0.005)
-
-
-def is_locked(folder):
+def holder_of_lock(folder):
+    """The process that has locked a folder, else None; without touching the lock."""
     try:
-        fd = os.open(folder, os.O_RDONLY)
+        inode = os.stat(folder).st_ino
     except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
+        return None
+    for line in pathlib.Path("/proc/locks").read_text().splitlines():  # 1: FLOCK  ADVISORY  WRITE 4711 00:2e:1234 0 EOF
+        words = line.split()
+        if words[1:4] == ["FLOCK", "ADVISORY", "WRITE"] and words[5].endswith(":%d" % inode):
+            return int(words[4])
+    return None
+
+
+def freeze(bucket, db, seconds=30):
+    """Waits for the build that works on the bucket, stops it where it is, and returns its process number."""
+    folder = pathlib.Path(db) / ("bucket%d" % bucket)
+    pid = slurm.until("a build of bucket %d" % bucket, seconds, lambda: holder_of_lock(folder), 0.005)
+    os.kill(pid, signal.SIGSTOP)
+    assert not list(folder.glob("manifest-*")), "the build was over too soon"
+    return pid
 
 
 def start_build(plan, bucket, db):
@@ -237,7 +236,7 @@ def test_killed_build_while_another_waits(tmp_path):
     build_bucket(plan, 1, undisturbed)
     first = start_build(plan, 1, db)
     slurm.until("its temporary file", 60, lambda: list((db / "bucket1").glob(".seg-*.tmp")), 0.001)
-    first.send_signal(signal.SIGSTOP)
+    assert freeze(1, db) == first.pid
     second = start_build(plan, 1, db)
     assert "waiting for it" in second.stderr.readline()
     assert second.poll() is None and missing(db, plan) == "1\n"
@@ -252,8 +251,7 @@ def test_waiting_build_is_interrupted(tmp_path):
     files, _ = files_of(tmp_path, [9000])
     plan, _ = pack(tmp_path, files, 9000)
     first = start_build(plan, 1, tmp_path / "db")
-    slurm.until("its lock", 60, lambda: is_locked(tmp_path / "db" / "bucket1"), 0.001)
-    first.send_signal(signal.SIGSTOP)
+    assert freeze(1, tmp_path / "db") == first.pid
     second = start_build(plan, 1, tmp_path / "db")
     try:
         assert "waiting for it" in second.stderr.readline()
@@ -440,6 +438,19 @@ def test_parallel(tmp_path):
     assert "complete" in script("parallel-build.sh", "--plan", plan, "--out", db).stdout
     for args in (["--plan", plan], ["--plan", plan, "--out", db, "--jobs", 0], ["--plan", plan, "--out", db, "--bogus", 1], ["--tries"]):
         script("parallel-build.sh", *args, ok=False)
+
+
+@pytest.mark.skipif(not shutil.which("parallel"), reason="GNU parallel is not installed")
+def test_readme_with_parallel(tmp_path, s3):
+    block, = re.findall(r"^```sh farm\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    os.mkdir(tmp_path / "parts")
+    files, n_rows = files_of(tmp_path / "parts", [60, 50, 40])
+    os.symlink(BUILD, tmp_path / "build")
+    uri = s3.uri("db")
+    block = block.replace("--bucket-rows 10000000", "--bucket-rows 90").replace("s3://my-bucket/db", uri)
+    r = subprocess.run(["bash", "-ec", block], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=plain_environ(s3.env))
+    assert r.returncode == 0 and "complete: 2 shards" in r.stdout, r
+    assert json.loads(tool("info", uri, "--json", env=s3.env).stdout)["rows"] == n_rows
 
 
 # ---- Slurm ----

@@ -232,10 +232,10 @@ typedef struct hostile {
 
 static const hostile cases[] = {
     /* not JSON, not an object */
-    {"\"rows\":60}]}", "\"rows\":60}]", VS_CORRUPT, "not JSON"},
+    {SUM2 "\"}}", SUM2 "\"}", VS_CORRUPT, "not JSON"},
     {"{\"format\":0", "x{\"format\":0", VS_CORRUPT, "not JSON"},
     {"{\"format\":0", "[{\"format\":0", VS_CORRUPT, "not JSON"},
-    {"\"rows\":60}]}", "\"rows\":60}]}x", VS_CORRUPT, "not JSON"},
+    {SUM2 "\"}}", SUM2 "\"}}x", VS_CORRUPT, "not JSON"},
     /* format and features */
     {"\"format\":0", "\"format\":1", VS_UNSUPPORTED, "shard format 1, this build reads format 0"},
     {"\"format\":0", "\"format\":4294967296", VS_UNSUPPORTED, "shard format 4294967296"},
