@@ -276,4 +276,4 @@ def test_too_little_memory_is_refused_with_the_least(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(SEED).normal(size=(6000, 256)).astype("<f4"))
     args = [TOOL, "build", str(tmp_path / "x.npy"), "--out", str(tmp_path / "s"), "--partitions", "5000"]
     r = subprocess.run([*args, "--memory", "16M"], capture_output=True, text=True, env=plain_environ())
-    assert r.returncode == 1 and "need --memory 20M at least" in r.stderr and os.listdir(tmp_path) == ["x.npy"], r.stderr
+    assert r.returncode == 1 and "need --memory 21M at least" in r.stderr and os.listdir(tmp_path) == ["x.npy"], r.stderr

@@ -48,7 +48,7 @@ static inline void build_progress(builder *b, const char *stage, uint64_t done, 
 }
 static inline ivfpq_runs_shape build_runs_shape(const builder *b) {
   return (ivfpq_runs_shape){.dir = b->opt->keep ? b->opt->keep : b->opt->tmpdir, .named = b->opt->keep != NULL, .n_centroids = b->model.nlist,
-                            .code_bytes = b->model.m, .vector_bytes = build_vector_bytes(b), .memory = b->memory / 2,
+                            .code_bytes = b->model.m, .vector_bytes = build_vector_bytes(b), .memory = b->memory / 2, .n_rows = b->in->n_rows,
                             .threads = b->threads};
 }
 /* Was this row left out as a duplicate? */

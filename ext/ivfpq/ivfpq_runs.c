@@ -17,7 +17,7 @@
 #include "../base/vs_pool.h"
 #include "ivfpq_int.h"
 
-enum { CHUNK = 4 << 20, WRITE_BUFFER = 1 << 20, READ_STEP = 1 << 20 };
+enum { CHUNK = 4 << 20, WRITE_BUFFER = 1 << 20, READ_STEP = 1 << 20, LARGE_PAGE = 2 << 20 };
 const char *const ivfpq_run_files[2] = {"scan.runs", "row.runs"};
 
 typedef struct staged { uint32_t centroid, scan_size, row_size; size_t scan_at, row_at; } staged;
@@ -217,19 +217,31 @@ static vs_rc spill(ivfpq_runs *r, vs_err *err) {
 
 /* ---- adding ---- */
 
-/* Large areas are worth large pages: the kernel clears and maps a five-hundredth of the number. */
-static void use_large_pages(void *p, size_t n) {
-  uintptr_t page = 2 << 20, from = ((uintptr_t)p + page - 1) & ~(page - 1), to = ((uintptr_t)p + n) & ~(page - 1);
-  if (from < to) (void)madvise((void *)from, to - from, MADV_HUGEPAGE);
-}
-
+/* Grows *p for reading and small tables. */
 static vs_rc reserve(void **p, size_t *room, size_t need, size_t unit, vs_err *err) {
   if (need <= *room) return VS_OK;
   size_t n = *room + *room / 2 + 1024 > need ? *room + *room / 2 + 1024 : need;
   void *grown = realloc(*p, n * unit);
   if (!grown) return vs_nomem(err);
-  use_large_pages(grown, n * unit);
   *p = grown, *room = n;
+  return VS_OK;
+}
+
+/* The staging area of one kind is asked for once, for all rows that will be in it by their expected size, and only texts make it grow:
+ * pages that are not used cost nothing, and large ones are cleared and mapped in a five-hundredth of the calls. */
+static vs_rc reserve_area(ivfpq_runs *r, int kind, size_t need, vs_err *err) {
+  size_t record = kind ? row_bytes(r) : scan_bytes(r), n = need + need / 2;
+  uint64_t most = r->shape.memory / (row_bytes(r) + scan_bytes(r) + sizeof(staged) + 4) + 1;
+  if (need <= r->room[kind]) return VS_OK;
+  if (r->shape.n_rows < most) most = r->shape.n_rows;
+  if (!r->area[kind] && most * record > need) n = most * record;
+  n = (n / LARGE_PAGE + 1) * LARGE_PAGE;
+  uint8_t *area = aligned_alloc(LARGE_PAGE, n);
+  if (!area) return vs_nomem(err);
+  (void)madvise(area, n, MADV_HUGEPAGE);
+  if (r->used[kind]) memcpy(area, r->area[kind], r->used[kind]);
+  free(r->area[kind]);
+  r->area[kind] = area, r->room[kind] = n;
   return VS_OK;
 }
 
@@ -238,8 +250,8 @@ vs_rc ivfpq_runs_reserve(ivfpq_runs *r, size_t n, uint64_t id_bytes, uint64_t co
   uint64_t total = r->used[0] + r->used[1] + scan + row + (r->n_rows + n) * (sizeof(staged) + 4);
   vs_rc rc = VS_OK;
   if (r->n_rows && (total > r->shape.memory || r->n_rows + n > UINT32_MAX)) rc = spill(r, err);
-  if (!rc) rc = reserve((void **)&r->area[0], &r->room[0], r->used[0] + scan, 1, err);
-  if (!rc) rc = reserve((void **)&r->area[1], &r->room[1], r->used[1] + row, 1, err);
+  if (!rc) rc = reserve_area(r, 0, r->used[0] + scan, err);
+  if (!rc) rc = reserve_area(r, 1, r->used[1] + row, err);
   if (!rc) rc = reserve((void **)&r->rows, &r->rows_room, r->n_rows + n, sizeof *r->rows, err);
   return rc;
 }

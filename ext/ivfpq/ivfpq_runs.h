@@ -25,6 +25,7 @@ typedef struct ivfpq_runs_shape {
   uint32_t n_centroids;
   size_t code_bytes, vector_bytes;
   size_t memory;      /* of the staging area */
+  uint64_t n_rows;    /* expected; 0: not known */
   int threads;        /* that spill */
 } ivfpq_runs_shape;
 extern const char *const ivfpq_run_files[2];
