@@ -22,7 +22,7 @@ static int on_terminal(void) {
   return bar.terminal > 0;
 }
 
-static void draw(const char *stage, uint64_t done, uint64_t total, double elapsed, int in_bytes) {
+static void draw(const char *stage, uint64_t done, uint64_t total, double elapsed, const char *unit) {
   char cells[BAR_CELLS + 1];
   double share = total ? (double)done / (double)total : 0, rate = elapsed > 0 ? (double)done / elapsed : 0;
   if (share > 1) share = 1;
@@ -32,14 +32,15 @@ static void draw(const char *stage, uint64_t done, uint64_t total, double elapse
   fprintf(stderr, "\r%-16.40s [%s] %3.0f %%", stage, cells, 100 * share);
   if (total > 1 && rate > 0) {
     unsigned long left = (unsigned long)((double)(total > done ? total - done : 0) / rate + 0.5);
-    if (in_bytes) fprintf(stderr, "  %.1f MB/s, %lu:%02lu left", rate / 1e6, left / 60, left % 60);
-    else fprintf(stderr, "  %.0f rows/s, %lu:%02lu left", rate, left / 60, left % 60);
+    if (!unit) fprintf(stderr, "  %.1f MB/s, %lu:%02lu left", rate / 1e6, left / 60, left % 60);
+    else fprintf(stderr, "  %.*f %s/s, %lu:%02lu left", rate < 10, rate, unit, left / 60, left % 60);
   }
   fputs("\033[K", stderr);
   fflush(stderr);
 }
 
-static void show(const char *stage, uint64_t done, uint64_t total, int in_bytes) {
+/* unit NULL: bytes */
+static void show(const char *stage, uint64_t done, uint64_t total, const char *unit) {
   if (!on_terminal()) return;
   double now = tool_seconds();
   if (strcmp(stage, bar.stage)) {
@@ -48,15 +49,19 @@ static void show(const char *stage, uint64_t done, uint64_t total, int in_bytes)
   }
   if (bar.drawn && now - bar.drawn < REDRAW_S && done < total) return;
   bar.drawn = now, bar.shown = 1;
-  draw(stage, done, total, now - bar.started, in_bytes);
+  draw(stage, done, total, now - bar.started, unit);
 }
 
 void progress_show(void *ctx, const char *stage, uint64_t done, uint64_t total) {
   (void)ctx;
-  show(stage, done, total, 0);
+  show(stage, done, total, "rows");
 }
 
-void progress_bytes(const char *stage, uint64_t done, uint64_t total) { show(stage, done, total, 1); }
+void progress_bytes(const char *stage, uint64_t done, uint64_t total) { show(stage, done, total, NULL); }
+
+void progress_count(const char *stage, uint64_t done, uint64_t total, const char *unit) {
+  show(stage, done, total, unit);
+}
 
 void progress_clear(void) {
   if (bar.shown) fputs("\r\033[K", stderr);

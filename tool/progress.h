@@ -7,6 +7,7 @@
 /* Fits the `progress` callback of a build; ctx is not used. Redraws at most ten times a second. */
 void progress_show(void *ctx, const char *stage, uint64_t done, uint64_t total);
 void progress_bytes(const char *stage, uint64_t done, uint64_t total); /* the same, in bytes */
+void progress_count(const char *stage, uint64_t done, uint64_t total, const char *unit); /* in "files" */
 void progress_clear(void); /* before other output, and at the end */
 
 #endif
