@@ -42,6 +42,7 @@ $(OUT)/vecshard: $(call core_obj,$(TOOL) $(INPUT)) $(OUT)/libvecshard.a
 KERN_FLAGS_scalar := -fno-tree-vectorize
 KERN_FLAGS_avx2 := -O3 -mavx2 -mfma -mf16c
 KERN_FLAGS_avx512 := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mavx2 -mfma -mf16c
+KERN_FLAGS_nearest_avx512 := $(KERN_FLAGS_avx512) -mamx-tile -mamx-int8
 X86 := $(filter x86_64% i%86%,$(shell $(CC) -dumpmachine 2>/dev/null))
 kern_flags = $(if $(X86),$(KERN_FLAGS_$(patsubst kern_%,%,$(notdir $(basename $(1))))))
 

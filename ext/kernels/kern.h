@@ -124,6 +124,38 @@ static inline size_t kern_code_offset(size_t n_rows, size_t m, size_t r, size_t 
   return block * KERN_BLOCK * m + j * width + group + (lane < half ? 2 * lane : 2 * (lane - half) + 1);
 }
 
+/* ---- the nearest row of a matrix (kern_nearest.c, kern_nearest_avx512.c) ----
+ *
+ * What kern.argmax_f32 says with bias = -|c|^2/2, several times sooner where the CPU multiplies bytes: VNNI, and AMX tiles. Tiles need
+ * a permission for the whole process, for good: kern_amx_request asks for it and says whether tiles are used from now on. They are
+ * not without the instructions, when the system refuses, or when VECSHARD_SIMD names a lower variant than amx. */
+int kern_amx_request(void);
+int kern_amx_ready(void); /* has it been granted? */
+
+enum { KERN_NEAREST_ROWS = 1024 }; /* a call with so many rows is as fast as any */
+
+typedef struct kern_nearest {
+  size_t n_c, dim;
+  const float *rows;    /* n_c x dim: the caller's, which must stay */
+  float *bias;          /* n_c padded to 32: -|c|^2/2, behind n_c -Inf */
+  float *packed;        /* kern_pack_f32, or NULL and: */
+  int amx;
+  int8_t *bytes;        /* the rows in steps of their scale */
+  float *scale;
+  int32_t *zero;        /* -128 * the sum of the bytes */
+  float longest, sigma; /* the longest row, the largest deviation of a row from its bytes */
+} kern_nearest;
+
+/* Memory for kern_nearest_init, and scratch for one call of kern_nearest_find. dim is 65536 at most. */
+size_t kern_nearest_bytes(size_t n_c, size_t dim);
+size_t kern_nearest_scratch(const kern_nearest *m);
+/* Prepares n_c rows of dim floats in mem, which stays in use until the last find. */
+void kern_nearest_init(kern_nearest *m, const float *rows, size_t n_c, size_t dim, void *mem);
+/* id[r] = the row nearest to row r of x (n_x rows, stride floats apart), the lowest number on ties. exact = 1: as fp32 has it (distances
+ * that differ by less than their rounding may change places); 0: to train with, as bytes have it where bytes are used. A row's
+ * result does not depend on the rows beside it. */
+void kern_nearest_find(const kern_nearest *m, const float *x, size_t n_x, size_t stride, int exact, uint32_t *id, void *scratch);
+
 /* (distance, number) as one key whose integer order is the order of the float, then of the number; NaN sorts last. */
 static inline uint64_t kern_key(float d, uint32_t number) {
   union { float f; uint32_t u; } v = {d};
