@@ -17,6 +17,7 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include "../ext/s3vfs/io_local.h"
 #include "../ext/ivfpq/ivfpq_build.h"
 #include "../ext/shard/shard_manifest.h"
 #include "input_concat.h"
@@ -244,6 +245,8 @@ static uint32_t partitions_wanted(const build_job *j) {
   return j->in->n_rows < IVFPQ_FLAT_ROWS ? 0 : (uint32_t)lround(sqrt((double)j->in->n_rows));
 }
 
+static vs_rc open_built(const char *path, vs_io **out, vs_err *err) { return io_local_open(path, -1, out, err); }
+
 static void fill_build(build_job *j) {
   const build_options *o = &j->o;
   j->build = (ivfpq_build_options){.metric = (ivfpq_metric)o->metric,
@@ -258,6 +261,7 @@ static void fill_build(build_job *j) {
                                    .duplicates = (ivfpq_duplicates)o->duplicates,
                                    .column_names = j->names,
                                    .column_flags = j->flags,
+                                   .open = open_built,
                                    .ctx = j,
                                    .stop = tool_stop,
                                    .progress = progress_show,

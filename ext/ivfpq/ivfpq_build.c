@@ -18,6 +18,7 @@
 #include "ivfpq_build.h"
 
 #include <math.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -37,7 +38,6 @@ enum {
   MAX_ROW_TEXT = 1 << 30       /* bytes of column text in one row: record sizes are 32 bits wide */
 };
 #define DEFAULT_MEMORY ((uint64_t)1 << 30)
-#define DEFAULT_BETA 1.5f       /* between 1 and 2 on every set measured */
 #define MAX_NORM2 1e36f         /* squares of longer vectors leave the range of float */
 
 uint32_t ivfpq_default_nlist(uint64_t n) {
@@ -77,7 +77,8 @@ static const char *row_fault(const builder *b, const float *x, uint8_t fault) {
 
 /* ---- pass 1: sample ---- */
 
-static vs_rc take_sample(builder *b, float *sample, size_t want, size_t *n_out) {
+/* seq: where each row stands in the input. */
+static vs_rc take_sample(builder *b, float *sample, uint64_t *seq, size_t want, size_t *n_out) {
   uint64_t n = b->in->n_rows, stretches = (want + SAMPLE_STRETCH - 1) / SAMPLE_STRETCH;
   size_t have = 0, dim = b->in->dim;
   ivfpq_rng rng = {b->opt->seed ^ 0x5a5a5a5aull};
@@ -94,7 +95,8 @@ static vs_rc take_sample(builder *b, float *sample, size_t want, size_t *n_out) 
     if (!rc) rc = b->in->read(b->in, all ? 4096 : SAMPLE_STRETCH, &batch, b->err);
     if (rc || !batch.n) break;
     for (size_t i = 0; i < batch.n && have < want; i++)
-      if (!row_fault(b, batch.vectors + i * dim, batch.faults[i])) memcpy(sample + have++ * dim, batch.vectors + i * dim, dim * 4);
+      if (!row_fault(b, batch.vectors + i * dim, batch.faults[i]))
+        memcpy(sample + have * dim, batch.vectors + i * dim, dim * 4), seq[have++] = batch.first_row + i;
     if (s % 64 == 0) {
       build_progress(b, "sample", have, want);
       rc = build_stopped(b);
@@ -109,7 +111,7 @@ static vs_rc take_sample(builder *b, float *sample, size_t want, size_t *n_out) 
 static void shape_model(builder *b) {
   ivfpq_model *m = &b->model;
   uint64_t n = b->in->n_rows;
-  m->metric = b->opt->metric, m->dim = m->dim_padded = b->in->dim, m->nlist = 1, m->beta = DEFAULT_BETA;
+  m->metric = b->opt->metric, m->dim = m->dim_padded = b->in->dim, m->nlist = 1, m->beta = ivfpq_beta(IVFPQ_USUAL_BETA);
   if (n == 0 || (n < IVFPQ_FLAT_ROWS && !b->opt->nlist)) return;
   m->nlist = b->opt->nlist ? b->opt->nlist : ivfpq_default_nlist(n);
   m->bits = b->opt->bits ? b->opt->bits : 8;
@@ -133,14 +135,16 @@ static vs_rc train(builder *b) {
   if (want > b->memory / 4 / row) want = b->memory / 4 / row;
   if (want > b->in->n_rows) want = b->in->n_rows;
   float *raw = malloc(want * (size_t)m->dim * 4 + 4), *padded = malloc(want * (size_t)row + 4);
-  vs_rc rc = raw && padded ? take_sample(b, raw, want, &n) : vs_nomem(b->err);
+  uint64_t *seq = malloc((want + 1) * sizeof *seq);
+  vs_rc rc = raw && padded && seq ? take_sample(b, raw, seq, want, &n) : vs_nomem(b->err);
   if (!rc && n == 0) rc = vs_fail(b->err, VS_INVALID, "%s: no row can be indexed", b->in->path);
   if (!rc) {
     ivfpq_learn p = {.sample = raw, .n = n, .seed = b->opt->seed, .threads = b->threads, .stop = b->opt->stop,
                      .ctx = b->opt->ctx, .progress = b->opt->progress};
     rc = ivfpq_model_learn(m, &p, padded, b->err);
   }
-  free(raw), free(padded);
+  if (!rc && b->opt->open) rc = ivfpq_truth_open(m, raw, seq, n, &b->truth, b->err);
+  free(raw), free(padded), free(seq);
   return rc;
 }
 
@@ -152,17 +156,34 @@ typedef struct encode_job {
   float *x;
   uint32_t *centroid;
   uint8_t *codes;
-  float *terms;
+  float *terms, *err2;
+  ivfpq_truth *truth;
+  uint64_t *seq;
+  vs_err *err;
+  vs_rc rc;
+  pthread_mutex_t lock;
 } encode_job;
 
+static void encode_failed(encode_job *e, vs_rc rc, const vs_err *err) {
+  pthread_mutex_lock(&e->lock);
+  if (!e->rc) e->rc = vs_fail(e->err, rc, "%s", err->text);
+  pthread_mutex_unlock(&e->lock);
+}
+
 static void encode_slice(void *ctx, size_t s) {
-  const encode_job *e = ctx;
+  encode_job *e = ctx;
   const ivfpq_model *m = e->m;
+  ivfpq_near *near = NULL;
+  vs_err err = {0};
+  vs_rc rc = VS_OK;
   size_t at = s * ENCODE_SLICE, n = e->batch->n - at < ENCODE_SLICE ? e->batch->n - at : ENCODE_SLICE;
   float *x = e->x + at * m->dim_padded;
   for (size_t i = 0; i < n; i++) ivfpq_model_prepare(m, e->batch->vectors + (at + i) * m->dim, x + i * m->dim_padded);
   kern_get()->argmax_f32(x, n, m->dim_padded, m->dim_padded, m->packed, m->bias, m->nlist, e->centroid + at, NULL);
-  ivfpq_model_encode(m, x, n, e->centroid + at, e->codes + at * m->m, e->terms + at);
+  if (e->truth) rc = ivfpq_truth_see(e->truth, x, n, e->seq + at, &near, &err);
+  ivfpq_model_encode(m, x, n, e->centroid + at, e->codes + at * m->m, e->terms + at, e->err2 + at);
+  if (near) rc = ivfpq_truth_add(e->truth, near, e->codes + at * m->m, e->centroid + at, e->terms + at, e->err2 + at, &err);
+  if (rc) encode_failed(e, rc, &err);
 }
 
 static uint32_t columns_size(const builder *b, const input_value *v) {
@@ -203,7 +224,7 @@ static vs_rc note_id(builder *b, const input_value *id, uint64_t seq) {
   return ivfpq_sorter_add(b->sorter, r, b->err);
 }
 
-static vs_rc add_row(builder *b, const input_batch *batch, size_t i, uint32_t centroid, const uint8_t *codes, float term) {
+static vs_rc add_row(builder *b, const input_batch *batch, size_t i, uint32_t centroid, const uint8_t *codes, float term, float err2) {
   const input_value *id = &batch->ids[i], *cols = batch->columns + i * b->in->n_columns;
   const float *x = batch->vectors + i * b->in->dim;
   uint64_t seq = batch->first_row + i;
@@ -212,7 +233,7 @@ static vs_rc add_row(builder *b, const input_batch *batch, size_t i, uint32_t ce
   vs_rc rc = note_id(b, id, seq);
   if (!rc) rc = ivfpq_runs_add(b->runs, centroid, id_bytes, column_bytes, &scan, &row, b->err);
   if (rc) return rc;
-  ivfpq_scan_head sh = {seq, term, column_bytes};
+  ivfpq_scan_head sh = {seq, term, err2, column_bytes, 0};
   ivfpq_row_head rh = {seq, id_bytes, column_bytes};
   memcpy(scan, &sh, sizeof sh);
   if (codes) memcpy(scan + sizeof sh, codes, b->model.m);
@@ -224,8 +245,10 @@ static vs_rc add_row(builder *b, const input_batch *batch, size_t i, uint32_t ce
   row += build_vector_bytes(b);
   memcpy(row, id->type == INPUT_TEXT ? (const void *)id->text : (const void *)&id->i, id_bytes);
   put_columns(b, cols, row + id_bytes);
-  if (term < b->term_min) b->term_min = term;
-  if (term > b->term_max) b->term_max = term;
+  for (size_t j = 0; j < IVFPQ_BETAS; j++) {
+    float t = term - ivfpq_beta(j) * err2;
+    b->term_min[j] = t < b->term_min[j] ? t : b->term_min[j], b->term_max[j] = t > b->term_max[j] ? t : b->term_max[j];
+  }
   return VS_OK;
 }
 
@@ -256,12 +279,17 @@ static vs_rc stream_batch(builder *b, const input_batch *batch, encode_job *e) {
   size_t m = b->model.m;
   vs_rc rc = VS_OK;
   e->batch = batch;
+  for (size_t i = 0; i < batch->n; i++) {
+    const char *why = batch->faults[i] ? NULL : row_fault(b, batch->vectors + i * b->in->dim, 0);
+    e->seq[i] = batch->faults[i] || why ? UINT64_MAX : batch->first_row + i; /* no neighbour of any row */
+  }
   if (m) vs_pool_run((batch->n + ENCODE_SLICE - 1) / ENCODE_SLICE, b->threads, encode_slice, e);
+  rc = e->rc;
   for (size_t i = 0; i < batch->n && !rc; i++) {
     const char *why = row_fault(b, batch->vectors + i * b->in->dim, batch->faults[i]);
     if (!why) why = text_fault(b, &batch->ids[i], batch->columns + i * b->in->n_columns);
     if (why) rc = bad_row(b, batch->first_row + i, why);
-    else rc = add_row(b, batch, i, m ? e->centroid[i] : 0, m ? e->codes + i * m : NULL, m ? e->terms[i] : 0);
+    else rc = add_row(b, batch, i, m ? e->centroid[i] : 0, m ? e->codes + i * m : NULL, m ? e->terms[i] : 0, m ? e->err2[i] : 0);
   }
   return rc;
 }
@@ -271,10 +299,11 @@ static vs_rc stream(builder *b) {
   size_t max = BATCH_BYTES / (m->dim_padded * 4) + 1;
   if (max > 16384) max = 16384;
   encode_job e = {.m = m, .x = malloc(m->m ? max * m->dim_padded * 4 : 1), .centroid = malloc(max * 4),
-                  .codes = malloc(max * m->m + 1), .terms = malloc(max * 4)};
-  vs_rc rc = e.x && e.centroid && e.codes && e.terms ? VS_OK : vs_nomem(b->err);
+                  .codes = malloc(max * m->m + 1), .terms = malloc(max * 4), .err2 = malloc(max * 4), .truth = b->truth,
+                  .seq = malloc(max * sizeof *e.seq), .err = b->err, .lock = PTHREAD_MUTEX_INITIALIZER};
+  vs_rc rc = e.x && e.centroid && e.codes && e.terms && e.err2 && e.seq ? VS_OK : vs_nomem(b->err);
   uint64_t done = 0;
-  b->term_min = INFINITY, b->term_max = -INFINITY;
+  for (size_t i = 0; i < IVFPQ_BETAS; i++) b->term_min[i] = INFINITY, b->term_max[i] = -INFINITY;
   if (!rc) rc = ivfpq_runs_open(b->opt->tmpdir, m->nlist, m->m, build_vector_bytes(b), b->memory / 2, &b->runs, b->err);
   if (!rc) rc = ivfpq_sorter_open(b->opt->tmpdir, b->memory / 8, &b->sorter, b->err);
   if (!rc && b->in->n_rows) rc = b->in->seek(b->in, 0, b->err);
@@ -291,7 +320,7 @@ static vs_rc stream(builder *b) {
     rc = vs_fail(b->err, VS_IO, "%s: ended after %llu of %llu rows", b->in->path, (unsigned long long)done,
                  (unsigned long long)b->in->n_rows);
   if (!rc) rc = ivfpq_runs_finish(b->runs, b->err);
-  free(e.x), free(e.centroid), free(e.codes), free(e.terms);
+  free(e.x), free(e.centroid), free(e.codes), free(e.terms), free(e.err2), free(e.seq);
   return rc;
 }
 
@@ -376,6 +405,7 @@ static vs_rc run_passes(builder *b, const char *path) {
   shape_model(b);
   if ((rc = train(b)) || (rc = stream(b)) || (rc = find_duplicates(b))) return rc;
   b->out->temp_bytes = ivfpq_runs_bytes(b->runs);
+  b->path = path;
   if ((rc = ivfpq_writer_open(path, &b->writer, b->err))) return rc;
   if ((rc = build_write_scan(b)) || (rc = build_write_rows(b)) || (rc = build_write_small(b))) return rc;
   b->out->n_rows = b->params.n_rows, b->out->nlist = b->params.nlist, b->out->m = b->params.m, b->out->bits = b->params.bits;
@@ -393,6 +423,7 @@ vs_rc ivfpq_build(input *in, const ivfpq_build_options *opt, const char *path, i
   ivfpq_runs_close(b.runs);
   ivfpq_sorter_close(b.sorter);
   ivfpq_model_reset(&b.model);
-  free(b.dropped), free(b.parts);
+  ivfpq_truth_close(b.truth);
+  free(b.dropped), free(b.parts), free(b.calibration);
   return rc;
 }

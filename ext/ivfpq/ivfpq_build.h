@@ -1,6 +1,7 @@
 /* ivfpq_build.h - builds one segment file from an input. */
 #ifndef IVFPQ_BUILD_H
 #define IVFPQ_BUILD_H
+#include "../base/vs_io.h"
 #include "../input/input.h"
 #include "ivfpq_format.h"
 
@@ -20,6 +21,8 @@ typedef struct ivfpq_build_options {
   ivfpq_duplicates duplicates;
   const char *const *column_names; /* in->n_columns */
   const uint8_t *column_flags;     /* IVFPQ_FILTER, IVFPQ_INDEX */
+  vs_rc (*open)(const char *path, vs_io **out, vs_err *err); /* a file for reading, so that the build can measure what it built;
+                               NULL: no calibration */
   void *ctx;                /* for the calls below, each of which may be NULL */
   int (*stop)(void *ctx);   /* polled on the caller's thread; non-zero: VS_INTERRUPT */
   void (*progress)(void *ctx, const char *stage, uint64_t done, uint64_t total);

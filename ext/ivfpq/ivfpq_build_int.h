@@ -2,6 +2,7 @@
 #ifndef IVFPQ_BUILD_INT_H
 #define IVFPQ_BUILD_INT_H
 #include "ivfpq_build.h"
+#include "ivfpq_calibrate.h"
 #include "ivfpq_model.h"
 #include "ivfpq_runs.h"
 #include "ivfpq_write.h"
@@ -25,11 +26,14 @@ typedef struct builder {
   ivfpq_writer *writer;
   uint64_t *dropped; /* sequence numbers of duplicate rows, ascending */
   size_t n_dropped, dropped_room;
-  float term_min, term_max;
+  float term_min[IVFPQ_BETAS], term_max[IVFPQ_BETAS]; /* of the terms, by beta */
+  ivfpq_truth *truth; /* NULL: nothing to calibrate with */
   uint32_t id_max;   /* bytes of the longest text id */
   part_entry *parts;
   size_t n_parts, parts_room;
   ivfpq_params params;
+  uint8_t *calibration; /* params.calibration_bytes */
+  const char *path;
 } builder;
 
 static inline int build_text_ids(const builder *b) { return b->in->id_kind == INPUT_ID_TEXT; }

@@ -280,17 +280,17 @@ static void settle(ivfpq_truth *t) {
   for (size_t i = 0; i < t->n_places; i++) t->filter[filter_bit(t->places[i].seq) / 64] |= 1ull << filter_bit(t->places[i].seq) % 64;
 }
 
-float ivfpq_truth_beta(ivfpq_truth *t) {
+size_t ivfpq_truth_beta(ivfpq_truth *t) {
   size_t hits[IVFPQ_BETAS] = {0}, best = 0;
   settle(t);
   for (size_t b = 0; b < IVFPQ_BETAS; b++)
-    for (size_t i = 0; i < t->n; i++) hits[b] += hits_under(&t->queries[i], ivfpq_betas[b]);
+    for (size_t i = 0; i < t->n; i++) hits[b] += hits_under(&t->queries[i], ivfpq_beta(b));
   size_t most = 0;
   for (size_t b = 0; b < IVFPQ_BETAS; b++) { /* smoothed: neighbours on the grid vote, too */
     size_t smooth = 2 * hits[b] + hits[b ? b - 1 : b] + hits[b + 1 < IVFPQ_BETAS ? b + 1 : b];
     if (smooth > most) most = smooth, best = b;
   }
-  return most ? ivfpq_betas[best] : IVFPQ_USUAL_BETA;
+  return most ? best : IVFPQ_USUAL_BETA;
 }
 
 void ivfpq_truth_place(ivfpq_truth *t, uint64_t seq, uint32_t row) {

@@ -10,6 +10,10 @@
 
 typedef struct ivfpq_truth ivfpq_truth;
 
+/* The betas that are tried, 0 to 2 in steps of an eighth, and the place of the one that is taken when nothing can be measured. */
+enum { IVFPQ_BETAS = 17, IVFPQ_USUAL_BETA = 12 };
+static inline float ivfpq_beta(size_t i) { return (float)i / 8; }
+
 /* Takes n rows of `dim` raw floats as queries, evenly from `sample`; their places in the input are in seq. */
 vs_rc ivfpq_truth_open(const ivfpq_model *m, const float *sample, const uint64_t *seq, size_t n_sample, ivfpq_truth **out,
                        vs_err *err) VS_WARN_UNUSED;
@@ -23,8 +27,8 @@ vs_rc ivfpq_truth_see(ivfpq_truth *t, const float *x, size_t n, const uint64_t *
 vs_rc ivfpq_truth_add(ivfpq_truth *t, ivfpq_near *near, const uint8_t *codes, const uint32_t *centroid, const float *base_term,
                       const float *err2, vs_err *err) VS_WARN_UNUSED;
 
-/* The beta under which estimates put the true neighbours first. */
-float ivfpq_truth_beta(ivfpq_truth *t);
+/* The place of the beta under which estimates put the true neighbours first. */
+size_t ivfpq_truth_beta(ivfpq_truth *t);
 
 /* Says which row of the segment a row of the input became. */
 void ivfpq_truth_place(ivfpq_truth *t, uint64_t seq, uint32_t row);

@@ -121,7 +121,8 @@ static vs_rc write_piece(builder *b, const scan_piece *piece, uint32_t centroid)
       const uint8_t *r = piece->data + piece->at[i];
       memcpy(&h, r, sizeof h);
       for (size_t j = 0; j < m; j++) codes[kern_code_offset(n, m, i, j)] = r[sizeof h + j];
-      terms[i] = quantize_term(b, h.term);
+      terms[i] = quantize_term(b, h.term - b->model.beta * h.err2);
+      if (b->truth) ivfpq_truth_place(b->truth, h.seq, (uint32_t)(b->params.n_rows + i));
     }
   }
   for (size_t c = 0; c < b->in->n_columns && !rc; c++)
@@ -162,9 +163,10 @@ static vs_rc write_centroid(builder *b, uint32_t centroid, scan_piece *piece) {
 
 vs_rc build_write_scan(builder *b) {
   scan_piece piece = {0};
-  b->params.term0 = b->term_min < b->term_max ? b->term_min : 0;
-  b->params.term_step = b->term_min < b->term_max ? (b->term_max - b->term_min) / 65535 : 0;
-  if (!b->model.m) b->params.term0 = b->params.term_step = 0;
+  size_t beta = b->truth ? ivfpq_truth_beta(b->truth) : IVFPQ_USUAL_BETA;
+  float low = b->term_min[beta], high = b->term_max[beta];
+  b->model.beta = ivfpq_beta(beta);
+  if (b->model.m && low < high) b->params.term0 = low, b->params.term_step = (high - low) / 65535;
   vs_rc rc = ivfpq_writer_begin(b->writer, IVFPQ_SCAN, b->err);
   for (uint32_t c = 0; c < b->model.nlist && !rc; c++) {
     rc = write_centroid(b, c, &piece);
@@ -517,6 +519,7 @@ static vs_rc write_params(builder *b, const ivfpq_group *groups) {
   if (!rc) rc = bytes_add(&out, groups, h->n_groups * sizeof *groups, b->err);
   if (!rc) rc = bytes_add(&out, bias, lanes * 4, b->err);
   if (!rc) rc = bytes_add(&out, packed, lanes * d * 4, b->err);
+  if (!rc) rc = bytes_add(&out, b->calibration, h->calibration_bytes, b->err);
   if (!rc) {
     uint64_t check = ivfpq_check(out.p, out.n);
     rc = bytes_add(&out, &check, 8, b->err);
@@ -526,6 +529,24 @@ static vs_rc write_params(builder *b, const ivfpq_group *groups) {
   ivfpq_writer_end(b->writer);
   free(out.p), free(desc.p), free(bias), free(packed);
   return rc;
+}
+
+/* Looks at the file as a reader will, before its last section is final. */
+static vs_rc calibrate(builder *b, const ivfpq_group *groups) {
+  vs_io *io = NULL;
+  ivfpq_segment *s = NULL;
+  if (!b->truth || !b->params.n_rows) return VS_OK;
+  build_progress(b, "calibrate", 0, 1);
+  vs_rc rc = ivfpq_writer_mark(b->writer, b->err);
+  if (!rc) rc = write_params(b, groups);
+  if (!rc) rc = ivfpq_writer_preview(b->writer, b->err);
+  if (!rc) rc = b->opt->open(b->path, &io, b->err);
+  if (!rc) rc = ivfpq_segment_open(io, &s, b->err);
+  if (!rc)
+    rc = ivfpq_truth_measure(b->truth, s, b->threads, b->opt->stop, b->opt->ctx, &b->calibration, &b->params.calibration_bytes, b->err);
+  if (s) ivfpq_segment_close(s);
+  build_progress(b, "calibrate", 1, 1);
+  return rc ? rc : ivfpq_writer_back(b->writer, b->err);
 }
 
 vs_rc build_write_small(builder *b) {
@@ -539,6 +560,7 @@ vs_rc build_write_small(builder *b) {
   if (!rc) rc = write_model_part(b, IVFPQ_MEAN, NULL, 0, m->mean, m->m ? m->dim : 0);
   if (!rc) rc = write_codebook(b);
   if (!rc) rc = write_projection(b);
+  if (!rc) rc = calibrate(b, groups);
   if (!rc) rc = write_params(b, groups);
   free(groups);
   return rc;

@@ -15,6 +15,7 @@
 
 #include "../base/vs_pool.h"
 #include "../base/vs_scope.h"
+#include "../ivfpq/ivfpq_setting.h"
 #include "../kernels/kern.h"
 #include "../s3vfs/io_s3.h"
 #include "shard.h"
@@ -79,10 +80,8 @@ static uint32_t nprobe_for(const run *r, const ivfpq_segment *s) {
   return n > s->params.nlist ? s->params.nlist : (uint32_t)n;
 }
 
-static float reach_for(const ivfpq_segment *s) {
-  static float v = -1;
-  if (v < 0) v = getenv("VS_REACH") ? (float)atof(getenv("VS_REACH")) : 0;
-  return s->params.metric == IVFPQ_DOT ? 0 : v;
+static float reach_for(const run *r, const ivfpq_segment *s) {
+  return r->q->filters ? 0 : ivfpq_reach_for(s, nprobe_for(r, s));
 }
 
 static int is_zero(const float *v, uint32_t dim) {
@@ -115,7 +114,7 @@ static vs_rc prepare(run *r, vs_err *err) {
 /* ---- phase 1 ---- */
 
 static ivfpq_query segment_query(run *r, const segment_task *t) {
-  return (ivfpq_query){.vector = r->q->query, .nprobe = nprobe_for(r, t->segment), .k = r->k, .reach = reach_for(t->segment), .n_candidates = r->n_candidates,
+  return (ivfpq_query){.vector = r->q->query, .nprobe = nprobe_for(r, t->segment), .k = r->k, .reach = reach_for(r, t->segment), .n_candidates = r->n_candidates,
                        .filter = r->q->filters ? r->q->filters[t->shard] : NULL, .stop = poll_stop, .stop_ctx = r};
 }
 
