@@ -5,6 +5,8 @@
  * The first two terms are known. e is what rounding left: independent errors, uniform within half a step, so the last term has a
  * standard deviation of 2 |q - x'| scale / sqrt(12), and is close to normal when there are hundreds of dimensions. `width` is six of
  * these: a row is passed over wrongly once in 10^9. For dot products the last term is -2 q.e.
+ * A query that lies at the row itself is not independent of e: q - x' is e then, and the last term -2 |e|^2. So the true value may lie
+ * up to 2 |e|^2 lower, |e|^2 being dims * scale^2 / 12: the middle moves by half of that and `width` grows by it.
  * The query is taken as two planes of bytes (16 bits), so that its own rounding does not matter.
  */
 #include "ivfpq_sketch.h"
@@ -67,9 +69,10 @@ vs_rc ivfpq_sketch_estimate(ivfpq_segment *s, const float *query, const uint32_t
     if ((rc = ivfpq_sketch_mapped(s, rows[i - AHEAD], &record, err))) break;
     memcpy(tail, record + coded, sizeof tail);
     float product = p.t.step8 * (float)k->dot_i8(p.t.bytes, record, coded) + p.fine_step * (float)k->dot_i8(p.fine, record, coded);
-    float d = p.t.qq + tail[1] - 2 * tail[0] * product, spread = dot ? p.norm : sqrtf(d > 0 ? d : 0);
-    est[i - AHEAD] = d + p.t.constant;
-    width[i - AHEAD] = SIGMAS * 2 * spread * tail[0] / sqrtf(12) + 1e-5f * (p.t.qq + tail[1]); /* floats round, too */
+    float d = p.t.qq + tail[1] - 2 * tail[0] * product, spread = dot ? p.norm : sqrtf(d > 0 ? d : 0),
+          lost = dot ? 0 : (float)coded * tail[0] * tail[0] / 12;
+    est[i - AHEAD] = d + p.t.constant - lost;
+    width[i - AHEAD] = SIGMAS * 2 * spread * tail[0] / sqrtf(12) + lost + 1e-5f * (p.t.qq + tail[1]); /* floats round, too */
   }
   close_planes(&p);
   return rc;

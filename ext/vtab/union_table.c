@@ -49,9 +49,10 @@ typedef struct union_cursor {
   ranked_hit *all;    /* several queries: every result */
   size_t n_all, at;
   int many, eof;
-  ivfpq_segment *segment; /* the current row, read on demand */
+  ivfpq_segment *segment; /* the current row of several queries, read on demand */
   ivfpq_row row;
   int has_row;
+  row_values values;      /* of the current row */
   ahead ahead;
 } union_cursor;
 
@@ -322,9 +323,8 @@ static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
 /* ---- cursors ---- */
 
 static int x_open(sqlite3_vtab *v, sqlite3_vtab_cursor **out) {
-  union_cursor *c = sqlite3_malloc64(sizeof *c);
+  union_cursor *c = calloc(1, sizeof *c);
   if (!c) return SQLITE_NOMEM;
-  memset(c, 0, sizeof *c);
   statement_open(&c->statement, ((union_table *)v)->c);
   *out = &c->base;
   return SQLITE_OK;
@@ -338,6 +338,7 @@ static void drop_row(union_cursor *c) {
 static void cursor_reset(union_cursor *c) {
   drop_row(c);
   ahead_reset(&c->ahead);
+  row_values_reset(&c->values);
   stream_reset(&c->hits);
   plan_search_reset(&c->plan);
   vec_batch_free(&c->batch);
@@ -351,13 +352,13 @@ static void cursor_reset(union_cursor *c) {
 static int x_close(sqlite3_vtab_cursor *v) {
   cursor_reset((union_cursor *)v);
   statement_close(&((union_cursor *)v)->statement);
-  sqlite3_free(v);
+  free(v);
   return SQLITE_OK;
 }
 
 static stream_options options_of(union_cursor *c, const union_table *t, uint32_t query_no) {
   return (stream_options){.query = c->batch.vectors + (size_t)query_no * c->batch.dim, .dim = c->batch.dim, .has_k = c->plan.has_k,
-                          .k = c->plan.k, .nprobe = c->plan.nprobe, .refine = c->plan.refine, .exact = c->plan.exact,
+                          .k = c->plan.k, .nprobe = c->plan.nprobe, .refine = c->plan.refine, .recall = c->plan.recall, .exact = c->plan.exact,
                           .filter = &c->plan.filter, .floor = c->plan.floor, .limit = c->plan.limit, .threads = t->c->threads};
 }
 
@@ -431,7 +432,8 @@ static vs_rc no_query(const union_table *t, const char *missing, vs_err *err) {
 static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, int argc, sqlite3_value **argv) {
   union_cursor *c = (union_cursor *)v;
   union_table *t = (union_table *)v->pVtab;
-  vs_err err = {0};
+  vs_err err;
+  vs_err_reset(&err);
   cursor_reset(c);
   vs_rc rc = (idx_num & PLAN_KIND) == PLAN_NO_QUERY ? no_query(t, idx_str, &err)
                                                     : plan_decode(idx_str, argc, argv, column_type, t, &c->plan, &err);
@@ -451,20 +453,25 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 
-static int x_next(sqlite3_vtab_cursor *v) {
-  union_cursor *c = (union_cursor *)v;
+static int next_batch(union_cursor *c) {
   vs_err err = {0};
-  drop_row(c);
-  if (c->many) {
-    c->eof = ++c->at >= c->n_all;
-    return SQLITE_OK;
-  }
   statement_enter(&c->statement, PHASE_SCAN);
   vs_rc rc = stream_next(&c->hits, &err);
   statement_leave(&c->statement);
-  if (rc) return conn_error(&err, &v->pVtab->zErrMsg);
+  return rc ? conn_error(&err, &c->base.pVtab->zErrMsg) : SQLITE_OK;
+}
+
+static int x_next(sqlite3_vtab_cursor *v) {
+  union_cursor *c = (union_cursor *)v;
+  c->values.valid = 0;
+  if (c->many) {
+    drop_row(c);
+    c->eof = ++c->at >= c->n_all;
+    return SQLITE_OK;
+  }
+  int rc = stream_step(&c->hits) ? SQLITE_OK : next_batch(c);
   c->eof = stream_eof(&c->hits);
-  return SQLITE_OK;
+  return rc;
 }
 
 static int x_eof(sqlite3_vtab_cursor *v) { return ((union_cursor *)v)->eof; }
@@ -473,19 +480,26 @@ static const shard_hit *current(const union_cursor *c) { return c->many ? &c->al
 
 static const shard_hit *many_hit(void *ctx, size_t i) { return &((union_cursor *)ctx)->all[i].hit; }
 
-static vs_rc need_row(union_cursor *c, int with_columns, vs_err *err) {
+/* The current row where reading it is no work, as in a mapped file; 0: it has to be fetched, by a statement. */
+static int row_at_hand(union_cursor *c, stream_want want, ivfpq_segment **s, const uint8_t **record, vs_rc *rc, vs_err *err) {
+  if (!c->many) return stream_row_at_hand(&c->hits, want, s, record, rc, err);
   const shard_hit *h = current(c);
-  const uint8_t *unused;
-  if (!c->many) { /* the stream reads ahead, and keeps the row */
-    vs_rc rc = stream_row(&c->hits, with_columns, &c->segment, &unused, err);
-    c->row = c->hits.row;
-    return rc;
+  *s = c->set.shards[h->shard]->segments[h->segment];
+  if (!ivfpq_rows_mapped(*s)) return 0;
+  *rc = ivfpq_row_mapped(*s, h->row, record, err);
+  return 1;
+}
+
+static vs_rc fetch_row(union_cursor *c, int with_columns, ivfpq_segment **s, const uint8_t **record, vs_err *err) {
+  if (!c->many) return stream_row(&c->hits, with_columns, s, record, err); /* it reads ahead, and keeps the row */
+  const shard_hit *h = current(c);
+  vs_rc rc = ahead_want(&c->ahead, c->set.shards, many_hit, c, c->at, c->n_all, with_columns, err);
+  if (!rc && !c->has_row) {
+    c->segment = c->set.shards[h->shard]->segments[h->segment];
+    rc = ivfpq_rows_fetch(c->segment, &h->row, 1, &c->row, err);
+    c->has_row = !rc;
   }
-  vs_rc ready = ahead_want(&c->ahead, c->set.shards, many_hit, c, c->at, c->n_all, with_columns, err);
-  if (ready || c->has_row) return ready;
-  c->segment = c->set.shards[h->shard]->segments[h->segment];
-  vs_rc rc = ivfpq_rows_fetch(c->segment, &h->row, 1, &c->row, err);
-  c->has_row = !rc;
+  *s = c->segment, *record = c->row.record;
   return rc;
 }
 
@@ -514,15 +528,26 @@ static vs_rc result_row(sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *r
   return rc;
 }
 
-static vs_rc row_column(union_cursor *c, sqlite3_context *ctx, int column, vs_err *err) {
-  vs_rc rc = need_row(c, column == COL_ROW || column >= N_FIXED, err);
-  if (rc) return rc;
+static vs_rc stored_column(union_cursor *c, sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *record, int column, vs_err *err) {
   int ok = 1;
-  if (column == COL_ID) ok = result_id(ctx, c->segment, c->row.record, err);
-  else if (column == COL_EMBEDDING) ok = result_vector(ctx, c->segment, c->row.record);
-  else if (column == COL_ROW) return result_row(ctx, c->segment, c->row.record, err);
-  else ok = result_column(ctx, c->segment, c->row.record, (uint32_t)(column - N_FIXED), err);
+  if (column == COL_ID) ok = result_id(ctx, s, record, err);
+  else if (column == COL_EMBEDDING) ok = result_vector(ctx, s, record);
+  else if (column == COL_ROW) return result_row(ctx, s, record, err);
+  else ok = result_column(ctx, s, record, (uint32_t)(column - N_FIXED), &c->values, err);
   return ok ? VS_OK : err->rc;
+}
+
+static vs_rc row_column(union_cursor *c, sqlite3_context *ctx, int column, vs_err *err) {
+  ivfpq_segment *s;
+  const uint8_t *record;
+  vs_rc rc;
+  if (row_at_hand(c, column == COL_EMBEDDING ? STREAM_VECTOR : STREAM_ID, &s, &record, &rc, err))
+    return rc ? rc : stored_column(c, ctx, s, record, column, err);
+  statement_enter(&c->statement, PHASE_ROWS);
+  rc = fetch_row(c, column == COL_ROW || column >= N_FIXED, &s, &record, err);
+  if (!rc) rc = stored_column(c, ctx, s, record, column, err);
+  statement_leave(&c->statement);
+  return rc;
 }
 
 static void hidden_column(union_cursor *c, union_table *t, sqlite3_context *ctx, int hidden) {
@@ -533,6 +558,7 @@ static void hidden_column(union_cursor *c, union_table *t, sqlite3_context *ctx,
     case HID_K: plan_result_number(ctx, c->plan.has_k ? (int64_t)c->plan.k : -1); break;
     case HID_NPROBE: plan_result_number(ctx, c->plan.nprobe); break;
     case HID_REFINE: plan_result_number(ctx, c->plan.refine); break;
+    case HID_RECALL: plan_result_recall(ctx, c->plan.recall); break;
     case HID_EXACT: sqlite3_result_int(ctx, c->plan.exact); break;
     default: break;
   }
@@ -541,19 +567,16 @@ static void hidden_column(union_cursor *c, union_table *t, sqlite3_context *ctx,
 static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
   union_cursor *c = (union_cursor *)v;
   union_table *t = (union_table *)v->pVtab;
-  vs_err err = {0};
+  vs_err err;
   vs_rc rc = VS_OK;
+  vs_err_reset(&err);
   uint32_t query_no = c->many ? c->all[c->at].query_no : 0;
   if (hidden_of(t, column) >= 0) hidden_column(c, t, ctx, hidden_of(t, column));
   else if (column == COL_SHARD) sqlite3_result_text(ctx, c->set.names[current(c)->shard], -1, SQLITE_TRANSIENT);
   else if (column == COL_DISTANCE) sqlite3_result_double(ctx, current(c)->distance);
   else if (column == COL_QUERY_NO) sqlite3_result_int64(ctx, query_no);
   else if (column == COL_QUERY_KEY) vec_batch_key(&c->batch, query_no, ctx);
-  else {
-    statement_enter(&c->statement, PHASE_ROWS);
-    rc = row_column(c, ctx, column, &err);
-    statement_leave(&c->statement);
-  }
+  else rc = row_column(c, ctx, column, &err);
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 
