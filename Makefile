@@ -42,6 +42,7 @@ $(OUT)/vecshard: $(call core_obj,$(TOOL) $(INPUT)) $(OUT)/libvecshard.a
 KERN_FLAGS_scalar := -fno-tree-vectorize
 KERN_FLAGS_avx2 := -O3 -mavx2 -mfma -mf16c
 KERN_FLAGS_avx512 := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mavx2 -mfma -mf16c
+KERN_FLAGS_words_avx512 := $(KERN_FLAGS_avx512)
 KERN_FLAGS_nearest_avx512 := $(KERN_FLAGS_avx512) -mamx-tile -mamx-int8
 X86 := $(filter x86_64% i%86%,$(shell $(CC) -dumpmachine 2>/dev/null))
 kern_flags = $(if $(X86),$(KERN_FLAGS_$(patsubst kern_%,%,$(notdir $(basename $(1))))))
@@ -57,6 +58,7 @@ $(OUT)/obj/core/%.o: %.c Makefile
 # test_*.c of the lower folders link without SQLite: the proof that they do not need it.
 C_TESTS := $(patsubst test/%.c,$(OUT)/test/%,$(wildcard test/test_*.c))
 $(OUT)/test/test_kernels: $(call core_obj,$(wildcard ext/kernels/*.c))
+$(OUT)/test/test_matrix: $(call core_obj,$(wildcard ext/kernels/*.c))
 $(OUT)/test/test_ivfpq: $(call core_obj,$(LOWER) ext/s3vfs/io_local.c)
 $(OUT)/test/test_base: $(call core_obj,$(wildcard ext/base/*.c) ext/s3vfs/io_local.c)
 $(OUT)/test/test_input: $(call core_obj,$(INPUT) $(LOWER))

@@ -19,6 +19,7 @@
 
 #include "../ext/s3vfs/io_local.h"
 #include "../ext/ivfpq/ivfpq_build.h"
+#include "../ext/kernels/kern.h"
 #include "../ext/shard/shard_manifest.h"
 #include "input_concat.h"
 #include "json.h"
@@ -334,6 +335,7 @@ static vs_rc build_shard(build_job *j, vs_err *err) {
   fill_build(j);
   if ((rc = prepare_folder(j, err))) return rc;
   char *temporary = tool_format("%s/.seg-%ld.tmp", j->folder, (long)getpid());
+  kern_amx_request(); /* this process is ours: it may keep the larger state that tiles need */
   rc = ivfpq_build(j->in, &j->build, temporary, &j->result, err);
   if (rc) {
     free(temporary); /* removed by the builder */

@@ -35,6 +35,7 @@ enum {
   SAMPLE_STRETCH = 16,         /* rows read in a row while sampling: a chunked file is inflated once at most */
   BATCH_BYTES = 16 << 20,
   ENCODE_SLICE = 256,
+  ASSIGN_SLICE = KERN_NEAREST_ROWS,
   MAX_ROW_TEXT = 1 << 30       /* bytes of column text in one row: record sizes are 32 bits wide */
 };
 #define DEFAULT_MEMORY ((uint64_t)1 << 30)
@@ -170,19 +171,26 @@ static void encode_failed(encode_job *e, vs_rc rc, const vs_err *err) {
   pthread_mutex_unlock(&e->lock);
 }
 
+/* Prepared rows at..at+n that know their partitions -> codes, and what the truth wants of them. */
+static vs_rc encode_rows(encode_job *e, size_t at, size_t n, vs_err *err) {
+  const ivfpq_model *m = e->m;
+  ivfpq_near *near = NULL;
+  float *x = e->x + at * m->dim_padded;
+  vs_rc rc = e->truth ? ivfpq_truth_see(e->truth, x, n, e->seq + at, &near, err) : VS_OK;
+  if (!rc) ivfpq_model_encode(m, x, n, e->centroid + at, e->codes + at * m->m, e->terms + at, e->err2 + at);
+  if (near) rc = ivfpq_truth_add(e->truth, near, e->codes + at * m->m, e->centroid + at, e->terms + at, e->err2 + at, err);
+  return rc;
+}
+
 static void encode_slice(void *ctx, size_t s) {
   encode_job *e = ctx;
   const ivfpq_model *m = e->m;
-  ivfpq_near *near = NULL;
   vs_err err = {0};
-  vs_rc rc = VS_OK;
-  size_t at = s * ENCODE_SLICE, n = e->batch->n - at < ENCODE_SLICE ? e->batch->n - at : ENCODE_SLICE;
+  size_t at = s * ASSIGN_SLICE, n = e->batch->n - at < ASSIGN_SLICE ? e->batch->n - at : ASSIGN_SLICE;
   float *x = e->x + at * m->dim_padded;
   for (size_t i = 0; i < n; i++) ivfpq_model_prepare(m, e->batch->vectors + (at + i) * m->dim, x + i * m->dim_padded);
-  kern_get()->argmax_f32(x, n, m->dim_padded, m->dim_padded, m->packed, m->bias, m->nlist, e->centroid + at, NULL);
-  if (e->truth) rc = ivfpq_truth_see(e->truth, x, n, e->seq + at, &near, &err);
-  ivfpq_model_encode(m, x, n, e->centroid + at, e->codes + at * m->m, e->terms + at, e->err2 + at);
-  if (near) rc = ivfpq_truth_add(e->truth, near, e->codes + at * m->m, e->centroid + at, e->terms + at, e->err2 + at, &err);
+  vs_rc rc = ivfpq_model_assign(m, x, n, e->centroid + at, &err);
+  for (size_t i = 0; i < n && !rc; i += ENCODE_SLICE) rc = encode_rows(e, at + i, n - i < ENCODE_SLICE ? n - i : ENCODE_SLICE, &err);
   if (rc) encode_failed(e, rc, &err);
 }
 
@@ -283,7 +291,7 @@ static vs_rc stream_batch(builder *b, const input_batch *batch, encode_job *e) {
     const char *why = batch->faults[i] ? NULL : row_fault(b, batch->vectors + i * b->in->dim, 0);
     e->seq[i] = batch->faults[i] || why ? UINT64_MAX : batch->first_row + i; /* no neighbour of any row */
   }
-  if (m) vs_pool_run((batch->n + ENCODE_SLICE - 1) / ENCODE_SLICE, b->threads, encode_slice, e);
+  if (m) vs_pool_run((batch->n + ASSIGN_SLICE - 1) / ASSIGN_SLICE, b->threads, encode_slice, e);
   rc = e->rc;
   for (size_t i = 0; i < batch->n && !rc; i++) {
     const char *why = row_fault(b, batch->vectors + i * b->in->dim, batch->faults[i]);

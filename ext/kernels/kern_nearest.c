@@ -101,3 +101,27 @@ void kern_nearest_find(const kern_nearest *m, const float *x, size_t n_x, size_t
   (void)exact, (void)scratch;
   kern_get()->argmax_f32(x, n_x, stride, m->dim, m->packed, m->bias, m->n_c, id, NULL);
 }
+
+/* ------------------------------------------------------------------ element-wise */
+
+void kern_sum_rows_f32(const float *x, size_t stride, const uint32_t *row, size_t n, size_t dim, float *out) {
+#if defined(__x86_64__)
+  if (use_bytes()) {
+    kern_sum_rows512(x, stride, row, n, dim, out);
+    return;
+  }
+#endif
+  memset(out, 0, dim * sizeof *out);
+  for (size_t i = 0; i < n; i++)
+    for (size_t j = 0; j < dim; j++) out[j] += x[row[i] * stride + j];
+}
+
+void kern_scale_sub_f32(const float *x, float scale, const float *y, size_t n, float *out) {
+#if defined(__x86_64__)
+  if (use_bytes()) {
+    kern_scale_sub512(x, scale, y, n, out);
+    return;
+  }
+#endif
+  for (size_t j = 0; j < n; j++) out[j] = x[j] * scale - y[j];
+}

@@ -383,6 +383,45 @@ void kern_nearest512_find(const kern_nearest *m, const float *x, size_t n_x, siz
   if (open.n) settle(m, x, stride, open.row, open.limit, open.n, scratch, id);
   if (m->amx) tiles_close();
 }
+
+/* ------------------------------------------------------------------ element-wise */
+
+/* 128 columns at a time stay in registers; the rows to come are fetched ahead, they lie anywhere. */
+KERN_INLINE void sum_columns(const float *x, size_t stride, const uint32_t *row, size_t n, size_t n_columns, const int whole, float *out) {
+  enum { AHEAD = 4 };
+  __m512 sum[8];
+  KERN_UNROLL
+  for (size_t u = 0; u < 8; u++) sum[u] = _mm512_setzero_ps();
+  for (size_t i = 0; i < n; i++) {
+    const float *from = x + row[i] * stride, *next = x + row[i + AHEAD < n ? i + AHEAD : i] * stride;
+    KERN_UNROLL
+    for (size_t u = 0; u < 8; u++) {
+      if (!whole && u * 16 >= n_columns) break;
+      _mm_prefetch((const char *)(next + 16 * u), _MM_HINT_T0);
+      sum[u] = _mm512_add_ps(sum[u], _mm512_maskz_loadu_ps(whole ? 0xffff : tail16(n_columns - 16 * u), from + 16 * u));
+    }
+  }
+  KERN_UNROLL
+  for (size_t u = 0; u < 8; u++) {
+    if (!whole && u * 16 >= n_columns) break;
+    _mm512_mask_storeu_ps(out + 16 * u, whole ? 0xffff : tail16(n_columns - 16 * u), sum[u]);
+  }
+}
+
+void kern_sum_rows512(const float *x, size_t stride, const uint32_t *row, size_t n, size_t dim, float *out) {
+  size_t j = 0;
+  for (; j + 128 <= dim; j += 128) sum_columns(x + j, stride, row, n, 128, 1, out + j);
+  if (j < dim) sum_columns(x + j, stride, row, n, dim - j, 0, out + j);
+}
+
+void kern_scale_sub512(const float *x, float scale, const float *y, size_t n, float *out) {
+  __m512 mul = _mm512_set1_ps(scale);
+  for (size_t j = 0; j < n; j += 16) {
+    __mmask16 live = tail16(n - j);
+    __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(live, x + j), mul);
+    _mm512_mask_storeu_ps(out + j, live, _mm512_sub_ps(v, _mm512_maskz_loadu_ps(live, y + j)));
+  }
+}
 #else
 typedef int kern_nearest_avx512_is_empty; /* ISO C wants a declaration in every file */
 #endif
