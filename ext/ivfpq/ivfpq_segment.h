@@ -120,6 +120,9 @@ static inline void ivfpq_row_prefetch(const ivfpq_segment *s, uint32_t row) {
   const uint8_t *p = s->mapped_rows + (uint64_t)row * s->params.row_bytes;
   for (uint32_t z = 0; z < s->params.row_bytes; z += 64) __builtin_prefetch(p + z);
 }
+static inline void ivfpq_row_id_prefetch(const ivfpq_segment *s, uint32_t row) {
+  __builtin_prefetch(s->mapped_rows + (uint64_t)row * s->params.row_bytes + (size_t)s->params.dim * (s->params.store ? 2 : 4));
+}
 vs_rc ivfpq_row_mapped(ivfpq_segment *s, uint32_t row, const uint8_t **record, vs_err *err) VS_WARN_UNUSED;
 
 static inline void ivfpq_sketch_prefetch(const ivfpq_segment *s, uint32_t row) {

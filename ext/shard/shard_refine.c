@@ -18,7 +18,6 @@
 #include "../kernels/kern.h"
 
 enum {
-  SPARE = 8,            /* candidates beyond k from which on sketches pay */
   SLICE = 256,          /* rows per task */
   FEW = 48,             /* hits that an insertion sort puts in order faster than qsort */
   AHEAD_BYTES = 4096    /* of stored vectors asked for before they are needed */
@@ -45,7 +44,7 @@ void shard_hits_sort(shard_hit *hits, size_t n) {
   }
 }
 
-static int storage_order(const void *pa, const void *pb) {
+int shard_storage_order(const void *pa, const void *pb) {
   const shard_hit *a = pa, *b = pb;
   if (a->shard != b->shard) return a->shard < b->shard ? -1 : 1;
   if (a->segment != b->segment) return a->segment < b->segment ? -1 : 1;
@@ -81,7 +80,7 @@ static vs_rc compare_read(const shard_search *q, shard_hit *hits, size_t n, vs_e
   uint32_t rows[SLICE];
   float distance[SLICE];
   vs_rc rc = VS_OK;
-  qsort(hits, n, sizeof *hits, storage_order);
+  qsort(hits, n, sizeof *hits, shard_storage_order);
   for (size_t at = 0, m; at < n && !rc; at += m) {
     const shard_hit *h = hits + at;
     for (m = 0; at + m < n && h[m].shard == h->shard && h[m].segment == h->segment; m++) rows[m] = h[m].row;
@@ -122,10 +121,7 @@ static vs_rc compare_all(const shard_refine *r, shard_hit *hits, size_t n, vs_er
 
 /* ---- rows in stores ---- */
 
-typedef struct held { shard_hit *hits; ivfpq_row *rows; size_t n; } held;
-
-/* Starts reading all rows that lie in stores; what is compared later is found in the cache. */
-static vs_rc hold_remote(const shard_search *q, const shard_hit *hits, size_t n, held *h, vs_err *err) {
+vs_rc shard_hold(const shard_search *q, const shard_hit *hits, size_t n, shard_held *h, vs_err *err) {
   int any = 0;
   for (size_t i = 0; i < n && !any; i++) any = !segment_of(q, &hits[i])->io->local;
   if (!any) return VS_OK;
@@ -134,7 +130,7 @@ static vs_rc hold_remote(const shard_search *q, const shard_hit *hits, size_t n,
   vs_rc rc = rows && h->hits && h->rows ? VS_OK : vs_nomem(err);
   if (!rc) {
     memcpy(h->hits, hits, n * sizeof *hits);
-    qsort(h->hits, n, sizeof *hits, storage_order);
+    qsort(h->hits, n, sizeof *hits, shard_storage_order);
     h->n = n;
   }
   for (size_t at = 0, m; at < n && !rc; at += m) {
@@ -147,7 +143,7 @@ static vs_rc hold_remote(const shard_search *q, const shard_hit *hits, size_t n,
   return rc;
 }
 
-static void release_remote(const shard_search *q, held *h) {
+void shard_release(const shard_search *q, shard_held *h) {
   for (size_t i = 0; i < h->n; i++)
     if (h->rows[i].range.len) ivfpq_rows_release(segment_of(q, &h->hits[i]), &h->rows[i], 1);
   free(h->hits), free(h->rows);
@@ -176,8 +172,8 @@ static vs_rc sketch_hits(const shard_search *q, const shard_hit *hits, size_t n,
 static vs_rc drop_far(const shard_refine *r, shard_hit *hits, size_t *n_hits, vs_err *err) {
   size_t n = *n_hits, kept = 0;
   int one = r->q->n_shards == 1 && r->q->shards[0]->manifest.n_segments == 1;
-  if (n <= r->k + SPARE || !all_sketched(r->q, hits, n)) return VS_OK;
-  if (!one) qsort(hits, n, sizeof *hits, storage_order);
+  if (n <= r->k + SHARD_SPARE || !all_sketched(r->q, hits, n)) return VS_OK;
+  if (!one) qsort(hits, n, sizeof *hits, shard_storage_order);
   uint64_t *key = malloc((3 * n + 32) * sizeof *key + n * (sizeof(uint32_t) + 2 * sizeof(float)));
   if (!key) return vs_nomem(err);
   float *est = (float *)(key + 3 * n + 32), *width = est + n;
@@ -195,29 +191,29 @@ static vs_rc drop_far(const shard_refine *r, shard_hit *hits, size_t *n_hits, vs
 
 /* ---- the whole ---- */
 
-/* Leaves the k nearest in order. Only they are sorted, and what ties with the last of them: ties are decided by storage order. */
-static vs_rc keep_nearest(const shard_refine *r, shard_hit *hits, size_t *n_hits, vs_err *err) {
+/* Only those that stay are sorted, and what ties with the last of them: ties are decided by storage order. */
+vs_rc shard_keep_nearest(uint64_t k, shard_hit *hits, size_t *n_hits, vs_err *err) {
   size_t n = *n_hits, m = 0;
-  if (n > r->k) {
+  if (n > k) {
     uint64_t *key = malloc((3 * n + 32) * sizeof *key);
     if (!key) return vs_nomem(err);
     for (size_t i = 0; i < n; i++) key[i] = kern_key(hits[i].distance, (uint32_t)i);
-    float border = kern_key_value(kern_get()->select_u64(key, n, (size_t)r->k, key + n));
+    float border = kern_key_value(kern_get()->select_u64(key, n, (size_t)k, key + n));
     for (size_t i = 0; i < n; i++)
       if (!(hits[i].distance > border)) hits[m++] = hits[i];
     free(key);
-    n = m, *n_hits = (size_t)r->k;
+    n = m, *n_hits = (size_t)k;
   }
   shard_hits_sort(hits, n);
   return VS_OK;
 }
 
 vs_rc shard_refine_run(const shard_refine *r, shard_hit *hits, size_t *n, uint64_t *refined, vs_err *err) {
-  held h = {0};
+  shard_held h = {0};
   vs_rc rc = drop_far(r, hits, n, err);
-  if (!rc) rc = hold_remote(r->q, hits, *n, &h, err);
+  if (!rc) rc = shard_hold(r->q, hits, *n, &h, err);
   if (!rc) rc = compare_all(r, hits, *n, err);
-  release_remote(r->q, &h);
+  shard_release(r->q, &h);
   *refined = *n;
-  return rc ? rc : keep_nearest(r, hits, n, err);
+  return rc ? rc : shard_keep_nearest(r->k, hits, n, err);
 }

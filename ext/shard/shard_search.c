@@ -8,7 +8,6 @@
  * Bytes that fail their check may have been damaged on their way: a search that met some is run once more with fresh ones.
  */
 #include <math.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -18,8 +17,8 @@
 #include "../ivfpq/ivfpq_setting.h"
 #include "../kernels/kern.h"
 #include "../s3vfs/io_s3.h"
-#include "shard.h"
 #include "shard_refine.h"
+#include "shard_search_int.h"
 
 enum {
   FEW_CANDIDATES = 100,   /* at least so many when refine is not given: k = 1 is as good as k = 10 */
@@ -41,19 +40,29 @@ typedef struct segment_task {
 
 typedef struct run {
   const shard_search *q;
-  uint64_t n_rows, k, n_candidates;
+  shard_spend spend;
   segment_task *tasks;
   size_t n_tasks;
-  pthread_t caller;
-  vs_scope *outer; /* of the caller's thread: asked there only, because it may ask SQLite */
-  int stop; /* set once by the caller's thread, read by all */
+  shard_stop stop;
 } run;
 
-static int poll_stop(void *ctx) {
-  run *r = ctx;
-  if (pthread_equal(pthread_self(), r->caller) && r->outer && r->outer->stop && r->outer->stop(r->outer->stop_ctx))
-    __atomic_store_n(&r->stop, 1, __ATOMIC_RELAXED);
-  return __atomic_load_n(&r->stop, __ATOMIC_RELAXED);
+int shard_stop_poll(void *ctx) {
+  shard_stop *s = ctx;
+  if (pthread_equal(pthread_self(), s->caller) && s->outer && s->outer->stop && s->outer->stop(s->outer->stop_ctx))
+    __atomic_store_n(&s->stop, 1, __ATOMIC_RELAXED);
+  return __atomic_load_n(&s->stop, __ATOMIC_RELAXED);
+}
+
+void shard_stop_enter(shard_stop *s) {
+  s->outer = vs_scope_current(), s->inner = s->outer ? *s->outer : (vs_scope){0};
+  s->caller = pthread_self(), s->stop = 0;
+  s->inner.stop = shard_stop_poll, s->inner.stop_ctx = s;
+  vs_scope_enter(&s->inner);
+}
+
+void shard_stop_leave(shard_stop *s) {
+  vs_scope_enter(s->outer);
+  if (s->outer) s->outer->traffic = s->inner.traffic;
 }
 
 /* ---- sizes ---- */
@@ -73,14 +82,14 @@ static uint64_t candidates_for(uint64_t k, int64_t refine, uint64_t n_rows) {
   return want < n_rows ? want : n_rows;
 }
 
-static uint32_t nprobe_for(const run *r, const ivfpq_segment *s) {
+static uint32_t nprobe_for(const shard_spend *r, const ivfpq_segment *s) {
   uint64_t n = r->q->nprobe < 0 ? ivfpq_default_nprobe(s->params.nlist) : (uint64_t)r->q->nprobe;
   if (r->q->nprobe < 0 && r->k > EASED_FROM) n = (uint64_t)((double)n * sqrt((double)r->k / EASED_FROM));
   if (n < 1) n = 1;
   return n > s->params.nlist ? s->params.nlist : (uint32_t)n;
 }
 
-static float reach_for(const run *r, const ivfpq_segment *s) {
+static float reach_for(const shard_spend *r, const ivfpq_segment *s) {
   return r->q->filters ? 0 : ivfpq_reach_for(s, nprobe_for(r, s));
 }
 
@@ -90,21 +99,37 @@ static int is_zero(const float *v, uint32_t dim) {
   return 1;
 }
 
-static vs_rc prepare(run *r, vs_err *err) {
-  const shard_search *q = r->q;
-  size_t n = 0;
-  if (q->n_shards && q->shards[0]->manifest.metric == SHARD_COSINE && is_zero(q->query, q->dim))
+vs_rc shard_check_query(const shard_search *q, const float *query, vs_err *err) {
+  if (q->n_shards && q->shards[0]->manifest.metric == SHARD_COSINE && is_zero(query, q->dim))
     return vs_fail(err, VS_INVALID, "the query is a zero vector, which has no direction (the metric is cosine)");
+  return VS_OK;
+}
+
+vs_rc shard_spend_init(shard_spend *r, const shard_search *q, vs_err *err) {
+  *r = (shard_spend){.q = q};
   for (size_t i = 0; i < q->n_shards; i++) {
     const shard *s = q->shards[i];
     if (s->manifest.dim != q->dim)
       return vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", q->dim, s->path, s->manifest.dim);
-    n += s->manifest.n_segments;
+    r->n_segments += s->manifest.n_segments;
     r->n_rows += s->manifest.n_rows;
   }
   r->k = q->k < r->n_rows ? q->k : r->n_rows;
   r->n_candidates = q->exact ? r->k : candidates_for(r->k, q->refine, r->n_rows);
-  if (!(r->tasks = calloc(n + 1, sizeof *r->tasks))) return vs_nomem(err);
+  return VS_OK;
+}
+
+ivfpq_query shard_spend_query(const shard_spend *r, uint32_t shard_no, const ivfpq_segment *segment) {
+  return (ivfpq_query){.nprobe = nprobe_for(r, segment), .k = r->k, .reach = reach_for(r, segment), .n_candidates = r->n_candidates,
+                       .filter = r->q->filters ? r->q->filters[shard_no] : NULL};
+}
+
+static vs_rc prepare(run *r, vs_err *err) {
+  const shard_search *q = r->q;
+  vs_rc rc = shard_check_query(q, q->query, err);
+  if (!rc) rc = shard_spend_init(&r->spend, q, err);
+  if (rc) return rc;
+  if (!(r->tasks = calloc(r->spend.n_segments + 1, sizeof *r->tasks))) return vs_nomem(err);
   for (uint32_t i = 0; i < q->n_shards; i++)
     for (uint32_t g = 0; g < q->shards[i]->manifest.n_segments; g++)
       r->tasks[r->n_tasks++] = (segment_task){.segment = q->shards[i]->segments[g], .shard = i, .number = g};
@@ -114,8 +139,9 @@ static vs_rc prepare(run *r, vs_err *err) {
 /* ---- phase 1 ---- */
 
 static ivfpq_query segment_query(run *r, const segment_task *t) {
-  return (ivfpq_query){.vector = r->q->query, .nprobe = nprobe_for(r, t->segment), .k = r->k, .reach = reach_for(r, t->segment), .n_candidates = r->n_candidates,
-                       .filter = r->q->filters ? r->q->filters[t->shard] : NULL, .stop = poll_stop, .stop_ctx = r};
+  ivfpq_query q = shard_spend_query(&r->spend, t->shard, t->segment);
+  q.vector = r->q->query, q.stop = shard_stop_poll, q.stop_ctx = &r->stop;
+  return q;
 }
 
 static void step_task(void *ctx, size_t i) {
@@ -164,11 +190,13 @@ static vs_rc run_scans(run *r, vs_err *err) {
   return rc;
 }
 
-/* Brute force over shards in stores that cannot end well is refused before it reads a byte. */
-static vs_rc check_exact_bytes(const run *r, vs_err *err) {
+vs_rc shard_spend_check_exact(const shard_spend *r, vs_err *err) {
   uint64_t bytes = 0;
-  for (size_t i = 0; i < r->n_tasks; i++)
-    if (!r->tasks[i].segment->io->local) bytes += r->tasks[i].segment->section[IVFPQ_ROWS].size;
+  for (size_t i = 0; i < r->q->n_shards; i++)
+    for (size_t g = 0; g < r->q->shards[i]->manifest.n_segments; g++) {
+      const ivfpq_segment *s = r->q->shards[i]->segments[g];
+      if (!s->io->local) bytes += s->section[IVFPQ_ROWS].size;
+    }
   if (bytes <= io_s3_max_bytes()) return VS_OK;
   return vs_fail(err, VS_INVALID,
                  "comparing every vector (exact = 1, or more rows than an approximate search gives) would read %llu MB from the "
@@ -178,7 +206,7 @@ static vs_rc check_exact_bytes(const run *r, vs_err *err) {
 }
 
 static vs_rc run_exact(run *r, vs_err *err) {
-  vs_rc allowed = check_exact_bytes(r, err);
+  vs_rc allowed = shard_spend_check_exact(&r->spend, err);
   if (allowed) return allowed;
   for (size_t i = 0; i < r->n_tasks; i++) {
     segment_task *t = &r->tasks[i];
@@ -190,8 +218,7 @@ static vs_rc run_exact(run *r, vs_err *err) {
   return VS_OK;
 }
 
-/* The n_best hits with the smallest estimates, in any order. */
-static vs_rc keep_best(shard_hit *h, size_t *n, uint64_t n_best, vs_err *err) {
+vs_rc shard_keep_best(shard_hit *h, size_t *n, uint64_t n_best, vs_err *err) {
   uint64_t *key = malloc((3 * *n + 32) * sizeof *key);
   if (!key) return vs_nomem(err);
   for (size_t i = 0; i < *n; i++) key[i] = kern_key(h[i].distance, (uint32_t)i);
@@ -218,7 +245,7 @@ static vs_rc collect(run *r, uint64_t n_best, shard_hit **hits, size_t *n, vs_er
     }
   *n = total;
   if (r->q->exact) qsort(h, total, sizeof *h, shard_hit_order);
-  else if (total > n_best) return keep_best(h, n, n_best, err);
+  else if (total > n_best) return shard_keep_best(h, n, n_best, err);
   if (*n > n_best) *n = (size_t)n_best;
   return VS_OK;
 }
@@ -231,15 +258,26 @@ static int64_t now_us(void) {
   return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
+void shard_refine_begin(shard_stats *stats, vs_traffic *before, int64_t *start_us) {
+  memset(&stats->refine, 0, sizeof stats->refine);
+  *before = vs_scope_current()->traffic, *start_us = now_us();
+}
+
+void shard_refine_end(shard_stats *stats, const vs_traffic *before, int64_t start_us) {
+  const vs_traffic *now = &vs_scope_current()->traffic;
+  stats->refine_us += now_us() - start_us;
+  stats->refine = (vs_traffic){.requests = now->requests - before->requests, .retries = now->retries - before->retries,
+                               .rounds = now->rounds - before->rounds, .bytes = now->bytes - before->bytes,
+                               .hits = now->hits - before->hits};
+}
+
 static vs_rc refine_counted(run *r, shard_hit *hits, size_t *n, shard_stats *stats, vs_err *err) {
-  const vs_traffic before = vs_scope_current()->traffic, *now = &vs_scope_current()->traffic;
-  shard_refine refine = {.q = r->q, .k = r->k, .stop = poll_stop, .stop_ctx = r};
-  int64_t start = now_us();
+  shard_refine refine = {.q = r->q, .k = r->spend.k, .stop = shard_stop_poll, .stop_ctx = &r->stop};
+  vs_traffic before;
+  int64_t start;
+  shard_refine_begin(stats, &before, &start);
   vs_rc rc = shard_refine_run(&refine, hits, n, &stats->refined, err);
-  stats->refine_us = now_us() - start;
-  stats->refine = (vs_traffic){.requests = now->requests - before.requests, .retries = now->retries - before.retries,
-                               .rounds = now->rounds - before.rounds, .bytes = now->bytes - before.bytes,
-                               .hits = now->hits - before.hits};
+  shard_refine_end(stats, &before, start);
   return rc;
 }
 
@@ -285,8 +323,7 @@ static vs_rc order_tie(const shard_search *q, shard_hit *hits, size_t n, vs_err 
   return rc;
 }
 
-/* Equal distances within a shard come in the order of their ids. */
-static vs_rc order_ties(const shard_search *q, shard_hit *hits, size_t n, vs_err *err) {
+vs_rc shard_order_ties(const shard_search *q, shard_hit *hits, size_t n, vs_err *err) {
   for (size_t i = 0; i < n;) {
     size_t m = 1;
     while (i + m < n && hits[i + m].distance == hits[i].distance && hits[i + m].shard == hits[i].shard) m++;
@@ -308,25 +345,22 @@ static size_t skip_until(const shard_hit *after, shard_hit *hits, size_t n) {
 }
 
 static vs_rc search_once(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) {
-  vs_scope *outer = vs_scope_current(), inner = outer ? *outer : (vs_scope){0};
-  run r = {.q = q, .caller = pthread_self(), .outer = outer};
+  run r = {.q = q};
   *hits = NULL, *n = 0;
   memset(stats, 0, sizeof *stats);
-  inner.stop = poll_stop, inner.stop_ctx = &r;
-  vs_scope_enter(&inner);
+  shard_stop_enter(&r.stop);
   vs_rc rc = prepare(&r, err);
-  if (!rc && r.k && q->exact) {
+  if (!rc && r.spend.k && q->exact) {
     rc = run_exact(&r, err);
-    if (!rc) rc = collect(&r, r.k, hits, n, err);
-  } else if (!rc && r.k) {
+    if (!rc) rc = collect(&r, r.spend.k, hits, n, err);
+  } else if (!rc && r.spend.k) {
     rc = run_scans(&r, err);
-    if (!rc) rc = collect(&r, r.n_candidates, hits, n, err);
+    if (!rc) rc = collect(&r, r.spend.n_candidates, hits, n, err);
     if (!rc) rc = refine_counted(&r, *hits, n, stats, err);
     if (!rc && q->after) *n = skip_until(q->after, *hits, *n);
   }
-  if (!rc) rc = order_ties(q, *hits, *n, err);
-  vs_scope_enter(outer);
-  if (outer) outer->traffic = inner.traffic;
+  if (!rc) rc = shard_order_ties(q, *hits, *n, err);
+  shard_stop_leave(&r.stop);
   for (size_t i = 0; i < r.n_tasks; i++) {
     stats->partitions += r.tasks[i].stats.partitions, stats->rows += r.tasks[i].stats.rows;
     ivfpq_keys_reset(&r.tasks[i].keys);
@@ -336,8 +370,7 @@ static vs_rc search_once(const shard_search *q, shard_hit **hits, size_t *n, sha
   return rc;
 }
 
-/* 1: some of it lies in a store, and will be read anew. */
-static int forget_remote(const shard_search *q) {
+int shard_forget_remote(const shard_search *q) {
   int any = 0;
   for (size_t i = 0; i < q->n_shards; i++)
     for (size_t g = 0; g < q->shards[i]->manifest.n_segments; g++) {
@@ -350,10 +383,10 @@ static int forget_remote(const shard_search *q) {
 vs_rc shard_search_run(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) {
   vs_err why = {0};
   vs_rc rc = search_once(q, hits, n, stats, &why);
-  if (rc == VS_CORRUPT && forget_remote(q)) {
+  if (rc == VS_CORRUPT && shard_forget_remote(q)) {
     vs_err_reset(&why);
     rc = search_once(q, hits, n, stats, &why);
-    if (rc == VS_CORRUPT) forget_remote(q);
+    if (rc == VS_CORRUPT) shard_forget_remote(q);
   }
   return rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
 }

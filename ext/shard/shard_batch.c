@@ -1,0 +1,275 @@
+/* shard_batch.c - many queries at once: what shard_search.c does for one; see there, and ivfpq_batch.c.
+ *
+ * Phase 1 scans segment after segment, each for all queries, and in step, so that segments in stores share their rounds.
+ * The threads divide the queries, never one query: so the rows do not depend on their number.
+ * Phase 2 compares the best candidates of all queries by stored vectors (shard_refine_many.c).
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "../base/vs_pool.h"
+#include "../ivfpq/ivfpq_batch.h"
+#include "../kernels/kern.h"
+#include "shard_refine.h"
+#include "shard_search_int.h"
+
+enum {
+  MOST = 4096,                 /* queries at once */
+  FILTERED_MOST = 256,         /* with a filter over stores: each may have to go on by itself, and keeps its partitions */
+  BATCH_BYTES = 128 << 20,     /* of candidates and of what a scan keeps of a query */
+  HELD_BYTES = 256 << 20,      /* of partitions in stores */
+  CUT_FROM = 4,                /* times n_candidates: then the candidates of a query are cut in between */
+  SLICE = 64
+};
+
+typedef struct run run;
+typedef struct segment_task {
+  run *r;
+  ivfpq_segment *segment;
+  uint32_t shard, number;
+  ivfpq_batch *batch;
+  int more;
+} segment_task;
+
+struct run {
+  const shard_batch *b;
+  shard_search q;              /* with the first of the queries */
+  shard_spend spend;
+  shard_found *found;          /* by query */
+  segment_task *tasks;
+  size_t n_tasks;
+  ivfpq_stats stats;
+  shard_stop stop;
+  int64_t *ids;                /* of the answers, while they are filled in */
+  const shard_answers *out;
+  vs_rc rc;                    /* of a task */
+  vs_err err;
+  pthread_mutex_t lock;
+};
+
+static void fail(run *r, vs_rc rc, const vs_err *err) {
+  pthread_mutex_lock(&r->lock);
+  if (!r->rc) r->rc = rc, r->err = *err;
+  pthread_mutex_unlock(&r->lock);
+}
+
+/* ---- sizes ---- */
+
+static uint64_t bytes_per_query(const shard_spend *s) {
+  uint64_t segments = s->n_segments < CUT_FROM ? s->n_segments : CUT_FROM, dims = s->q->n_shards ? s->q->shards[0]->manifest.dim : 1;
+  return (segments + 1) * s->n_candidates * sizeof(shard_hit) + s->n_segments * (dims + 4096);
+}
+
+size_t shard_batch_most(const shard_search *q) {
+  shard_spend spend;
+  vs_err ignored = {0};
+  size_t most = MOST;
+  if (shard_spend_init(&spend, q, &ignored)) return 1; /* the search itself will say why */
+  for (size_t i = 0; i < q->n_shards && q->filters; i++)
+    for (size_t g = 0; g < q->shards[i]->manifest.n_segments; g++)
+      if (q->filters[i] && !q->shards[i]->segments[g]->io->local) most = FILTERED_MOST;
+  uint64_t n = BATCH_BYTES / (bytes_per_query(&spend) + 1);
+  return n < 1 ? 1 : n < most ? (size_t)n : most;
+}
+
+/* ---- phase 1 ---- */
+
+static vs_rc add_found(shard_found *f, const segment_task *t, const uint64_t *keys, size_t n, vs_err *err) {
+  if (f->n + n > f->room) {
+    shard_hit *grown = realloc(f->hits, (f->n + n) * sizeof *grown);
+    if (!grown) return vs_nomem(err);
+    f->hits = grown, f->room = f->n + n;
+  }
+  for (size_t i = 0; i < n; i++)
+    f->hits[f->n++] = (shard_hit){kern_key_value(keys[i]), t->shard, t->number, kern_key_number(keys[i])};
+  return VS_OK;
+}
+
+/* One segment's best of one query; no two calls for one query at a time, since segments are scanned one after another. */
+static vs_rc take(void *ctx, size_t query, const uint64_t *keys, size_t n, vs_err *err) {
+  const segment_task *t = ctx;
+  shard_found *f = &t->r->found[query];
+  vs_rc rc = add_found(f, t, keys, n, err);
+  if (!rc && f->n > CUT_FROM * t->r->spend.n_candidates) rc = shard_keep_best(f->hits, &f->n, t->r->spend.n_candidates, err);
+  return rc;
+}
+
+static ivfpq_query segment_query(run *r, const segment_task *t) {
+  ivfpq_query q = shard_spend_query(&r->spend, t->shard, t->segment);
+  q.stop = shard_stop_poll, q.stop_ctx = &r->stop;
+  return q;
+}
+
+static vs_rc run_scans(run *r, vs_err *err) {
+  vs_rc rc = VS_OK;
+  size_t n_remote = 0;
+  int more = 1;
+  for (size_t i = 0; i < r->n_tasks; i++) n_remote += !r->tasks[i].segment->io->local;
+  for (size_t i = 0; i < r->n_tasks && !rc; i++) {
+    segment_task *t = &r->tasks[i];
+    ivfpq_batch_plan p = {.query = segment_query(r, t), .vectors = r->b->queries, .n = r->b->n, .threads = r->q.threads,
+                          .held_bytes = HELD_BYTES / (n_remote + 1), .take = take, .take_ctx = t};
+    rc = ivfpq_batch_open(t->segment, &p, &r->stats, &t->batch, err);
+    t->more = 1;
+  }
+  while (!rc && more) {
+    more = 0;
+    for (size_t i = 0; i < r->n_tasks && !rc; i++) {
+      segment_task *t = &r->tasks[i];
+      if (!t->more) continue;
+      rc = ivfpq_batch_step(t->batch, &t->more, err);
+      more |= t->more;
+      if (!t->more) ivfpq_batch_close(t->batch), t->batch = NULL;
+    }
+  }
+  for (size_t i = 0; i < r->n_tasks; i++) ivfpq_batch_close(r->tasks[i].batch), r->tasks[i].batch = NULL;
+  return rc;
+}
+
+static vs_rc run_exact(run *r, vs_err *err) {
+  vs_rc rc = shard_spend_check_exact(&r->spend, err);
+  ivfpq_keys *keys = calloc(r->b->n + 1, sizeof *keys);
+  if (!rc && !keys) rc = vs_nomem(err);
+  for (size_t i = 0; i < r->n_tasks && !rc; i++) {
+    segment_task *t = &r->tasks[i];
+    ivfpq_query q = segment_query(r, t);
+    rc = ivfpq_exact_many(t->segment, &q, r->b->queries, r->b->n, r->q.threads, keys, &r->stats, err);
+    for (size_t j = 0; j < r->b->n && !rc; j++) rc = add_found(&r->found[j], t, keys[j].key, keys[j].n, err);
+    for (size_t j = 0; j < r->b->n; j++) ivfpq_keys_reset(&keys[j]);
+  }
+  for (size_t j = 0; keys && j < r->b->n; j++) ivfpq_keys_reset(&keys[j]);
+  free(keys);
+  return rc;
+}
+
+/* ---- phase 2 ---- */
+
+static void cut_slice(void *ctx, size_t slice) {
+  run *r = ctx;
+  vs_err err = {0};
+  vs_rc rc = VS_OK;
+  for (size_t i = slice * SLICE; i < r->b->n && i < (slice + 1) * SLICE && !rc; i++) {
+    shard_found *f = &r->found[i];
+    if (r->q.exact) {
+      if (f->n) qsort(f->hits, f->n, sizeof *f->hits, shard_hit_order);
+      if (f->n > r->spend.k) f->n = (size_t)r->spend.k;
+    } else if (f->n > r->spend.n_candidates) rc = shard_keep_best(f->hits, &f->n, r->spend.n_candidates, &err);
+  }
+  if (rc) fail(r, rc, &err);
+}
+
+static vs_rc run_tasks(run *r, vs_task task, vs_err *err) {
+  vs_pool_run((r->b->n + SLICE - 1) / SLICE, r->q.threads, task, r);
+  return r->rc ? vs_fail(err, r->rc, "%s", r->err.text) : VS_OK;
+}
+
+static vs_rc refine(run *r, shard_stats *stats, vs_err *err) {
+  shard_refine f = {.q = &r->q, .k = r->spend.k, .stop = shard_stop_poll, .stop_ctx = &r->stop};
+  vs_traffic before;
+  int64_t start;
+  shard_refine_begin(stats, &before, &start);
+  vs_rc rc = shard_refine_many(&f, r->b->queries, r->found, r->b->n, &stats->refined, err);
+  shard_refine_end(stats, &before, start);
+  return rc;
+}
+
+/* ---- answers ---- */
+
+/* Numbers as ids, of rows at fixed addresses that were looked at a moment ago: no read. */
+static int has_ids(const run *r) {
+  for (size_t i = 0; i < r->n_tasks; i++)
+    if (r->tasks[i].segment->params.id_text || !ivfpq_rows_mapped(r->tasks[i].segment)) return 0;
+  return 1;
+}
+
+/* Copies the hits of some queries to their place, with their ids. */
+static void answer_slice(void *ctx, size_t slice) {
+  enum { AHEAD = 16 };
+  run *r = ctx;
+  size_t from = slice * SLICE, to = from + SLICE < r->b->n ? from + SLICE : r->b->n;
+  vs_err err = {0};
+  vs_rc rc = VS_OK;
+  for (size_t i = from; i < to && !rc; i++) {
+    shard_found *f = &r->found[i];
+    rc = shard_order_ties(&r->q, f->hits, f->n, &err);
+    memcpy(r->out->hits + r->out->first[i], f->hits, f->n * sizeof *f->hits);
+  }
+  const shard_hit *h = r->out->hits + r->out->first[from];
+  size_t n = r->out->first[to] - r->out->first[from];
+  for (size_t i = 0; i < n + AHEAD && !rc && r->ids; i++) {
+    if (i < n) ivfpq_row_id_prefetch(r->q.shards[h[i].shard]->segments[h[i].segment], h[i].row);
+    if (i < AHEAD) continue;
+    const shard_hit *x = &h[i - AHEAD];
+    const uint8_t *record;
+    ivfpq_segment *s = r->q.shards[x->shard]->segments[x->segment];
+    rc = ivfpq_row_mapped(s, x->row, &record, &err);
+    if (!rc) memcpy(&r->ids[r->out->first[from] + i - AHEAD], record + ivfpq_vector_bytes(s), sizeof *r->ids);
+  }
+  if (rc) fail(r, rc, &err);
+}
+
+static vs_rc answer(run *r, shard_answers *out, vs_err *err) {
+  for (size_t i = 0; i < r->b->n; i++) out->first[i + 1] = out->first[i] + r->found[i].n;
+  size_t n = out->first[r->b->n];
+  out->n = r->b->n;
+  out->hits = malloc((n + 1) * sizeof *out->hits);
+  if (has_ids(r)) out->ids = malloc((n + 1) * sizeof *out->ids); /* no need to have it */
+  if (!out->hits) return vs_nomem(err);
+  r->out = out, r->ids = out->ids;
+  return run_tasks(r, answer_slice, err);
+}
+
+void shard_answers_reset(shard_answers *a) {
+  free(a->hits), free(a->first), free(a->ids);
+  memset(a, 0, sizeof *a);
+}
+
+/* ---- the whole ---- */
+
+static vs_rc prepare(run *r, vs_err *err) {
+  const shard_search *q = &r->q;
+  vs_rc rc = shard_spend_init(&r->spend, q, err);
+  for (size_t i = 0; i < r->b->n && !rc; i++) {
+    vs_err why = {0};
+    if (shard_check_query(q, r->b->queries + i * q->dim, &why)) rc = vs_fail(err, why.rc, "query %zu: %s", i, why.text);
+  }
+  if (rc) return rc;
+  r->tasks = calloc(r->spend.n_segments + 1, sizeof *r->tasks), r->found = calloc(r->b->n + 1, sizeof *r->found);
+  if (!r->tasks || !r->found) return vs_nomem(err);
+  for (uint32_t i = 0; i < q->n_shards; i++)
+    for (uint32_t g = 0; g < q->shards[i]->manifest.n_segments; g++)
+      r->tasks[r->n_tasks++] = (segment_task){.r = r, .segment = q->shards[i]->segments[g], .shard = i, .number = g};
+  return VS_OK;
+}
+
+static vs_rc batch_once(const shard_batch *b, shard_answers *out, shard_stats *stats, vs_err *err) {
+  run r = {.b = b, .q = b->search, .lock = PTHREAD_MUTEX_INITIALIZER};
+  memset(out, 0, sizeof *out), memset(stats, 0, sizeof *stats);
+  r.q.query = b->queries;
+  shard_stop_enter(&r.stop);
+  vs_rc rc = prepare(&r, err);
+  if (!rc && !(out->first = calloc(b->n + 1, sizeof *out->first))) rc = vs_nomem(err);
+  if (!rc && r.spend.k && b->n) {
+    rc = r.q.exact ? run_exact(&r, err) : run_scans(&r, err);
+    if (!rc) rc = run_tasks(&r, cut_slice, err);
+    if (!rc && !r.q.exact) rc = refine(&r, stats, err);
+  }
+  if (!rc) rc = answer(&r, out, err);
+  shard_stop_leave(&r.stop);
+  stats->partitions = r.stats.partitions, stats->rows = r.stats.rows;
+  for (size_t i = 0; r.found && i < b->n; i++) free(r.found[i].hits);
+  free(r.found), free(r.tasks);
+  if (rc) shard_answers_reset(out);
+  return rc;
+}
+
+vs_rc shard_batch_run(const shard_batch *b, shard_answers *out, shard_stats *stats, vs_err *err) {
+  vs_err why = {0};
+  vs_rc rc = batch_once(b, out, stats, &why);
+  if (rc == VS_CORRUPT && shard_forget_remote(&b->search)) { /* bytes may have been damaged on their way */
+    vs_err_reset(&why);
+    rc = batch_once(b, out, stats, &why);
+    if (rc == VS_CORRUPT) shard_forget_remote(&b->search);
+  }
+  return rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
+}
