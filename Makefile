@@ -13,14 +13,14 @@ WARN := -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla -W
 CFLAGS ?= -O2 -g
 ALL_CFLAGS := -std=gnu11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -ffp-contract=off -fno-omit-frame-pointer $(WARN) $(CFLAGS) $(SAN_FLAGS)
 HDF5_CFLAGS := $(shell pkg-config --cflags hdf5-serial 2>/dev/null || pkg-config --cflags hdf5 2>/dev/null)
-HDF5_LIBS := $(shell pkg-config --libs hdf5-serial 2>/dev/null || pkg-config --libs hdf5 2>/dev/null || echo -lhdf5)
+HDF5_LIBS := $(shell pkg-config --libs hdf5-serial 2>/dev/null || pkg-config --libs hdf5 2>/dev/null || echo -lhdf5) -ldeflate
 NET_LIBS := -lcurl -lexpat -lcrypto
 LIBS := -lm -lpthread
 
 LOWER := $(wildcard ext/base/*.c ext/kernels/*.c ext/ivfpq/*.c) ext/input/input_fault.c
 UPPER := $(wildcard ext/s3vfs/*.c ext/shard/*.c) $(filter-out ext/vtab/hdf5_vectors.c,$(wildcard ext/vtab/*.c)) ext/vecshard.c
 INPUT := $(filter-out ext/input/input_fault.c,$(wildcard ext/input/*.c))
-HDF5_EXT := ext/vecshard_hdf5.c ext/vtab/hdf5_vectors.c $(INPUT) ext/input/input_fault.c ext/base/vs_err.c $(wildcard ext/kernels/*.c)
+HDF5_EXT := ext/vecshard_hdf5.c ext/vtab/hdf5_vectors.c $(INPUT) ext/input/input_fault.c $(addprefix ext/base/,vs_err.c vs_pool.c vs_scope.c)
 TOOL := $(wildcard tool/*.c)
 
 ext_obj = $(patsubst %.c,$(OUT)/obj/ext/%.o,$(1))
@@ -40,10 +40,15 @@ $(OUT)/vecshard: $(call core_obj,$(TOOL) $(INPUT)) $(OUT)/libvecshard.a
 	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) -lsqlite3 $(NET_LIBS) $(LIBS)
 
 KERN_FLAGS_scalar := -fno-tree-vectorize
+ARCH := $(shell $(CC) -dumpmachine 2>/dev/null)
+ifneq ($(filter x86_64%,$(ARCH)),)
 KERN_FLAGS_avx2 := -O3 -mavx2 -mfma -mf16c
 KERN_FLAGS_avx512 := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mavx2 -mfma -mf16c
-X86 := $(filter x86_64% i%86%,$(shell $(CC) -dumpmachine 2>/dev/null))
-kern_flags = $(if $(X86),$(KERN_FLAGS_$(patsubst kern_%,%,$(notdir $(basename $(1))))))
+else ifneq ($(filter aarch64%,$(ARCH)),)
+KERN_FLAGS_neon := -O3
+KERN_FLAGS_dotprod := -O3 -march=armv8.2-a+dotprod
+endif
+kern_flags = $(KERN_FLAGS_$(patsubst kern_%,%,$(notdir $(basename $(1)))))
 
 $(OUT)/obj/ext/%.o: %.c Makefile
 	@mkdir -p $(@D)
@@ -58,7 +63,7 @@ C_TESTS := $(patsubst test/%.c,$(OUT)/test/%,$(wildcard test/test_*.c))
 $(OUT)/test/test_kernels: $(call core_obj,$(wildcard ext/kernels/*.c))
 $(OUT)/test/test_ivfpq: $(call core_obj,$(LOWER) ext/s3vfs/io_local.c)
 $(OUT)/test/test_base: $(call core_obj,$(wildcard ext/base/*.c) ext/s3vfs/io_local.c)
-$(OUT)/test/test_input: $(call core_obj,$(INPUT) $(LOWER))
+$(OUT)/test/test_input: $(call core_obj,$(INPUT) ext/input/input_fault.c tool/input_concat.c $(wildcard ext/base/*.c) ext/s3vfs/io_local.c)
 $(OUT)/test/test_s3_sign: $(call core_obj,ext/base/vs_err.c ext/s3vfs/s3_sign.c)
 $(OUT)/test/test_s3_config: $(call core_obj,ext/base/vs_err.c ext/s3vfs/s3_config.c ext/s3vfs/s3_profile.c)
 $(OUT)/test/test_manifest: $(OUT)/libvecshard.a
@@ -70,6 +75,10 @@ SQLITE_LIB_s3_threads := -lsqlite3
 $(OUT)/test/%: $(OUT)/obj/core/test/%.o
 	@mkdir -p $(@D)
 	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ -lcmocka $(if $(findstring test_input,$@),$(HDF5_LIBS)) $(SQLITE_LIB_$(notdir $@)) $(NET_LIBS) $(LIBS)
+# The kernel tests as one static program without cmocka's library, so that a cross compiler and an emulator are enough.
+$(OUT)/test/bare_kernels: test/test_kernels.c $(call core_obj,$(wildcard ext/kernels/*.c)) test/bare/cmocka.h
+	@mkdir -p $(@D)
+	@echo "  LINK  $@"; $(CC) $(ALL_CFLAGS) -Itest/bare -static -o $@ $(filter %.c %.o,$^) -lm -lpthread
 .SECONDARY:
 
 deps:

@@ -2,8 +2,9 @@
  *
  * Proves: a built segment holds exactly the rows that went in and verifies clean; exact search equals brute force in
  * double precision; a scan that may look at everything equals exact search; the bytes do not depend on threads or
- * memory; filters lose and add nothing; every flipped byte is reported and no damage, also with forged checksums,
- * crashes a reader. Everything is seeded; the seed is printed first. IVFPQ_TEST_SEED sets another one.
+ * memory; filters lose and add nothing; the settings that a build calibrated reach the recall that they promise; every flipped byte
+ * is reported and no damage, also with forged checksums, crashes a reader. Everything is seeded; the seed is printed first.
+ * IVFPQ_TEST_SEED sets another one.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -23,6 +24,9 @@
 #include "../ext/ivfpq/ivfpq_int.h"
 #include "../ext/ivfpq/ivfpq_runs.h"
 #include "../ext/ivfpq/ivfpq_search.h"
+#include "../ext/ivfpq/ivfpq_setting.h"
+#include "../ext/ivfpq/ivfpq_sketch.h"
+#include "../ext/ivfpq/ivfpq_write.h"
 #include "../ext/kernels/kern.h"
 #include "../ext/s3vfs/io_local.h"
 
@@ -154,9 +158,11 @@ static set *set_open(uint64_t n, uint32_t dim, shape vectors, id_shape ids, int 
   return s;
 }
 
+static vs_rc open_to_measure(const char *path, vs_io **out, vs_err *err) { return io_local_open(path, 1, out, err); }
+
 static ivfpq_build_options options(ivfpq_metric metric) {
   return (ivfpq_build_options){.metric = metric, .memory = 64 << 20, .threads = 2, .tmpdir = folder, .seed = 7,
-                               .column_names = column_names, .column_flags = column_flags};
+                               .column_names = column_names, .column_flags = column_flags, .open = open_to_measure};
 }
 
 static const char *path_of(const char *name) {
@@ -446,7 +452,7 @@ static void test_sorter(void **state) {
 }
 
 static void fill_scan_record(uint8_t *p, uint64_t seq, uint32_t column_bytes, size_t code_bytes) {
-  ivfpq_scan_head h = {seq, (float)seq, column_bytes};
+  ivfpq_scan_head h = {.seq = seq, .term = (float)seq, .err2 = 1, .column_bytes = column_bytes};
   memcpy(p, &h, sizeof h);
   memset(p + sizeof h, (int)(seq & 255), code_bytes + column_bytes);
 }
@@ -742,6 +748,133 @@ static void test_estimates(void **state) {
       fail_msg("metric %d: mean error of an estimate is %.3f of their mean deviation", metric, error / spread);
     free(estimate[0]), free(estimate[1]);
   }
+  input_close(&t->in);
+}
+
+/* ---- what a build measures of itself ---- */
+
+/* A setting's recall@k on rows that were held out of the build, and rows it scanned on average. */
+static double setting_recall(ivfpq_segment *s, const set *t, uint64_t from, uint64_t to, uint64_t k, const ivfpq_setting *setting,
+                             double *rows_seen) {
+  uint64_t hits = 0, seen = 0;
+  uint32_t *rows = malloc((setting->n_candidates + 1) * sizeof *rows);
+  float *d = malloc((setting->n_candidates + 1) * sizeof *d);
+  for (uint64_t i = from; i < to; i++) {
+    ivfpq_keys truth = {0}, have = {0};
+    ivfpq_stats stats = {0}, unused = {0};
+    vs_err err = {0};
+    ivfpq_query q = {.vector = t->x + i * t->in.dim, .nprobe = setting->nprobe, .n_candidates = setting->n_candidates, .k = k,
+                     .reach = setting->reach};
+    assert_ok(ivfpq_scan(s, &q, &have, &stats, &err), err);
+    assert_true(have.n <= setting->n_candidates);
+    for (size_t j = 0; j < have.n; j++) rows[j] = kern_key_number(have.key[j]);
+    assert_ok(ivfpq_distances(s, q.vector, rows, have.n, d, &err), err);
+    q.n_candidates = k;
+    assert_ok(ivfpq_exact(s, &q, NULL, 2, &truth, &unused, &err), err);
+    float border = 0;
+    for (size_t j = 0; j < truth.n; j++) border = fmaxf(border, kern_key_value(truth.key[j]));
+    for (size_t j = 0; j < have.n; j++) hits += d[j] <= border;
+    seen += stats.rows;
+    ivfpq_keys_reset(&truth), ivfpq_keys_reset(&have);
+  }
+  free(rows), free(d);
+  *rows_seen = (double)seen / (double)(to - from);
+  return (double)hits / (double)(k * (to - from));
+}
+
+/* More recall costs more, and rows from outside get what was promised. */
+static void test_calibration(void **state) {
+  (void)state;
+  enum { N = 8000, HELD_OUT = 150, DIM = 16 };
+  static const double wanted[] = {.7, .8, .9, .95, .98};
+  static const uint64_t ks[] = {1, 3, 10, 50, 100, 300};
+  set *t = set_open(N + HELD_OUT, DIM, CLUSTERS, ROW_IDS, 0);
+  t->in.n_rows = N;
+  for (int metric = 0; metric < 3; metric++) {
+    ivfpq_build_options o = options((ivfpq_metric)metric);
+    build(t, &o, path_of("calibrated.ivf"));
+    ivfpq_segment *s = open_path(path_of("calibrated.ivf"), 1);
+    const ivfpq_calibration *c = s->calibration;
+    assert_non_null(c);
+    assert_true(c->n_queries >= 200 && c->n_levels > 10 && c->k[0] == 1);
+    assert_true(s->params.beta >= 0 && s->params.beta <= 2);
+    for (size_t a = 0; a < sizeof ks / sizeof *ks; a++) {
+      double before = 0;
+      for (size_t b = 0; b < sizeof wanted / sizeof *wanted; b++) {
+        ivfpq_setting x;
+        double seen;
+        assert_true(ivfpq_setting_for(s, ks[a], wanted[b], &x));
+        assert_true(x.nprobe >= 1 && x.nprobe <= s->params.nlist && x.n_candidates >= ks[a] && x.n_candidates <= N);
+        double recall = setting_recall(s, t, N, N + HELD_OUT, ks[a], &x, &seen), cost = seen + 10 * (double)x.n_candidates;
+        assert_true(cost > .5 * before); /* more recall is not cheaper, but for what measuring adds */
+        before = cost;
+        if (recall < wanted[b] - .03)
+          fail_msg("metric %d: recall@%d %.2f was promised with nprobe %u, %d candidates, reach %g: it is %.4f", metric, (int)ks[a],
+                   wanted[b], x.nprobe, (int)x.n_candidates, x.reach, recall);
+      }
+    }
+    ivfpq_setting x;
+    assert_false(ivfpq_setting_for(s, 0, .9, &x));
+    assert_false(ivfpq_setting_for(s, 10, 1.5, &x));
+    assert_true(ivfpq_reach_for(s, 1) >= 0 && ivfpq_reach_for(s, UINT32_MAX) == 0);
+    ivfpq_segment_close(s);
+    o.open = NULL; /* nobody to look at it with */
+    build(t, &o, path_of("calibrated.ivf"));
+    s = open_path(path_of("calibrated.ivf"), 1);
+    assert_null(s->calibration);
+    assert_false(ivfpq_setting_for(s, 10, .5, &x));
+    assert_true(ivfpq_reach_for(s, 10) == 0);
+    ivfpq_segment_close(s);
+  }
+  input_close(&t->in);
+}
+
+/* Sketches bound the true value of what they stand for; with a projection the centroids are ranked in two steps. */
+static void assert_sketches(ivfpq_segment *s, const set *t) {
+  enum { ROWS = 300 };
+  uint32_t rows[ROWS];
+  float est[ROWS], width[ROWS], d[ROWS];
+  vs_err err = {0};
+  assert_true(ivfpq_sketches_mapped(s));
+  for (int q = 0; q < 3; q++) {
+    const float *query = t->x + (size_t)q * 77 * t->in.dim;
+    for (uint32_t i = 0; i < ROWS; i++) rows[i] = (uint32_t)(i * 7 % s->params.n_rows);
+    assert_ok(ivfpq_sketch_estimate(s, query, rows, ROWS, est, width, &err), err);
+    assert_ok(ivfpq_distances(s, query, rows, ROWS, d, &err), err);
+    float most = 0;
+    for (int i = 0; i < ROWS; i++) most = fmaxf(most, fabsf(s->params.metric == IVFPQ_L2 ? d[i] * d[i] : 2 * d[i]));
+    for (int i = 0; i < ROWS; i++) {
+      float truth = s->params.metric == IVFPQ_L2 ? d[i] * d[i] : 2 * d[i];
+      if (!(fabsf(est[i] - truth) <= width[i])) fail_msg("a sketch says %g +- %g, the truth is %g", est[i], width[i], truth);
+      assert_true(width[i] < .1f * most); /* tight enough to be of use */
+    }
+  }
+}
+
+static void test_sketches(void **state) {
+  (void)state;
+  for (int metric = 0; metric < 3; metric++)
+    for (int half = 0; half < 2; half++) {
+      ivfpq_build_options o = options((ivfpq_metric)metric);
+      set *t = set_open(900, half ? 514 : 257, CLUSTERS, INT_IDS, 0);
+      o.nlist = 9, o.store_f16 = half, o.bits = half ? 4 : 8;
+      build(t, &o, path_of("case.ivf"));
+      assert_segment(path_of("case.ivf"), t, 1);
+      ivfpq_segment *s = open_path(path_of("case.ivf"), 1);
+      assert_sketches(s, t);
+      ivfpq_segment_close(s);
+      s = open_path(path_of("case.ivf"), 0);
+      assert_false(ivfpq_sketches_mapped(s)); /* who must read them has no use for them */
+      ivfpq_segment_close(s);
+      input_close(&t->in);
+    }
+  set *t = set_open(300, 200, CLUSTERS, INT_IDS, 0); /* small rows have none */
+  ivfpq_build_options o = options(IVFPQ_L2);
+  o.nlist = 4;
+  build(t, &o, path_of("case.ivf"));
+  ivfpq_segment *s = open_path(path_of("case.ivf"), 1);
+  assert_int_equal(s->params.sketch_bytes, 0);
+  ivfpq_segment_close(s);
   input_close(&t->in);
 }
 
@@ -1052,6 +1185,9 @@ typedef struct memory_io {
   int *open_ranges;
 } memory_io;
 
+/* READ: a file without a map. MAPPED. REMOTE: reads are begun long before they are waited for, and the codebook comes late. */
+typedef enum io_mode { READ, MAPPED, REMOTE, N_MODES } io_mode;
+
 static int fetches_left = -1; /* the fetch after so many fails; -1: none */
 
 static vs_rc memory_fetch(vs_io *io, vs_range *r, size_t n, vs_err *err) {
@@ -1079,12 +1215,12 @@ static void memory_release(vs_io *io, vs_range *r, size_t n) {
 }
 static void memory_close(vs_io *io) { free(io); }
 
-static vs_io *memory_open(const uint8_t *bytes, uint64_t n, int stable, int *open_ranges) {
+static vs_io *memory_open(const uint8_t *bytes, uint64_t n, io_mode mode, int *open_ranges) {
   memory_io *m = malloc(sizeof *m);
   *m = (memory_io){{.size = n,
-                    .stable = stable,
+                    .stable = mode == MAPPED,
                     .name = "damaged.ivf",
-                    .local = 1,
+                    .local = mode != REMOTE,
                     .begin = memory_fetch,
                     .release = memory_release,
                     .close = memory_close},
@@ -1156,7 +1292,14 @@ static void search_damaged(ivfpq_segment *s, const float *q) {
   float *d, *wide = calloc(s->params.dim, sizeof *wide); /* a forged dimension may be larger */
   wide[0] = q[0];
   for (int i = 0; i < 4; i++) {
-    ivfpq_query query = {.vector = wide, .nprobe = 2, .n_candidates = 5, .filter = i % 2 ? &f : NULL};
+    ivfpq_query query = {.vector = wide, .nprobe = 2, .n_candidates = 5, .k = 3, .filter = i % 2 ? &f : NULL};
+    ivfpq_setting setting;
+    query.reach = ivfpq_reach_for(s, query.nprobe);
+    assert_true(query.reach >= 0);
+    if (ivfpq_setting_for(s, 5, .9, &setting)) {
+      assert_true(setting.nprobe >= 1 && setting.nprobe <= s->params.nlist && setting.n_candidates <= s->params.n_rows);
+      query.nprobe = setting.nprobe;
+    }
     ivfpq_keys keys = {0};
     ivfpq_stats stats = {0};
     vs_rc rc =
@@ -1168,8 +1311,9 @@ static void search_damaged(ivfpq_segment *s, const float *q) {
         rows[k] = kern_key_number(keys.key[k]);
         assert_true(rows[k] < s->params.n_rows);
       }
-      d = malloc(5 * sizeof *d);
+      d = malloc(10 * sizeof *d);
       rc = ivfpq_distances(s, wide, rows, keys.n, d, &err);
+      if (!rc && ivfpq_sketches_mapped(s)) rc = ivfpq_sketch_estimate(s, wide, rows, keys.n, d, d + 5, &err);
       free(d);
     }
     if (rc) assert_true(err.text[0]);
@@ -1179,11 +1323,11 @@ static void search_damaged(ivfpq_segment *s, const float *q) {
 }
 
 /* Opens the damaged bytes and tries everything. Returns whether the damage was noticed, by open or by verify. */
-static int try_damaged(const victim *v, uint64_t n, int stable, int forged, int thorough) {
+static int try_damaged(const victim *v, uint64_t n, io_mode mode, int forged, int thorough) {
   int open_ranges = 0, faults = 0;
   vs_err err = {0};
   ivfpq_segment *s;
-  vs_rc rc = ivfpq_segment_open(memory_open(v->bytes, n, stable, &open_ranges), &s, &err);
+  vs_rc rc = ivfpq_segment_open(memory_open(v->bytes, n, mode, &open_ranges), &s, &err);
   if (rc) {
     assert_true(err.text[0] && !s);
     assert_int_equal(open_ranges, 0);
@@ -1249,9 +1393,14 @@ static void forge(const victim *v) {
       memcpy(p + i * sizeof e, &e, sizeof e);
     }
   }
-  uint64_t group = ivfpq_group_bytes(h.nlist, h.dim_padded);
-  if (group <= size) put_check(p + group - 8, p, group - 8);
-  for (uint32_t id = IVFPQ_MEAN; id <= IVFPQ_PARAMS; id++) {
+  uint64_t group = ivfpq_group_shape(h.nlist, ivfpq_coded_dim(&h), h.project).size;
+  if (group <= size && h.n_groups == 1) put_check(p + group - 8, p, group - 8);
+  p = section_of(v, b, IVFPQ_SKETCH, &size);
+  for (uint64_t i = 0; i < h.n_rows && h.sketch_bytes && (i + 1) * h.sketch_bytes <= size; i++) {
+    uint32_t check = ivfpq_check32(p + i * h.sketch_bytes, h.sketch_bytes - 4);
+    memcpy(p + (i + 1) * h.sketch_bytes - 4, &check, 4);
+  }
+  for (uint32_t id = IVFPQ_MEAN; id <= IVFPQ_PROJECTION; id++) {
     p = section_of(v, b, id, &size);
     if (size >= 8) put_check(p + size - 8, p, size - 8);
   }
@@ -1271,7 +1420,7 @@ static void flip_bytes(victim *v, int n_random) {
     uint64_t at = i < 64 ? i : i < fixed ? params + i - 64 : ivfpq_rng_below(&r, v->n);
     uint8_t by = i < fixed ? 0xff : (uint8_t)(1u << ivfpq_rng_below(&r, 8));
     v->bytes[at] ^= by;
-    if (!try_damaged(v, v->n, (int)(i & 1), 0, i % 8 == 0))
+    if (!try_damaged(v, v->n, (io_mode)(i % N_MODES), 0, i % 8 == 0))
       fail_msg("byte %llu of %llu flipped by %02x: nobody noticed", (unsigned long long)at, (unsigned long long)v->n,
                by);
     v->bytes[at] ^= by;
@@ -1285,7 +1434,7 @@ static void cut_short(victim *v) {
     /* a copy of its own, so that a read behind the end is seen */
     victim cut = {.bytes = calloc(1, n + VS_IO_PAD), .n = n, .t = v->t};
     memcpy(cut.bytes, v->bytes, n);
-    assert_true(try_damaged(&cut, n, i & 1, 0, 0));
+    assert_true(try_damaged(&cut, n, (io_mode)(i % N_MODES), 0, 0));
     free(cut.bytes);
   }
 }
@@ -1295,7 +1444,8 @@ static void forge_fields(victim *v, int n_tries) {
   static const uint64_t values[] = {0,          1,          2,         0x7fffffff, 0x80000000,
                                     0xffffffff, 1ull << 40, INT64_MAX, UINT64_MAX, UINT64_MAX - 63};
   static const uint32_t ids[] = {IVFPQ_PARAMS, IVFPQ_PARAMS, IVFPQ_PARAMS,  IVFPQ_GROUPS, IVFPQ_GROUPS,   IVFPQ_ROWS,
-                                 IVFPQ_IDDIR,  IVFPQ_SCAN,   IVFPQ_COLUMNS, IVFPQ_IDHEAP, IVFPQ_CODEBOOK, IVFPQ_MEAN};
+                                 IVFPQ_IDDIR,  IVFPQ_SCAN,   IVFPQ_COLUMNS, IVFPQ_IDHEAP, IVFPQ_CODEBOOK, IVFPQ_MEAN,
+                                 IVFPQ_SKETCH, IVFPQ_SKETCH};
   ivfpq_rng r = rng_of(5);
   uint64_t trailer = v->n - IVFPQ_TRAILER, footer = at_u64(v->good + trailer), size;
   for (int i = 0; i < n_tries; i++) {
@@ -1316,7 +1466,7 @@ static void forge_fields(victim *v, int n_tries) {
       memcpy(v->bytes + at, &value, at + width <= v->n ? width : 1);
     }
     forge(v);
-    try_damaged(v, v->n, i & 1, 1, 1);
+    try_damaged(v, v->n, (io_mode)(i % N_MODES), 1, 1);
     memcpy(v->bytes, v->good, v->n);
   }
 }
@@ -1324,7 +1474,8 @@ static void forge_fields(victim *v, int n_tries) {
 static void test_damage(void **state) {
   (void)state;
   static const struct { uint64_t n; uint32_t dim, nlist, bits; id_shape ids; int columns; } cases[] = {
-      {40, 4, 3, 8, LONG_TEXT_IDS, 1}, {60, 3, 0, 0, INT_IDS, 1}, {90, 6, 5, 4, ROW_IDS, 0}, {0, 5, 0, 0, TEXT_IDS, 1}};
+      {40, 4, 3, 8, LONG_TEXT_IDS, 1}, {60, 3, 0, 0, INT_IDS, 1}, {90, 6, 5, 4, ROW_IDS, 0}, {0, 5, 0, 0, TEXT_IDS, 1},
+      {24, 256, 2, 8, INT_IDS, 0} /* with sketches */};
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     set *t = set_open(cases[i].n, cases[i].dim, CLUSTERS, cases[i].ids, cases[i].columns);
     if (cases[i].ids == LONG_TEXT_IDS) t->ids[2].len = 200; /* a long id, in a small file */
@@ -1332,19 +1483,19 @@ static void test_damage(void **state) {
     o.nlist = cases[i].nlist, o.bits = cases[i].bits;
     build(t, &o, path_of("victim.ivf"));
     victim v = victim_open(t, path_of("victim.ivf"));
-    assert_false(try_damaged(&v, v.n, 0, 0, 1));
+    for (io_mode mode = READ; mode < N_MODES; mode++) assert_false(try_damaged(&v, v.n, mode, 0, 1));
     forge(&v);
     assert_memory_equal(v.bytes, v.good, v.n); /* forging knows where the checksums are */
     flip_bytes(&v, i ? 500 : 2000);
     cut_short(&v);
-    forge_fields(&v, i == 3 ? 500 : 3000);
+    forge_fields(&v, i == 3 ? 500 : i == 4 ? 1000 : 3000);
     free(v.good), free(v.bytes);
     input_close(&t->in);
   }
 }
 
 /* The Nth read fails, for every N: each call says so, gives back what it holds, and works the next time. */
-static vs_rc read_everything(const victim *v, int *open_ranges, vs_err *err) {
+static vs_rc read_everything(const victim *v, io_mode mode, int *open_ranges, vs_err *err) {
   ivfpq_filter f = {NULL, eval_columns};
   ivfpq_query query = {.vector = v->t->x, .nprobe = 1, .n_candidates = 7, .filter = &f};
   ivfpq_keys keys = {0};
@@ -1354,7 +1505,7 @@ static vs_rc read_everything(const victim *v, int *open_ranges, vs_err *err) {
   uint32_t row = 0;
   int found, faults = 0;
   float d;
-  vs_rc rc = ivfpq_segment_open(memory_open(v->bytes, v->n, 0, open_ranges), &s, err);
+  vs_rc rc = ivfpq_segment_open(memory_open(v->bytes, v->n, mode, open_ranges), &s, err);
   if (rc) return rc;
   rc = ivfpq_find_id(s, &id, &row, &found, err);
   if (!rc) rc = ivfpq_scan(s, &query, &keys, &stats, err);
@@ -1374,16 +1525,18 @@ static void test_failing_reads(void **state) {
   o.nlist = 3;
   build(t, &o, path_of("victim.ivf"));
   victim v = victim_open(t, path_of("victim.ivf"));
-  vs_rc rc = VS_IO;
-  for (int n = 0; rc; n++) {
-    vs_err err = {0};
-    int open_ranges = 0;
-    fetches_left = n;
-    rc = read_everything(&v, &open_ranges, &err);
-    if (rc) assert_string_equal(err.text, "the store is gone");
-    assert_true(rc == VS_OK || rc == VS_IO);
-    assert_int_equal(open_ranges, 0);
-    assert_true(n < 1000);
+  for (io_mode mode = READ; mode < N_MODES; mode++) {
+    vs_rc rc = VS_IO;
+    for (int n = 0; rc; n++) {
+      vs_err err = {0};
+      int open_ranges = 0;
+      fetches_left = n;
+      rc = read_everything(&v, mode, &open_ranges, &err);
+      if (rc) assert_string_equal(err.text, "the store is gone");
+      assert_true(rc == VS_OK || rc == VS_IO);
+      assert_int_equal(open_ranges, 0);
+      assert_true(n < 1000);
+    }
   }
   fetches_left = -1;
   free(v.good), free(v.bytes);
@@ -1409,7 +1562,7 @@ static void test_fault_limits(void **state) {
     vs_err err = {0};
     int open_ranges = 0, faults = 0;
     ivfpq_segment *s;
-    assert_ok(ivfpq_segment_open(memory_open(v.bytes, v.n, 0, &open_ranges), &s, &err), err);
+    assert_ok(ivfpq_segment_open(memory_open(v.bytes, v.n, READ, &open_ranges), &s, &err), err);
     assert_ok(ivfpq_verify(s, i ? stop_at_once : count_fault, &faults, &err), err);
     assert_int_equal(faults, i ? 1 : 1000);
     ivfpq_segment_close(s);
@@ -1432,7 +1585,7 @@ static void test_forged_faults(void **state) {
                {IVFPQ_GROUPS, offsetof(ivfpq_partition, row0), 1},
                {IVFPQ_GROUPS, offsetof(ivfpq_partition, column_bytes), -1},
                {IVFPQ_GROUPS, sizeof(ivfpq_partition), -64},
-               {IVFPQ_PARAMS, offsetof(ivfpq_params, n_padded), 1},
+               {IVFPQ_PARAMS, offsetof(ivfpq_params, dim_padded), 1},
                {IVFPQ_PARAMS, offsetof(ivfpq_params, beta) + 3, 0x40},
                {IVFPQ_ROWS, 16, 1},   /* the first row's id */
                {IVFPQ_ROWS, 3, 0x40}, /* its first value: NaN or infinite below */
@@ -1448,7 +1601,7 @@ static void test_forged_faults(void **state) {
     if (cases[i].add == 0x40) memset(p - 3, 0xff, 4); /* a NaN */
     else *p = (uint8_t)(*p + cases[i].add);
     forge(&v);
-    if (!try_damaged(&v, v.n, 0, 1, 1))
+    if (!try_damaged(&v, v.n, READ, 1, 1))
       fail_msg("section %u, offset %llu: not noticed", cases[i].id, (unsigned long long)cases[i].off);
     memcpy(v.bytes, v.good, v.n);
   }
@@ -1491,7 +1644,7 @@ static void test_forged_text(void **state) {
     uint32_t row;
     uint8_t *buf;
     if (forged) forge(&v);
-    assert_ok(ivfpq_segment_open(memory_open(v.bytes, v.n, 0, &open_ranges), &s, &err), err);
+    assert_ok(ivfpq_segment_open(memory_open(v.bytes, v.n, READ, &open_ranges), &s, &err), err);
     assert_ok(ivfpq_find_id(s, &id, &row, &found, &err), err);
     assert_true(found);
     assert_ok(ivfpq_rows_fetch(s, &row, 1, &r, &err), err);
@@ -1503,6 +1656,169 @@ static void test_forged_text(void **state) {
   }
   free(v.good), free(v.bytes), free(huge);
   input_close(&t->in);
+}
+
+/* Numbers of a calibration that a searcher must never meet. */
+static void test_forged_calibration(void **state) {
+  (void)state;
+  set *t = set_open(4500, 8, CLUSTERS, INT_IDS, 0);
+  ivfpq_build_options o = options(IVFPQ_L2);
+  build(t, &o, path_of("victim.ivf"));
+  victim v = victim_open(t, path_of("victim.ivf"));
+  uint64_t size;
+  ivfpq_params h;
+  uint8_t *params = section_of(&v, v.bytes, IVFPQ_PARAMS, &size);
+  memcpy(&h, params, sizeof h);
+  uint8_t *at = params + size - 8 - h.calibration_bytes;
+  ivfpq_calibration c;
+  memcpy(&c, at, sizeof c);
+  size_t reach = sizeof c, level = reach + c.n_reach * sizeof(ivfpq_reach);
+  assert_int_equal(h.calibration_bytes, level + IVFPQ_CURVES * c.n_levels * sizeof(ivfpq_level));
+  enum { WRONG, FINE };
+  static const uint32_t nan = 0x7fc00000, inf = 0x7f800000, minus = 0xbf800000, two = 0x40000000, huge = UINT32_MAX, zero = 0;
+#define LEVEL(i, field) (level + (i) * sizeof(ivfpq_level) + offsetof(ivfpq_level, field))
+#define REACH(i, field) (reach + (i) * sizeof(ivfpq_reach) + offsetof(ivfpq_reach, field))
+  const struct { size_t off; uint32_t value; int verdict; } cases[] = {
+      {LEVEL(0, recall), nan, WRONG}, {LEVEL(3, recall), two, WRONG}, {LEVEL(3, recall), minus, WRONG}, {LEVEL(4, recall), zero, WRONG},
+      {LEVEL(2, nprobe), zero, WRONG}, {LEVEL(2, n_candidates), zero, WRONG}, {LEVEL(5, reach), nan, WRONG}, {LEVEL(5, reach), inf, WRONG},
+      {LEVEL(5, reach), minus, WRONG}, {LEVEL(5, rows), nan, WRONG}, {LEVEL(5, rows), minus, WRONG}, {REACH(1, reach), nan, WRONG},
+      {REACH(1, reach), inf, WRONG}, {REACH(1, reach), minus, WRONG}, {REACH(1, nprobe), zero, WRONG}, {REACH(1, nprobe), huge, WRONG},
+      {offsetof(ivfpq_calibration, n_reach), huge, WRONG}, {offsetof(ivfpq_calibration, n_levels), huge, WRONG},
+      {offsetof(ivfpq_calibration, n_levels), zero, WRONG}, {offsetof(ivfpq_calibration, k), zero, WRONG},
+      {offsetof(ivfpq_calibration, k) + 4, huge, WRONG}, {offsetof(ivfpq_calibration, k) + 8, huge, FINE},
+      {LEVEL(2, nprobe), huge, FINE}, {LEVEL(2, n_candidates), huge, FINE}, {LEVEL(c.n_levels + 1, nprobe), huge, FINE}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    memcpy(at + cases[i].off, &cases[i].value, 4);
+    forge(&v);
+    int noticed = try_damaged(&v, v.n, MAPPED, 1, 0);
+    if (noticed != (cases[i].verdict == WRONG)) fail_msg("case %zu: %s", i, noticed ? "refused" : "not noticed");
+    if (!noticed) {
+      int open_ranges = 0;
+      vs_err err = {0};
+      ivfpq_segment *s;
+      assert_ok(ivfpq_segment_open(memory_open(v.bytes, v.n, MAPPED, &open_ranges), &s, &err), err);
+      for (uint64_t k = 1; k < 1ull << 62; k *= 11)
+        for (double r = .05; r <= 1; r += .05) {
+          ivfpq_setting x;
+          if (ivfpq_setting_for(s, k, r, &x))
+            assert_true(x.nprobe >= 1 && x.nprobe <= h.nlist && x.n_candidates >= 1 && x.n_candidates <= h.n_rows);
+        }
+      ivfpq_segment_close(s);
+    }
+    memcpy(v.bytes, v.good, v.n);
+  }
+  free(v.good), free(v.bytes);
+  input_close(&t->in);
+}
+
+/* Many partitions of wide rows: centroids are ranked through a projection. All the sections there are, each damaged in places. */
+static void test_projection(void **state) {
+  (void)state;
+  set *t = set_open(1300, 512, CLUSTERS, ROW_IDS, 0);
+  ivfpq_build_options o = options(IVFPQ_COSINE);
+  o.nlist = 600, o.subs = 32;
+  build(t, &o, path_of("victim.ivf"));
+  ivfpq_segment *s = open_path(path_of("victim.ivf"), 1);
+  assert_true(s->params.project > 0 && s->params.n_groups > 1);
+  ivfpq_segment_close(s);
+  assert_segment(path_of("victim.ivf"), t, 1);
+  assert_segment(path_of("victim.ivf"), t, 0);
+  victim v = victim_open(t, path_of("victim.ivf"));
+  for (io_mode mode = READ; mode < N_MODES; mode++) assert_false(try_damaged(&v, v.n, mode, 0, 1));
+  ivfpq_rng r = rng_of(12);
+  for (uint32_t id = IVFPQ_SCAN; id < IVFPQ_N_SECTIONS; id++)
+    for (int i = 0; i < 12; i++) {
+      uint64_t size;
+      uint8_t *p = section_of(&v, v.bytes, id, &size);
+      if (!size) break; /* there are no columns and no long ids */
+      uint64_t at = ivfpq_rng_below(&r, size);
+      p[at] ^= 0x10;
+      if (!try_damaged(&v, v.n, (io_mode)(i % N_MODES), 0, 1)) fail_msg("section %u, byte %llu: not noticed", id, (unsigned long long)at);
+      p[at] ^= 0x10;
+    }
+  static const uint32_t nan = 0x7fc00000, minus = 0xbf800000;
+  ivfpq_params h;
+  uint64_t size;
+  memcpy(&h, section_of(&v, v.bytes, IVFPQ_PARAMS, &size), sizeof h);
+  uint32_t coded = ivfpq_coded_dim(&h), last = h.sketch_bytes;
+  const struct { uint32_t id; uint64_t off; const uint32_t *value; } forged[] = {
+      {IVFPQ_SKETCH, coded, &nan},     {IVFPQ_SKETCH, coded, &minus},         {IVFPQ_SKETCH, coded + 4, &nan},
+      {IVFPQ_SKETCH, coded + 4, &minus}, {IVFPQ_SKETCH, last + 8, &nan},      {IVFPQ_PROJECTION, (uint64_t)h.project * coded, &nan},
+      {IVFPQ_CODEBOOK, (uint64_t)h.m * 256 * h.sub_dim + 4, &nan}, {IVFPQ_MEAN, 40, &nan}};
+  for (size_t i = 0; i < sizeof forged / sizeof *forged; i++) {
+    uint8_t *p = section_of(&v, v.bytes, forged[i].id, &size);
+    assert_true(forged[i].off + 4 <= size);
+    memcpy(p + forged[i].off, forged[i].value, 4);
+    forge(&v);
+    if (!try_damaged(&v, v.n, (io_mode)(i % N_MODES), 1, 1)) fail_msg("forged case %zu: not noticed", i);
+    memcpy(v.bytes, v.good, v.n);
+  }
+  free(v.good), free(v.bytes);
+  input_close(&t->in);
+}
+
+/* ---- the writer ---- */
+
+static void put_section(ivfpq_writer *w, ivfpq_section_id id, int fill, size_t n) {
+  uint8_t *p = malloc(n + 1);
+  vs_err err = {0};
+  memset(p, fill, n + 1);
+  assert_ok(ivfpq_writer_begin(w, id, &err), err);
+  assert_ok(ivfpq_writer_put(w, p, n, &err), err);
+  ivfpq_writer_end(w);
+  free(p);
+}
+
+static uint8_t *whole_file(const char *path, size_t *n) {
+  FILE *f = fopen(path, "rb");
+  assert_non_null(f);
+  fseek(f, 0, SEEK_END);
+  *n = (size_t)ftell(f);
+  rewind(f);
+  uint8_t *p = malloc(*n + 1);
+  assert_int_equal(fread(p, 1, *n, f), *n);
+  fclose(f);
+  return p;
+}
+
+/* A preview is a whole file; what is written after going back leaves no trace of it, in the bytes and in their hash. */
+static void test_writer(void **state) {
+  (void)state;
+  static const size_t before[] = {0, 1, 100, (1 << 20) - 64, 1 << 20, 3000000}, preview[] = {0, 70, 1500000};
+  for (size_t i = 0; i < sizeof before / sizeof *before; i++)
+    for (size_t j = 0; j < sizeof preview / sizeof *preview; j++) {
+      char path[2][128], checksum[2][33];
+      uint64_t n_bytes[2];
+      size_t n[3];
+      for (int with = 0; with < 2; with++) {
+        vs_err err = {0};
+        ivfpq_writer *w;
+        snprintf(path[with], sizeof path[with], "%s/writer%d.ivf", folder, with);
+        unlink(path[with]);
+        assert_ok(ivfpq_writer_open(path[with], &w, &err), err);
+        put_section(w, IVFPQ_SCAN, 'a', before[i]);
+        for (int again = 0; again < 2 * with; again++) { /* twice: the mark is where it was */
+          assert_ok(ivfpq_writer_mark(w, &err), err);
+          put_section(w, IVFPQ_PARAMS, 'p', preview[j]);
+          put_section(w, IVFPQ_MEAN, 'm', 10);
+          assert_ok(ivfpq_writer_preview(w, &err), err);
+          uint8_t *seen = whole_file(path[with], &n[2]);
+          assert_memory_equal(seen + n[2] - 8, IVFPQ_MAGIC_END, 8);
+          assert_int_equal(at_u64(seen + n[2] - IVFPQ_TRAILER + 24), n[2]);
+          assert_int_equal(at_u64(seen + n[2] - IVFPQ_TRAILER + 8) & UINT32_MAX, 3);
+          free(seen);
+          assert_ok(ivfpq_writer_back(w, &err), err);
+        }
+        put_section(w, IVFPQ_PARAMS, 'q', 200);
+        assert_ok(ivfpq_writer_finish(w, checksum[with], &n_bytes[with], &err), err);
+      }
+      uint8_t *plain = whole_file(path[0], &n[0]), *marked = whole_file(path[1], &n[1]);
+      assert_int_equal(n[0], n[1]);
+      assert_int_equal(n[0], n_bytes[1]);
+      assert_memory_equal(plain, marked, n[0]);
+      assert_string_equal(checksum[0], checksum[1]);
+      free(plain), free(marked);
+    }
 }
 
 /* The whole folder is empty of temporary files: they never had a name. */
@@ -1532,6 +1848,8 @@ int main(void) {
                                      cmocka_unit_test(test_sub_quantizers),
                                      cmocka_unit_test(test_recall),
                                      cmocka_unit_test(test_estimates),
+                                     cmocka_unit_test(test_calibration),
+                                     cmocka_unit_test(test_sketches),
                                      cmocka_unit_test(test_same_bytes),
                                      cmocka_unit_test(test_duplicates),
                                      cmocka_unit_test(test_bad_rows),
@@ -1544,6 +1862,9 @@ int main(void) {
                                      cmocka_unit_test(test_fault_limits),
                                      cmocka_unit_test(test_forged_faults),
                                      cmocka_unit_test(test_forged_text),
+                                     cmocka_unit_test(test_forged_calibration),
+                                     cmocka_unit_test(test_projection),
+                                     cmocka_unit_test(test_writer),
                                      cmocka_unit_test(test_nothing_left)};
   const char *set_seed = getenv("IVFPQ_TEST_SEED"), *tmp = getenv("TMPDIR");
   if (set_seed) seed = strtoull(set_seed, NULL, 10);

@@ -226,6 +226,7 @@ def test_ways_to_give_a_query(t, ints):
 
 def test_arguments_as_columns(t):
     assert t.execute("SELECT k, nprobe, refine, recall, exact FROM t(?, 2, 7)", (QB,)).fetchone() == (2, 7, None, None, 0)
+    assert t.execute("SELECT k, nprobe, refine, recall, exact FROM t(?, 2, NULL, NULL, 0.9)", (QB,)).fetchone() == (2, None, None, .9, 0)
     assert t.execute("SELECT k, nprobe, distance FROM t LIMIT 1").fetchone() == (None, None, None)
 
 
@@ -259,7 +260,7 @@ def test_limits_of_k(t):
     ("embedding MATCH :q AND nprobe = -1", "nprobe must be"),
     ("embedding MATCH :q AND refine = 'x'", "refine must be"),
     ("embedding MATCH :q AND exact = 'x'", "exact must be"),
-    ("embedding MATCH :q AND k = 3 AND recall = 0.9", "no calibration"),
+    *[("embedding MATCH :q AND k = 3 AND recall = " + r, "recall must be") for r in ("0", "-0.5", "1.01", "95", "'most'", "x'01'", "1e999", "-1e999")],
     ("embedding MATCH :q AND k IN (1, 2)", "one k per search"),
     ("embedding MATCH :q AND k IN (SELECT 1 UNION SELECT 2)", "one k per search"),
     ("embedding MATCH :q AND embedding MATCH :q AND k = 3", "two queries"),

@@ -109,7 +109,8 @@ def test_arguments(db, folder):
     assert len(db.execute("SELECT id FROM shard_union(?, ?, 1e99)", (path, QB)).fetchall()) == 3 * N
     assert db.execute("SELECT id FROM shard_union(?, ?, 0)", (path, QB)).fetchall() == []
     fails(db, "SELECT * FROM shard_union(?, ?, -1)", path, QB, says="k must be")
-    fails(db, "SELECT * FROM shard_union(?, ?, 3) WHERE recall = .9", path, QB, says="no calibration")
+    fails(db, "SELECT * FROM shard_union(?, ?, 3) WHERE recall = 90", path, QB, says="recall must be")
+    assert db.execute("SELECT k, recall FROM shard_union(?, ?, 2, NULL, NULL, .9)", (path, QB)).fetchone() == (2, .9)
     fails(db, "SELECT * FROM shard_union(?, ?) WHERE k IN (1, 2)", path, QB, says="one k")
     fails(db, "SELECT * FROM shard_union(?, ?, 3) WHERE embedding MATCH ?", path, QB, QB, says="two queries")
     for column in ("k", "nprobe", "refine", "recall", "exact"):

@@ -507,7 +507,7 @@ static vs_rc open_any(ivfpq_batch *b, vs_err *err) {
     b->stage = DONE;
     return VS_OK;
   }
-  if (ivfpq_is_flat(b->s)) {
+  if (ivfpq_is_flat(b->s) || b->p.query.brute) {
     b->p.query.vector = b->p.vectors;
     return ivfpq_scan_open(b->s, &b->p.query, NULL, b->stats, &b->flat, err); /* begins to read the rows */
   }

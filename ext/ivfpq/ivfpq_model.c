@@ -13,11 +13,13 @@ enum {
   WORD_ITERATIONS = 8,
   WORD_SAMPLE = 32768,  /* rows that train the code words: 128 per word of 8 bits */
   GROUPS_FROM = 257,    /* fewer partitions make one group: a cold reader fetches them at once */
-  PROJECT = 128,        /* directions */
-  PROJECT_FROM = 512,   /* dimensions, and partitions: below, ranking is cheap as it is */
+  PROJECT_MAX = 128,    /* directions */
+  PROJECT_STEP = 16,
+  PROJECT_FROM = 96,    /* dimensions, and */
+  PROJECT_NLIST = 512,  /* partitions: below, ranking is cheap as it is */
   PROJECT_ITERATIONS = 8
 };
-#define PROJECT_ENERGY 0.95 /* of the centroids, that the directions must hold */
+#define PROJECT_ENERGY 0.98 /* of the centroids, that the directions must hold */
 
 void ivfpq_model_prepare(const ivfpq_model *m, const float *x, float *out) {
   float scale = 1;
@@ -119,14 +121,29 @@ static void orthonormalize(float *v, size_t n, size_t d) {
   }
 }
 
-/* The leading principal directions of the centroids, kept when they hold nearly all of their energy: ranking then reads a
+/* How many of the leading directions hold enough of the energy, a multiple of PROJECT_STEP; 0: all together do not. y: the centroids'
+ * coordinates in them. */
+static uint32_t directions_needed(const ivfpq_model *m, const float *y, size_t n) {
+  double energy[PROJECT_MAX] = {0}, all = 0, kept = 0;
+  for (size_t c = 0; c < m->nlist; c++) {
+    all += -2 * (double)m->bias[c];
+    for (size_t u = 0; u < n; u++) energy[u] += (double)y[c * n + u] * y[c * n + u];
+  }
+  for (size_t u = 0; u < n; u++) {
+    kept += energy[u];
+    if ((u + 1) % PROJECT_STEP == 0 && kept >= PROJECT_ENERGY * all) return (uint32_t)(u + 1);
+  }
+  return 0;
+}
+
+/* The leading principal directions of the centroids, kept when a few of them hold nearly all of their energy: ranking then reads a
  * fraction of the bytes. Sets of low intrinsic dimension allow that, most text embeddings do not. */
 static vs_rc learn_projection(ivfpq_model *m, const ivfpq_learn *p, vs_err *err) {
-  size_t d = m->dim_padded, n = PROJECT, lanes = ivfpq_round(n, 16);
-  if (d < PROJECT_FROM || m->nlist < PROJECT_FROM || m->metric == IVFPQ_DOT) return VS_OK;
-  float *v = malloc(n * d * 4), *z = malloc(n * d * 4), *packed = malloc(kern_packed_len(n, d) * 4), *zero = calloc(lanes, 4);
-  float *y = malloc(m->nlist * lanes * 4);
-  double all = 0, kept = 0;
+  size_t d = m->dim_padded, n = d / 2 / PROJECT_STEP * PROJECT_STEP;
+  if (n > PROJECT_MAX) n = PROJECT_MAX;
+  if (d < PROJECT_FROM || m->nlist < PROJECT_NLIST || m->metric == IVFPQ_DOT) return VS_OK;
+  float *v = malloc(n * d * 4), *z = malloc(n * d * 4), *packed = malloc(kern_packed_len(n, d) * 4), *zero = calloc(n, 4);
+  float *y = malloc(m->nlist * n * 4);
   vs_rc rc = v && z && packed && zero && y ? VS_OK : vs_nomem(err);
   ivfpq_rng rng = {p->seed + 2};
   for (size_t i = 0; i < n * d && !rc; i++) v[i] = (float)(ivfpq_rng_next(&rng) >> 40) / 16777216.f - .5f;
@@ -139,11 +156,8 @@ static vs_rc learn_projection(ivfpq_model *m, const ivfpq_learn *p, vs_err *err)
   if (!rc) {
     orthonormalize(v, n, d);
     multiply_directions(m, v, n, packed, zero, y, z);
-    for (size_t c = 0; c < m->nlist; c++) {
-      all += -2 * (double)m->bias[c];
-      for (size_t u = 0; u < n; u++) kept += (double)y[c * lanes + u] * y[c * lanes + u];
-    }
-    if (kept >= PROJECT_ENERGY * all) m->directions = v, m->project = (uint32_t)n, v = NULL;
+    m->project = directions_needed(m, y, n);
+    if (m->project) m->directions = v, v = NULL;
   }
   free(v), free(z), free(packed), free(zero), free(y);
   return rc;

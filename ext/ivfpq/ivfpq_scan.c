@@ -298,7 +298,11 @@ static void cut_when_full(scan *c) {
   uint64_t want = c->q->n_candidates;
   if (c->out->n < want + (want > 256 ? want : 256)) return;
   c->worst = ivfpq_keys_cut(c->out, want);
-  if (!(c->q->reach > 0) || c->q->k >= want) return;
+  if (!(c->q->reach > 0)) return;
+  if (c->q->k >= want) {
+    c->kth = c->worst;
+    return;
+  }
   memcpy(c->out->scratch, c->out->key, want * sizeof *c->out->key);
   c->kth = kern_get()->select_u64(c->out->scratch, want, c->q->k, c->out->scratch + want);
 }
@@ -431,11 +435,13 @@ static vs_rc finish_ranking(scan *c, vs_err *err) {
   size_t n = c->n_begun;
   c->pending = IVFPQ_NOTHING, c->n_begun = 0;
   vs_rc rc = c->resident ? VS_OK : ivfpq_groups_wait(c->s, c->views + c->n_views, n, err);
+  int held = !rc && !c->resident;
   if (!rc && c->codebook[0].len) {
     rc = ivfpq_codebook_wait(c->s, c->codebook, err);
     memset(c->codebook, 0, sizeof c->codebook);
   }
   if (rc) {
+    if (held) ivfpq_groups_release(c->s, c->views + c->n_views, n);
     if (!c->resident) memset(c->views + c->n_views, 0, n * sizeof *c->views);
     return rc;
   }
@@ -488,8 +494,10 @@ static vs_rc open_coded(scan *c, vs_err *err) {
   return rc ? rc : begin_ranking(c, err);
 }
 
-/* A flat segment has no codes: its estimates are true distances on the scale of the others. Its rows are read ahead in the
- * stretches that ivfpq_exact will ask for. */
+/* Are its estimates true distances, on the scale of the others? A flat segment has no codes. */
+static int compares_vectors(const scan *c) { return ivfpq_is_flat(c->s) || c->q->brute; }
+
+/* The rows of a flat segment are read ahead in the stretches that ivfpq_exact will ask for. */
 static vs_rc open_flat(scan *c, vs_err *err) {
   const ivfpq_params *p = &c->s->params;
   uint32_t stretch = ivfpq_stretch_rows(p);
@@ -516,7 +524,7 @@ void ivfpq_flat_estimates(const ivfpq_segment *s, ivfpq_keys *k) {
 }
 
 static vs_rc step_flat(scan *c, vs_err *err) {
-  vs_rc rc = ivfpq_exact(c->s, c->q, NULL, 1, c->out, c->stats, err);
+  vs_rc rc = ivfpq_exact(c->s, c->q, NULL, c->q->brute ? c->q->threads : 1, c->out, c->stats, err);
   if (!rc) ivfpq_flat_estimates(c->s, c->out);
   return rc;
 }
@@ -557,7 +565,7 @@ vs_rc ivfpq_scan_open(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, i
   if (!c) return vs_nomem(err);
   scan_begin(c, q, out, stats);
   if (!s->params.n_rows || !q->n_candidates) return VS_OK;
-  vs_rc rc = ivfpq_is_flat(s) ? open_flat(c, err) : open_coded(c, err);
+  vs_rc rc = ivfpq_is_flat(s) ? open_flat(c, err) : q->brute ? VS_OK : open_coded(c, err);
   if (rc) ivfpq_scan_close(c), *scan_out = NULL;
   return rc;
 }
@@ -565,7 +573,7 @@ vs_rc ivfpq_scan_open(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, i
 vs_rc ivfpq_scan_step(ivfpq_scan_state *c, int *more, vs_err *err) {
   *more = 0;
   if (!c->s->params.n_rows || !c->q->n_candidates) return VS_OK;
-  return ivfpq_is_flat(c->s) ? step_flat(c, err) : step_coded(c, more, err);
+  return compares_vectors(c) ? step_flat(c, err) : step_coded(c, more, err);
 }
 
 void ivfpq_scan_close(ivfpq_scan_state *c) {

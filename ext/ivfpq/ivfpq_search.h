@@ -16,6 +16,8 @@ typedef struct ivfpq_query {
   uint64_t k;                 /* rows that are wanted in the end */
   float reach;                /* leave out partitions whose centroid is farther than reach * the k-th best estimate; 0: none */
   uint64_t n_candidates;      /* keep so many of the best estimates */
+  int brute;                  /* compares all stored vectors instead, on `threads` (0: vs_threads()): as exact as a flat segment */
+  int threads;
   const ivfpq_filter *filter; /* NULL: every row */
   void (*probe)(void *ctx, const ivfpq_part *part, float coarse, const uint64_t *keys); /* for measuring: sees the estimates of all
                                  rows of each partition, in row order; nothing is kept then. NULL mostly. */

@@ -148,18 +148,21 @@ static vs_rc open_groups(ivfpq_segment *s, const uint8_t *p, uint64_t left, vs_e
   return VS_OK;
 }
 
-/* Settings are only ever a choice among valid ones; still no number here may be nonsense. */
+/* Settings are only ever a choice among valid ones; still no number here may be nonsense, and searches rely on the order. */
 static const char *calibration_fault(const ivfpq_calibration *c, uint64_t size) {
   if (size < sizeof *c || c->n_reach > 1000 || c->n_levels > 1000) return "calibration size";
   if (size != sizeof *c + c->n_reach * sizeof(ivfpq_reach) + (uint64_t)IVFPQ_CURVES * c->n_levels * sizeof(ivfpq_level))
     return "calibration size";
   for (int i = 0; i < IVFPQ_CURVES; i++)
     if (c->k[i] < 1 || (i && c->k[i] <= c->k[i - 1])) return "calibration k";
-  for (uint32_t i = 0; i < c->n_reach; i++)
-    if (!(ivfpq_reaches(c)[i].reach >= 0) || !isfinite(ivfpq_reaches(c)[i].reach)) return "calibrated reach";
+  for (uint32_t i = 0; i < c->n_reach; i++) {
+    const ivfpq_reach *r = &ivfpq_reaches(c)[i];
+    if (!(r->reach >= 0) || !isfinite(r->reach) || (i && r->nprobe <= r[-1].nprobe)) return "calibrated reach";
+  }
   for (uint32_t i = 0; i < IVFPQ_CURVES * c->n_levels; i++) {
     const ivfpq_level *l = &ivfpq_levels(c)[i];
-    if (!(l->recall >= 0 && l->recall <= 1) || !(l->reach >= 0) || !isfinite(l->reach) || (l->nprobe && !l->n_candidates))
+    if (!(l->recall >= 0 && l->recall <= 1) || (i % c->n_levels && l->recall <= l[-1].recall)) return "calibrated recall";
+    if (!(l->reach >= 0) || !isfinite(l->reach) || !(l->rows >= 0) || !isfinite(l->rows) || !l->nprobe != !l->n_candidates)
       return "calibrated settings";
   }
   return NULL;
@@ -232,9 +235,10 @@ vs_rc ivfpq_codebook_begin(ivfpq_segment *s, vs_range r[2], vs_err *err) {
   memset(r, 0, 2 * sizeof *r);
   if (ivfpq_codebook_of(s)) return VS_OK;
   vs_rc rc = part_begin(s, IVFPQ_CODEBOOK, codebook_words(p) + p->m * 4ull, &r[0], err);
-  if (rc || !p->project) return rc;
-  rc = part_begin(s, IVFPQ_PROJECTION, (uint64_t)p->project * (ivfpq_coded_dim(p) + 4), &r[1], err);
-  if (rc) vs_io_release(s->io, r, 1), memset(r, 0, 2 * sizeof *r);
+  int held = !rc;
+  if (!rc && p->project) rc = part_begin(s, IVFPQ_PROJECTION, (uint64_t)p->project * (ivfpq_coded_dim(p) + 4), &r[1], err);
+  if (rc && held) vs_io_release(s->io, r, 1);
+  if (rc) memset(r, 0, 2 * sizeof *r);
   return rc;
 }
 
@@ -359,6 +363,7 @@ void ivfpq_segment_close(ivfpq_segment *s) {
   for (uint64_t i = 0; s->rows_checked && i <= s->params.n_rows / ROWS_PER_FLAGS; i++) free(s->rows_checked[i]);
   for (uint64_t i = 0; s->sketches_checked && i <= s->params.n_rows / ROWS_PER_FLAGS; i++) free(s->sketches_checked[i]);
   if (s->spare) s->free_spare(s->spare);
+  if (s->resident) ivfpq_groups_release(s, s->resident, s->params.n_groups);
   free(s->columns), free(s->groups), free(s->group_bias), free(s->mean), free(s->codebook), free(s->projection);
   free(s->calibration), free(s->first_lane), free(s->lane_group), free(s->resident);
   free(s->group_checked), free(s->part_checked), free(s->rows_checked), free(s->sketches_checked);
@@ -457,7 +462,10 @@ vs_rc ivfpq_resident(ivfpq_segment *s, const ivfpq_group_view **views, vs_err *e
   for (uint32_t g = 0; g < n && !rc; g++) all[g] = g;
   if (!rc) rc = ivfpq_groups_fetch(s, all, n, made, err);
   if (!rc && __atomic_compare_exchange_n(&s->resident, &have, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) *views = made, made = NULL;
-  else if (!rc) *views = have;
+  else if (!rc) {
+    ivfpq_groups_release(s, made, n);
+    *views = have;
+  }
   free(all), free(made);
   return rc;
 }
@@ -711,10 +719,13 @@ vs_rc ivfpq_row_columns(ivfpq_segment *s, const uint8_t *record, ivfpq_value *va
   if (!s->params.n_columns) return VS_OK;
   memcpy(&off, slot, 8);
   if (size < 4 || off > x->size || size > x->size - off) return damaged(s, err, "a row's columns lie outside the file");
-  vs_rc rc = read_copy(s->io, x->off + off, size, (void **)buf, err);
+  vs_range r = {.off = x->off + off, .len = size};
+  vs_rc rc = s->io->stable ? vs_io_fetch(s->io, &r, 1, err) : read_copy(s->io, r.off, size, (void **)buf, err);
   if (rc) return rc;
-  if (load_u32(*buf + size - 4) != ivfpq_check32(*buf, size - 4)) rc = damaged(s, err, "checksum of a row's columns");
-  else rc = decode_columns(s, *buf, size - 4, values, err);
+  const uint8_t *bytes = s->io->stable ? r.ptr : *buf; /* a stable range need not be held */
+  if (load_u32(bytes + size - 4) != ivfpq_check32(bytes, size - 4)) rc = damaged(s, err, "checksum of a row's columns");
+  else rc = decode_columns(s, bytes, size - 4, values, err);
+  if (s->io->stable) vs_io_release(s->io, &r, 1);
   if (rc) free(*buf), *buf = NULL;
   return rc;
 }

@@ -5,6 +5,8 @@
  * The first two terms are known. e is what rounding left: independent errors, uniform within half a step, so the last term has a
  * standard deviation of 2 |q - x'| scale / sqrt(12), and is close to normal when there are hundreds of dimensions. `width` is six of
  * these: a row is passed over wrongly once in 10^9. For dot products the last term is -2 q.e.
+ * A query that lies at the row itself is not independent of e: q - x' is e then, and the last term -2 |e|^2. So the true value may lie
+ * up to 2 |e|^2 lower, |e|^2 being dims * scale^2 / 12: the middle moves by half of that and `width` grows by it.
  * The query is taken as two planes of bytes (16 bits), so that its own rounding does not matter.
  */
 #include "ivfpq_sketch.h"
@@ -45,12 +47,14 @@ void ivfpq_sketch_query_make(const ivfpq_segment *s, const float *query, float *
 void ivfpq_sketch_compare(const ivfpq_segment *s, const ivfpq_sketch_query *q, const uint8_t *record, float *est, float *width) {
   const kern *k = kern_get();
   uint32_t coded = ivfpq_coded_dim(&s->params);
+  int dot = s->params.metric == IVFPQ_DOT;
   float tail[2];
   memcpy(tail, record + coded, sizeof tail);
   float product = q->step * (float)k->dot_i8(q->bytes, record, coded) + q->fine_step * (float)k->dot_i8(q->fine, record, coded);
-  float d = q->qq + tail[1] - 2 * tail[0] * product, spread = s->params.metric == IVFPQ_DOT ? q->norm : sqrtf(d > 0 ? d : 0);
-  *est = d + q->constant;
-  *width = SIGMAS * 2 * spread * tail[0] / sqrtf(12) + 1e-5f * (q->qq + tail[1]); /* floats round, too */
+  float d = q->qq + tail[1] - 2 * tail[0] * product, spread = dot ? q->norm : sqrtf(d > 0 ? d : 0),
+        lost = dot ? 0 : (float)coded * tail[0] * tail[0] / 12;
+  *est = d + q->constant - lost;
+  *width = SIGMAS * 2 * spread * tail[0] / sqrtf(12) + lost + 1e-5f * (q->qq + tail[1]); /* floats round, too */
 }
 
 vs_rc ivfpq_sketch_estimate(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *est, float *width, vs_err *err) {

@@ -1,7 +1,7 @@
 /* ivfpq_verify.c - the validator of a segment: walks everything that ivfpq_format.h describes; see ivfpq_verify.
  *
  * The walk, in this order: header, trailer and footer | every section's checksum | no overlaps, zeros between sections
- * | floats that must be finite | groups and partitions | row records | id directory. Bytes that hash right can still
+ * | floats that must be finite | groups and partitions | row records | sketches | id directory. Bytes that hash right can still
  * tell nonsense (a faulty writer, a forged file), so every stage reads the meaning too, and reads it without the "was
  * checked" flags that queries leave behind.
  *
@@ -17,6 +17,7 @@
 #include <xxhash.h>
 
 #include "../kernels/kern.h"
+#include "ivfpq_model.h"
 #include "ivfpq_segment.h"
 
 enum {
@@ -368,6 +369,65 @@ static vs_rc verify_rows(walk *w) {
   return VS_OK;
 }
 
+/* ---- SKETCH ---- */
+
+typedef struct sketch_walk {
+  float *raw, *x;  /* a row as stored, and in the model's space */
+  ivfpq_model space;
+} sketch_walk;
+
+/* What a sketch may differ from its row: half a step, and what floats round. */
+#define SKETCH_SLACK 1e-5f
+
+/* Does a sketch say what its row is? */
+static const char *sketch_fault(const walk *w, sketch_walk *t, const uint8_t *record, const uint8_t *sketch) {
+  const ivfpq_params *p = &w->s->params;
+  uint32_t coded = ivfpq_coded_dim(p);
+  float scale, norm, want = 0, largest = 0;
+  memcpy(&scale, sketch + coded, 4), memcpy(&norm, sketch + coded + 4, 4);
+  if (load_u32(sketch + coded + 8) != ivfpq_check32(sketch, coded + 8)) return "checksum";
+  if (!isfinite(scale) || scale < 0 || !isfinite(norm)) return "a value is NaN or infinite";
+  ivfpq_model_prepare(&t->space, ivfpq_row_vector(w->s, record, t->raw), t->x);
+  for (uint32_t j = 0; j < p->dim_padded; j++) largest = fmaxf(largest, fabsf(t->x[j]));
+  for (uint32_t j = 0; j < coded; j++) {
+    float x = j < p->dim_padded ? t->x[j] : 0, y = scale * ((int)sketch[j] - 128), e = x - y;
+    if (!(fabsf(e) <= .5f * scale + SKETCH_SLACK * largest)) return "it is not what the row says";
+    want += y * y + e * e;
+  }
+  if (p->metric == IVFPQ_DOT) want = 0;
+  return fabsf(norm - want) <= 1e-3f * want + 1e-30f ? NULL : "its norm is not what the row says";
+}
+
+static vs_rc walk_sketches(walk *w, sketch_walk *t) {
+  const ivfpq_params *p = &w->s->params;
+  uint64_t per = PIECE / p->row_bytes ? PIECE / p->row_bytes : 1;
+  for (uint64_t row = 0; row < p->n_rows && !w->stop; row += per) {
+    uint64_t n = p->n_rows - row < per ? p->n_rows - row : per;
+    vs_range r[2] = {{.off = w->s->section[IVFPQ_ROWS].off + row * p->row_bytes, .len = n * p->row_bytes},
+                     {.off = w->s->section[IVFPQ_SKETCH].off + row * p->sketch_bytes, .len = n * p->sketch_bytes}};
+    vs_rc rc = vs_io_fetch(w->s->io, r, 2, w->err);
+    if (rc) return rc;
+    for (uint64_t i = 0; i < n && !w->stop; i++) {
+      const uint8_t *record = r[0].ptr + i * p->row_bytes;
+      if (load_u32(record + p->row_bytes - 4) != ivfpq_check32(record, p->row_bytes - 4)) continue; /* ROWS told */
+      const char *what = sketch_fault(w, t, record, r[1].ptr + i * p->sketch_bytes);
+      if (what) fault(w, "SKETCH, row %llu: %s", (unsigned long long)(row + i), what);
+    }
+    vs_io_release(w->s->io, r, 2);
+  }
+  return VS_OK;
+}
+
+static vs_rc verify_sketches(walk *w) {
+  const ivfpq_params *p = &w->s->params;
+  if (!p->sketch_bytes) return VS_OK;
+  sketch_walk t = {.raw = malloc((size_t)p->dim * sizeof(float)), .x = malloc((size_t)p->dim_padded * sizeof(float)),
+                   .space = {.metric = (ivfpq_metric)p->metric, .dim = p->dim, .dim_padded = p->dim_padded, .mean = w->s->mean}};
+  vs_rc rc = t.raw && t.x ? walk_sketches(w, &t) : vs_nomem(w->err);
+  free(t.raw), free(t.x);
+  return rc;
+}
+
 /* ---- IDDIR ---- */
 
 typedef struct dir_walk {
@@ -507,6 +567,7 @@ vs_rc ivfpq_verify(ivfpq_segment *s, ivfpq_report report, void *ctx, vs_err *err
   if (!rc && !w.stop) verify_floats(&w);
   if (!rc && !w.stop) rc = verify_partitions(&w);
   if (!rc && !w.stop) rc = verify_rows(&w);
+  if (!rc && !w.stop) rc = verify_sketches(&w);
   if (!rc && !w.stop) rc = verify_iddir(&w);
   return rc;
 }

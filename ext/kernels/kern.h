@@ -1,8 +1,8 @@
 /* kern.h - arithmetic on arrays: no SQLite, no files, no allocation.
  *
  * One table of function pointers per process, filled once and thread-safely by kern_get(): the best variant that the CPU
- * and the operating system support, capped by the environment variable VECSHARD_SIMD (scalar | avx2 | avx512; a name above
- * what the machine has means the best it has, an unknown name too). kern_variant(name) hands out one variant for tests, NULL
+ * and the operating system support, capped by the environment variable VECSHARD_SIMD (scalar | avx2 | avx512, on ARM
+ * scalar | neon | dotprod; a name above what the machine has means the best it has, an unknown name too). kern_variant(name) hands out one variant for tests, NULL
  * when this machine lacks it. The scalar file is the definition of every call; allowed differences:
  *   float results   relative error <= 1e-5 of the sum of absolute terms (order of additions, FMA)
  *   integer results equal, and so is everything made from integers (scores_i8, pq_table, pq_scan)
@@ -17,7 +17,7 @@
 enum { KERN_BLOCK = 256, KERN_GROUP = 64, KERN_LANES = 16 };
 
 typedef struct kern {
-  const char *name; /* "scalar", "avx2", "avx512" */
+  const char *name; /* "scalar", "avx2", "avx512", "neon", "dotprod" (NEON with the instructions of that name) */
 
   /* sum a*b, and sum (a-b)^2, over n floats. NaN and Inf propagate as in IEEE arithmetic. */
   float (*dot_f32)(const float *a, const float *b, size_t n);

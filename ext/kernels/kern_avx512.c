@@ -428,7 +428,7 @@ static size_t keys_i8(const int32_t *score, const float *scale, const float *nor
   const __m512i last = _mm512_set1_epi64((long long)limit);
   const __m512 highest = _mm512_set1_ps(kern_key_value(limit));
   size_t n_out = 0;
-  int every = (limit >> 32) == 0xffffffffu; /* then `highest` is a NaN */
+  int every = limit >> 32 > 0xff800000u; /* above the key of +Inf: `highest` is a NaN */
   for (size_t i = 0; i < n; i += 16) {
     __mmask16 live = tail16(n - i);
     __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(mul), _mm512_maskz_loadu_ps(live, scale + i)),
@@ -479,7 +479,7 @@ static float pq_table_raw(const int8_t *q, const uint8_t *words, const float *fa
     KERN_UNROLL
     for (int g = 0; g < 16; g++) {
       __m512 v = _mm512_mul_ps(f, _mm512_cvtepi32_ps(acc[g]));
-      lo = _mm512_min_ps(lo, v), hi = _mm512_max_ps(hi, v);
+      lo = _mm512_min_ps(v, lo), hi = _mm512_max_ps(v, hi); /* in this order a NaN never replaces what is there */
       _mm512_storeu_ps(raw + 16 * g, v);
     }
     low[j] = _mm512_reduce_min_ps(lo);

@@ -2,13 +2,16 @@
  *
  * A variant is offered only if the CPU has every feature that its file was compiled with and the operating system saves
  * the registers; __builtin_cpu_supports answers both. F16C is the exception: clang 14 does not know its name, so its
- * CPUID bit is read here; the state it needs (ymm) is the state that the question for AVX2 has already covered.
+ * CPUID bit is read here; the state it needs (ymm) is the state that the question for AVX2 has already covered. On AArch64
+ * the kernel tells the features that it supports.
  */
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 #include "kern_int.h"
 
@@ -31,6 +34,9 @@ static int has_avx512(void) {
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
          __builtin_cpu_supports("avx512vnni");
 }
+#elif defined(__aarch64__)
+static int has_neon(void) { return 1; } /* armv8-a is not without it */
+static int has_dotprod(void) { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
 #endif
 static int has_scalar(void) { return 1; }
 
@@ -42,6 +48,9 @@ static const struct {
 #if defined(__x86_64__)
   {&kern_table_avx512, has_avx512},
   {&kern_table_avx2, has_avx2},
+#elif defined(__aarch64__)
+  {&kern_table_dotprod, has_dotprod},
+  {&kern_table_neon, has_neon},
 #endif
   {&kern_table_scalar, has_scalar},
 };

@@ -15,11 +15,29 @@
 #endif
 #define KERN_INLINE static inline __attribute__((always_inline))
 
-/* ---- kern_scalar.c, kern_avx2.c, kern_avx512.c: the tables; ask the CPU before calling the last two */
+/* ---- the tables of kern_scalar.c, kern_avx2.c, kern_avx512.c, kern_neon.c; ask the CPU before calling any but the first */
 extern const kern kern_table_scalar;
 #if defined(__x86_64__)
 extern const kern kern_table_avx2;
 extern const kern kern_table_avx512;
+#elif defined(__aarch64__)
+extern const kern kern_table_neon;
+extern const kern kern_table_dotprod;
+#endif
+
+/* ---- kern_scalar.c: what variants without a better way use */
+uint64_t kern_scalar_select_u64(uint64_t *a, size_t n, size_t want, uint64_t *scratch);
+
+#if defined(__aarch64__)
+/* ---- kern_dotprod.c: the calls of the dotprod table that are not kern_neon.c's */
+void kern_dotprod_scores_i8(const int8_t *q, size_t n_q, size_t q_stride, size_t dim, const uint8_t *packed, size_t n_c,
+                            int32_t *out, size_t out_stride);
+int32_t kern_dotprod_dot_i8(const int8_t *q, const uint8_t *row, size_t n);
+float kern_dotprod_pq_table_raw(const int8_t *q, const uint8_t *words, const float *factor, size_t m, size_t sub_dim,
+                                float *raw, float *low);
+
+/* ---- kern_neon.c: one row of kern.pq_table_raw from its scores; returns largest - *low */
+float kern_neon_table_row(const int32_t score[256], float factor, float *raw, float *low);
 #endif
 
 /* ---- kern_dispatch.c: selection, of which only the split differs by instruction set */

@@ -233,7 +233,7 @@ static size_t split_u64(uint64_t *a, size_t n, uint64_t pivot, uint64_t *spill) 
   return n_low;
 }
 
-static uint64_t select_u64(uint64_t *a, size_t n, size_t want, uint64_t *scratch) {
+uint64_t kern_scalar_select_u64(uint64_t *a, size_t n, size_t want, uint64_t *scratch) {
   return kern_select_by(split_u64, a, n, want, scratch);
 }
 
@@ -258,5 +258,5 @@ const kern kern_table_scalar = {
   .pq_table_raw = pq_table_raw,
   .pq_table = pq_table,
   .pq_scan = pq_scan,
-  .select_u64 = select_u64,
+  .select_u64 = kern_scalar_select_u64,
 };

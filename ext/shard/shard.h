@@ -64,6 +64,8 @@ typedef struct shard_search {
   uint32_t dim;            /* of query; a mismatch is VS_INVALID naming both dimensions */
   uint64_t k;              /* clamped to the rows there are; 0 gives none */
   int64_t nprobe, refine;  /* -1: defaults; above range: all */
+  double recall;           /* what nprobe and refine leave open is chosen so that mean recall@k is this, as each segment measured
+                              when it was built; 1, and what was not reached: exact. 0: not given. */
   int exact;
   const ivfpq_filter *const *filters; /* per shard; NULL or NULL entries: every row */
   const shard_hit *after;  /* only hits behind this one in (distance, shard, segment, row) order; NULL: all */

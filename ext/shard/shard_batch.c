@@ -12,6 +12,7 @@
 #include "../kernels/kern.h"
 #include "shard_refine.h"
 #include "shard_search_int.h"
+#include "shard_spend.h"
 
 enum {
   MOST = 4096,                 /* queries at once */
@@ -27,6 +28,7 @@ typedef struct segment_task {
   run *r;
   ivfpq_segment *segment;
   uint32_t shard, number;
+  ivfpq_setting spend;
   ivfpq_batch *batch;
   int more;
 } segment_task;
@@ -34,7 +36,8 @@ typedef struct segment_task {
 struct run {
   const shard_batch *b;
   shard_search q;              /* with the first of the queries */
-  shard_spend spend;
+  uint64_t n_rows, k, n_candidates;
+  int exact;
   shard_found *found;          /* by query */
   segment_task *tasks;
   size_t n_tasks;
@@ -53,22 +56,46 @@ static void fail(run *r, vs_rc rc, const vs_err *err) {
   pthread_mutex_unlock(&r->lock);
 }
 
-/* ---- sizes ---- */
+/* ---- what to spend ---- */
 
-static uint64_t bytes_per_query(const shard_spend *s) {
-  uint64_t segments = s->n_segments < CUT_FROM ? s->n_segments : CUT_FROM, dims = s->q->n_shards ? s->q->shards[0]->manifest.dim : 1;
-  return (segments + 1) * s->n_candidates * sizeof(shard_hit) + s->n_segments * (dims + 4096);
+/* The tasks, and what each may spend. */
+static vs_rc make_tasks(run *r, vs_err *err) {
+  const shard_search *q = &r->q;
+  size_t n = 0;
+  vs_rc rc = shard_check_dims(q, &n, &r->n_rows, err);
+  if (rc) return rc;
+  ivfpq_segment **segments = malloc((n + 1) * sizeof *segments);
+  ivfpq_setting *spend = malloc((n + 1) * sizeof *spend);
+  r->tasks = calloc(n + 1, sizeof *r->tasks);
+  if (!segments || !spend || !r->tasks) rc = vs_nomem(err);
+  for (uint32_t i = 0; i < q->n_shards && !rc; i++)
+    for (uint32_t g = 0; g < q->shards[i]->manifest.n_segments; g++) {
+      segments[r->n_tasks] = q->shards[i]->segments[g];
+      r->tasks[r->n_tasks++] = (segment_task){.r = r, .segment = q->shards[i]->segments[g], .shard = i, .number = g};
+    }
+  if (!rc) {
+    r->k = q->k < r->n_rows ? q->k : r->n_rows;
+    shard_spend all = shard_spend_plan(q, r->k, r->n_rows, segments, n, spend);
+    r->exact = q->exact || all.exact, r->n_candidates = r->exact ? r->k : all.n_candidates;
+    for (size_t i = 0; i < n; i++) r->tasks[i].spend = spend[i];
+  }
+  free(segments), free(spend);
+  return rc;
 }
 
 size_t shard_batch_most(const shard_search *q) {
-  shard_spend spend;
+  run r = {.q = *q};
   vs_err ignored = {0};
   size_t most = MOST;
-  if (shard_spend_init(&spend, q, &ignored)) return 1; /* the search itself will say why */
-  for (size_t i = 0; i < q->n_shards && q->filters; i++)
-    for (size_t g = 0; g < q->shards[i]->manifest.n_segments; g++)
-      if (q->filters[i] && !q->shards[i]->segments[g]->io->local) most = FILTERED_MOST;
-  uint64_t n = BATCH_BYTES / (bytes_per_query(&spend) + 1);
+  if (make_tasks(&r, &ignored)) r.n_tasks = 0; /* the search itself will say why */
+  uint64_t per_query = (r.n_tasks < CUT_FROM ? r.n_tasks + 1 : CUT_FROM + 1) * r.n_candidates * sizeof(shard_hit);
+  for (size_t i = 0; i < r.n_tasks; i++) {
+    const segment_task *t = &r.tasks[i];
+    per_query += t->segment->params.dim_padded + 8ull * t->spend.nprobe + 64;
+    if (q->filters && q->filters[t->shard] && !t->segment->io->local) most = FILTERED_MOST;
+  }
+  free(r.tasks);
+  uint64_t n = BATCH_BYTES / (per_query + 1);
   return n < 1 ? 1 : n < most ? (size_t)n : most;
 }
 
@@ -90,14 +117,14 @@ static vs_rc take(void *ctx, size_t query, const uint64_t *keys, size_t n, vs_er
   const segment_task *t = ctx;
   shard_found *f = &t->r->found[query];
   vs_rc rc = add_found(f, t, keys, n, err);
-  if (!rc && f->n > CUT_FROM * t->r->spend.n_candidates) rc = shard_keep_best(f->hits, &f->n, t->r->spend.n_candidates, err);
+  if (!rc && f->n > CUT_FROM * t->r->n_candidates) rc = shard_keep_best(f->hits, &f->n, t->r->n_candidates, err);
   return rc;
 }
 
 static ivfpq_query segment_query(run *r, const segment_task *t) {
-  ivfpq_query q = shard_spend_query(&r->spend, t->shard, t->segment);
-  q.stop = shard_stop_poll, q.stop_ctx = &r->stop;
-  return q;
+  return (ivfpq_query){.nprobe = t->spend.nprobe, .k = r->k, .reach = t->spend.reach,
+                       .n_candidates = r->exact ? r->k : t->spend.n_candidates, .brute = !t->spend.nprobe, .threads = r->q.threads,
+                       .filter = r->q.filters ? r->q.filters[t->shard] : NULL, .stop = shard_stop_poll, .stop_ctx = &r->stop};
 }
 
 static vs_rc run_scans(run *r, vs_err *err) {
@@ -127,9 +154,8 @@ static vs_rc run_scans(run *r, vs_err *err) {
 }
 
 static vs_rc run_exact(run *r, vs_err *err) {
-  vs_rc rc = shard_spend_check_exact(&r->spend, err);
   ivfpq_keys *keys = calloc(r->b->n + 1, sizeof *keys);
-  if (!rc && !keys) rc = vs_nomem(err);
+  vs_rc rc = keys ? VS_OK : vs_nomem(err);
   for (size_t i = 0; i < r->n_tasks && !rc; i++) {
     segment_task *t = &r->tasks[i];
     ivfpq_query q = segment_query(r, t);
@@ -150,10 +176,10 @@ static void cut_slice(void *ctx, size_t slice) {
   vs_rc rc = VS_OK;
   for (size_t i = slice * SLICE; i < r->b->n && i < (slice + 1) * SLICE && !rc; i++) {
     shard_found *f = &r->found[i];
-    if (r->q.exact) {
+    if (r->exact) {
       if (f->n) qsort(f->hits, f->n, sizeof *f->hits, shard_hit_order);
-      if (f->n > r->spend.k) f->n = (size_t)r->spend.k;
-    } else if (f->n > r->spend.n_candidates) rc = shard_keep_best(f->hits, &f->n, r->spend.n_candidates, &err);
+      if (f->n > r->k) f->n = (size_t)r->k;
+    } else if (f->n > r->n_candidates) rc = shard_keep_best(f->hits, &f->n, r->n_candidates, &err);
   }
   if (rc) fail(r, rc, &err);
 }
@@ -164,12 +190,11 @@ static vs_rc run_tasks(run *r, vs_task task, vs_err *err) {
 }
 
 static vs_rc refine(run *r, shard_stats *stats, vs_err *err) {
-  shard_refine f = {.q = &r->q, .k = r->spend.k, .stop = shard_stop_poll, .stop_ctx = &r->stop};
-  vs_traffic before;
-  int64_t start;
-  shard_refine_begin(stats, &before, &start);
+  shard_refine f = {.q = &r->q, .k = r->k, .stop = shard_stop_poll, .stop_ctx = &r->stop};
+  shard_refine_mark mark;
+  shard_refine_begin(&mark);
   vs_rc rc = shard_refine_many(&f, r->b->queries, r->found, r->b->n, &stats->refined, err);
-  shard_refine_end(stats, &before, start);
+  shard_refine_end(&mark, stats);
   return rc;
 }
 
@@ -228,18 +253,19 @@ void shard_answers_reset(shard_answers *a) {
 
 static vs_rc prepare(run *r, vs_err *err) {
   const shard_search *q = &r->q;
-  vs_rc rc = shard_spend_init(&r->spend, q, err);
+  uint64_t bytes = 0;
+  vs_rc rc = make_tasks(r, err);
   for (size_t i = 0; i < r->b->n && !rc; i++) {
     vs_err why = {0};
     if (shard_check_query(q, r->b->queries + i * q->dim, &why)) rc = vs_fail(err, why.rc, "query %zu: %s", i, why.text);
   }
-  if (rc) return rc;
-  r->tasks = calloc(r->spend.n_segments + 1, sizeof *r->tasks), r->found = calloc(r->b->n + 1, sizeof *r->found);
-  if (!r->tasks || !r->found) return vs_nomem(err);
-  for (uint32_t i = 0; i < q->n_shards; i++)
-    for (uint32_t g = 0; g < q->shards[i]->manifest.n_segments; g++)
-      r->tasks[r->n_tasks++] = (segment_task){.r = r, .segment = q->shards[i]->segments[g], .shard = i, .number = g};
-  return VS_OK;
+  for (size_t i = 0; i < r->n_tasks && !rc; i++) {
+    const segment_task *t = &r->tasks[i];
+    if (!t->segment->io->local && (r->exact || !t->spend.nprobe)) bytes += t->segment->section[IVFPQ_ROWS].size;
+  }
+  if (!rc && r->k) rc = shard_check_bytes(bytes, err);
+  if (!rc && !(r->found = calloc(r->b->n + 1, sizeof *r->found))) rc = vs_nomem(err);
+  return rc;
 }
 
 static vs_rc batch_once(const shard_batch *b, shard_answers *out, shard_stats *stats, vs_err *err) {
@@ -249,10 +275,10 @@ static vs_rc batch_once(const shard_batch *b, shard_answers *out, shard_stats *s
   shard_stop_enter(&r.stop);
   vs_rc rc = prepare(&r, err);
   if (!rc && !(out->first = calloc(b->n + 1, sizeof *out->first))) rc = vs_nomem(err);
-  if (!rc && r.spend.k && b->n) {
-    rc = r.q.exact ? run_exact(&r, err) : run_scans(&r, err);
+  if (!rc && r.k && b->n) {
+    rc = r.exact ? run_exact(&r, err) : run_scans(&r, err);
     if (!rc) rc = run_tasks(&r, cut_slice, err);
-    if (!rc && !r.q.exact) rc = refine(&r, stats, err);
+    if (!rc && !r.exact) rc = refine(&r, stats, err);
   }
   if (!rc) rc = answer(&r, out, err);
   shard_stop_leave(&r.stop);

@@ -7,40 +7,46 @@
  *
  * Bytes that fail their check may have been damaged on their way: a search that met some is run once more with fresh ones.
  */
-#include <math.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 #include "../base/vs_pool.h"
 #include "../base/vs_scope.h"
-#include "../ivfpq/ivfpq_setting.h"
 #include "../kernels/kern.h"
 #include "../s3vfs/io_s3.h"
 #include "shard_refine.h"
 #include "shard_search_int.h"
+#include "shard_spend.h"
 
-enum {
-  FEW_CANDIDATES = 100,   /* at least so many when refine is not given: k = 1 is as good as k = 10 */
-  EASED_FROM = 100,       /* beyond this k the default refine falls from 10 to EASED, and nprobe grows with the root of k */
-  EASED = 4
-};
+enum { SPARE_BYTES = 1 << 20 }; /* of memory kept between searches */
 
 typedef struct segment_task {
-  ivfpq_segment *segment;
+  ivfpq_keys keys;        /* its memory may come from an earlier search */
+  ivfpq_segment *segment; /* cleared for each search from here ... */
   uint32_t shard, number;
-  ivfpq_keys keys;
   ivfpq_stats stats;
+  ivfpq_setting spend;
   ivfpq_query query;
   ivfpq_scan_state *scan;
   int more;               /* the scan has a step to go */
   vs_rc rc;
-  vs_err err;
+  vs_err err;             /* ... to here: its text is the most of a task */
 } segment_task;
+
+/* What a search allocates whatever it finds, kept for the next one of the process: asking for it anew took 0.3 us of 30. */
+typedef struct memory {
+  segment_task *tasks;
+  size_t room;
+} memory;
+static memory *spare;
 
 typedef struct run {
   const shard_search *q;
-  shard_spend spend;
+  uint64_t n_rows, k, n_candidates;
+  int exact;
+  memory *memory;
   segment_task *tasks;
   size_t n_tasks;
   shard_stop stop;
@@ -65,33 +71,39 @@ void shard_stop_leave(shard_stop *s) {
   if (s->outer) s->outer->traffic = s->inner.traffic;
 }
 
-/* ---- sizes ---- */
+/* ---- memory ---- */
 
-/* Both defaults were set on two clustered sets (1,000,000 x 128 l2, 300,000 x 960 cosine), k = 100 ... 10,000: recall@k .95 to .99. */
-static uint64_t candidates_for(uint64_t k, int64_t refine, uint64_t n_rows) {
-  uint64_t want;
-  if (refine >= 0) {
-    uint64_t factor = refine ? (uint64_t)refine : 1;
-    want = k > n_rows / factor ? n_rows : k * factor;
-  } else if (k > n_rows / EASED) {
-    want = n_rows;
-  } else {
-    want = k <= EASED_FROM ? k * SHARD_DEFAULT_REFINE : EASED_FROM * SHARD_DEFAULT_REFINE + (k - EASED_FROM) * EASED;
-    if (want < FEW_CANDIDATES) want = FEW_CANDIDATES;
+static void memory_free(memory *m) {
+  for (size_t i = 0; i < m->room; i++) ivfpq_keys_reset(&m->tasks[i].keys);
+  free(m->tasks), free(m);
+}
+
+/* The spare one, or a new one, with n tasks that only their key buffers are set of. */
+static memory *memory_take(size_t n) {
+  memory *m = __atomic_exchange_n(&spare, NULL, __ATOMIC_ACQ_REL);
+  if (!m && !(m = calloc(1, sizeof *m))) return NULL;
+  if (m->room < n) {
+    segment_task *grown = realloc(m->tasks, n * sizeof *grown);
+    if (!grown) {
+      memory_free(m);
+      return NULL;
+    }
+    m->tasks = grown;
+    for (; m->room < n; m->room++) memset(&grown[m->room].keys, 0, sizeof grown->keys);
   }
-  return want < n_rows ? want : n_rows;
+  for (size_t i = 0; i < n; i++) m->tasks[i].keys.n = 0;
+  return m;
 }
 
-static uint32_t nprobe_for(const shard_spend *r, const ivfpq_segment *s) {
-  uint64_t n = r->q->nprobe < 0 ? ivfpq_default_nprobe(s->params.nlist) : (uint64_t)r->q->nprobe;
-  if (r->q->nprobe < 0 && r->k > EASED_FROM) n = (uint64_t)((double)n * sqrt((double)r->k / EASED_FROM));
-  if (n < 1) n = 1;
-  return n > s->params.nlist ? s->params.nlist : (uint32_t)n;
+/* Keeps it when it is small and the place is free. */
+static void memory_give_back(memory *m) {
+  memory *none = NULL;
+  size_t bytes = 0;
+  for (size_t i = 0; i < m->room; i++) bytes += sizeof *m->tasks + 3 * m->tasks[i].keys.room * sizeof *m->tasks->keys.key;
+  if (bytes > SPARE_BYTES || !__atomic_compare_exchange_n(&spare, &none, m, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) memory_free(m);
 }
 
-static float reach_for(const shard_spend *r, const ivfpq_segment *s) {
-  return r->q->filters ? 0 : ivfpq_reach_for(s, nprobe_for(r, s));
-}
+/* ---- what to spend ---- */
 
 static int is_zero(const float *v, uint32_t dim) {
   for (uint32_t j = 0; j < dim; j++)
@@ -105,43 +117,57 @@ vs_rc shard_check_query(const shard_search *q, const float *query, vs_err *err) 
   return VS_OK;
 }
 
-vs_rc shard_spend_init(shard_spend *r, const shard_search *q, vs_err *err) {
-  *r = (shard_spend){.q = q};
+vs_rc shard_check_dims(const shard_search *q, size_t *n_segments, uint64_t *n_rows, vs_err *err) {
+  *n_segments = 0, *n_rows = 0;
   for (size_t i = 0; i < q->n_shards; i++) {
     const shard *s = q->shards[i];
     if (s->manifest.dim != q->dim)
       return vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", q->dim, s->path, s->manifest.dim);
-    r->n_segments += s->manifest.n_segments;
-    r->n_rows += s->manifest.n_rows;
+    *n_segments += s->manifest.n_segments;
+    *n_rows += s->manifest.n_rows;
   }
-  r->k = q->k < r->n_rows ? q->k : r->n_rows;
-  r->n_candidates = q->exact ? r->k : candidates_for(r->k, q->refine, r->n_rows);
   return VS_OK;
 }
 
-ivfpq_query shard_spend_query(const shard_spend *r, uint32_t shard_no, const ivfpq_segment *segment) {
-  return (ivfpq_query){.nprobe = nprobe_for(r, segment), .k = r->k, .reach = reach_for(r, segment), .n_candidates = r->n_candidates,
-                       .filter = r->q->filters ? r->q->filters[shard_no] : NULL};
+static vs_rc plan_spend(run *r, vs_err *err) {
+  ivfpq_segment **segments = malloc((r->n_tasks + 1) * sizeof *segments);
+  ivfpq_setting *spend = malloc((r->n_tasks + 1) * sizeof *spend);
+  vs_rc rc = segments && spend ? VS_OK : vs_nomem(err);
+  if (!rc) {
+    for (size_t i = 0; i < r->n_tasks; i++) segments[i] = r->tasks[i].segment;
+    shard_spend all = shard_spend_plan(r->q, r->k, r->n_rows, segments, r->n_tasks, spend);
+    r->exact = r->q->exact || all.exact, r->n_candidates = r->exact ? r->k : all.n_candidates;
+    for (size_t i = 0; i < r->n_tasks; i++) r->tasks[i].spend = spend[i];
+  }
+  free(segments), free(spend);
+  return rc;
 }
 
 static vs_rc prepare(run *r, vs_err *err) {
   const shard_search *q = r->q;
+  size_t n;
   vs_rc rc = shard_check_query(q, q->query, err);
-  if (!rc) rc = shard_spend_init(&r->spend, q, err);
+  if (!rc) rc = shard_check_dims(q, &n, &r->n_rows, err);
   if (rc) return rc;
-  if (!(r->tasks = calloc(r->spend.n_segments + 1, sizeof *r->tasks))) return vs_nomem(err);
+  r->k = q->k < r->n_rows ? q->k : r->n_rows;
+  if (!(r->memory = memory_take(n))) return vs_nomem(err);
+  r->tasks = r->memory->tasks;
   for (uint32_t i = 0; i < q->n_shards; i++)
-    for (uint32_t g = 0; g < q->shards[i]->manifest.n_segments; g++)
-      r->tasks[r->n_tasks++] = (segment_task){.segment = q->shards[i]->segments[g], .shard = i, .number = g};
-  return VS_OK;
+    for (uint32_t g = 0; g < q->shards[i]->manifest.n_segments; g++) {
+      segment_task *t = &r->tasks[r->n_tasks++];
+      memset(&t->segment, 0, offsetof(segment_task, err) - offsetof(segment_task, segment));
+      vs_err_reset(&t->err);
+      t->segment = q->shards[i]->segments[g], t->shard = i, t->number = g;
+    }
+  return plan_spend(r, err);
 }
 
 /* ---- phase 1 ---- */
 
 static ivfpq_query segment_query(run *r, const segment_task *t) {
-  ivfpq_query q = shard_spend_query(&r->spend, t->shard, t->segment);
-  q.vector = r->q->query, q.stop = shard_stop_poll, q.stop_ctx = &r->stop;
-  return q;
+  return (ivfpq_query){.vector = r->q->query, .nprobe = t->spend.nprobe, .k = r->k, .reach = t->spend.reach,
+                       .n_candidates = r->exact ? r->k : t->spend.n_candidates, .brute = !t->spend.nprobe, .threads = r->q->threads,
+                       .filter = r->q->filters ? r->q->filters[t->shard] : NULL, .stop = shard_stop_poll, .stop_ctx = &r->stop};
 }
 
 static void step_task(void *ctx, size_t i) {
@@ -190,24 +216,23 @@ static vs_rc run_scans(run *r, vs_err *err) {
   return rc;
 }
 
-vs_rc shard_spend_check_exact(const shard_spend *r, vs_err *err) {
-  uint64_t bytes = 0;
-  for (size_t i = 0; i < r->q->n_shards; i++)
-    for (size_t g = 0; g < r->q->shards[i]->manifest.n_segments; g++) {
-      const ivfpq_segment *s = r->q->shards[i]->segments[g];
-      if (!s->io->local) bytes += s->section[IVFPQ_ROWS].size;
-    }
+vs_rc shard_check_bytes(uint64_t bytes, vs_err *err) {
   if (bytes <= io_s3_max_bytes()) return VS_OK;
   return vs_fail(err, VS_INVALID,
-                 "comparing every vector (exact = 1, or more rows than an approximate search gives) would read %llu MB from the "
+                 "comparing every vector (exact = 1, a recall beyond what was measured, or more rows than an approximate search gives) would read %llu MB from the "
                  "store, more than the limit of %llu MB: ask for fewer rows with k or LIMIT, or raise VECSHARD_MAX_BYTES or "
                  "vecshard_config('max_bytes', n)",
                  (unsigned long long)(bytes >> 20), (unsigned long long)(io_s3_max_bytes() >> 20));
 }
 
+static vs_rc check_exact_bytes(const run *r, vs_err *err) {
+  uint64_t bytes = 0;
+  for (size_t i = 0; i < r->n_tasks; i++)
+    if (!r->tasks[i].segment->io->local && (r->exact || !r->tasks[i].spend.nprobe)) bytes += r->tasks[i].segment->section[IVFPQ_ROWS].size;
+  return shard_check_bytes(bytes, err);
+}
+
 static vs_rc run_exact(run *r, vs_err *err) {
-  vs_rc allowed = shard_spend_check_exact(&r->spend, err);
-  if (allowed) return allowed;
   for (size_t i = 0; i < r->n_tasks; i++) {
     segment_task *t = &r->tasks[i];
     ivfpq_query q = segment_query(r, t);
@@ -244,7 +269,7 @@ static vs_rc collect(run *r, uint64_t n_best, shard_hit **hits, size_t *n, vs_er
       h[at++] = (shard_hit){kern_key_value(key), r->tasks[i].shard, r->tasks[i].number, kern_key_number(key)};
     }
   *n = total;
-  if (r->q->exact) qsort(h, total, sizeof *h, shard_hit_order);
+  if (r->exact) qsort(h, total, sizeof *h, shard_hit_order);
   else if (total > n_best) return shard_keep_best(h, n, n_best, err);
   if (*n > n_best) *n = (size_t)n_best;
   return VS_OK;
@@ -258,26 +283,22 @@ static int64_t now_us(void) {
   return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
-void shard_refine_begin(shard_stats *stats, vs_traffic *before, int64_t *start_us) {
-  memset(&stats->refine, 0, sizeof stats->refine);
-  *before = vs_scope_current()->traffic, *start_us = now_us();
-}
+void shard_refine_begin(shard_refine_mark *m) { m->traffic = vs_scope_current()->traffic, m->us = now_us(); }
 
-void shard_refine_end(shard_stats *stats, const vs_traffic *before, int64_t start_us) {
-  const vs_traffic *now = &vs_scope_current()->traffic;
-  stats->refine_us += now_us() - start_us;
+void shard_refine_end(const shard_refine_mark *m, shard_stats *stats) {
+  const vs_traffic *now = &vs_scope_current()->traffic, *before = &m->traffic;
+  stats->refine_us = now_us() - m->us;
   stats->refine = (vs_traffic){.requests = now->requests - before->requests, .retries = now->retries - before->retries,
                                .rounds = now->rounds - before->rounds, .bytes = now->bytes - before->bytes,
                                .hits = now->hits - before->hits};
 }
 
 static vs_rc refine_counted(run *r, shard_hit *hits, size_t *n, shard_stats *stats, vs_err *err) {
-  shard_refine refine = {.q = r->q, .k = r->spend.k, .stop = shard_stop_poll, .stop_ctx = &r->stop};
-  vs_traffic before;
-  int64_t start;
-  shard_refine_begin(stats, &before, &start);
+  shard_refine refine = {.q = r->q, .k = r->k, .stop = shard_stop_poll, .stop_ctx = &r->stop};
+  shard_refine_mark mark;
+  shard_refine_begin(&mark);
   vs_rc rc = shard_refine_run(&refine, hits, n, &stats->refined, err);
-  shard_refine_end(stats, &before, start);
+  shard_refine_end(&mark, stats);
   return rc;
 }
 
@@ -350,12 +371,13 @@ static vs_rc search_once(const shard_search *q, shard_hit **hits, size_t *n, sha
   memset(stats, 0, sizeof *stats);
   shard_stop_enter(&r.stop);
   vs_rc rc = prepare(&r, err);
-  if (!rc && r.spend.k && q->exact) {
+  if (!rc && r.k) rc = check_exact_bytes(&r, err);
+  if (!rc && r.k && r.exact) {
     rc = run_exact(&r, err);
-    if (!rc) rc = collect(&r, r.spend.k, hits, n, err);
-  } else if (!rc && r.spend.k) {
+    if (!rc) rc = collect(&r, r.k, hits, n, err);
+  } else if (!rc && r.k) {
     rc = run_scans(&r, err);
-    if (!rc) rc = collect(&r, r.spend.n_candidates, hits, n, err);
+    if (!rc) rc = collect(&r, r.n_candidates, hits, n, err);
     if (!rc) rc = refine_counted(&r, *hits, n, stats, err);
     if (!rc && q->after) *n = skip_until(q->after, *hits, *n);
   }
@@ -363,9 +385,8 @@ static vs_rc search_once(const shard_search *q, shard_hit **hits, size_t *n, sha
   shard_stop_leave(&r.stop);
   for (size_t i = 0; i < r.n_tasks; i++) {
     stats->partitions += r.tasks[i].stats.partitions, stats->rows += r.tasks[i].stats.rows;
-    ivfpq_keys_reset(&r.tasks[i].keys);
   }
-  free(r.tasks);
+  if (r.memory) memory_give_back(r.memory);
   if (rc) free(*hits), *hits = NULL, *n = 0;
   return rc;
 }
@@ -381,7 +402,8 @@ int shard_forget_remote(const shard_search *q) {
 }
 
 vs_rc shard_search_run(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) {
-  vs_err why = {0};
+  vs_err why;
+  vs_err_reset(&why);
   vs_rc rc = search_once(q, hits, n, stats, &why);
   if (rc == VS_CORRUPT && shard_forget_remote(q)) {
     vs_err_reset(&why);

@@ -5,29 +5,21 @@
 
 #include "shard.h"
 
-/* What a search may spend: the same for every query. */
-typedef struct shard_spend {
-  const shard_search *q;
-  uint64_t n_rows, k, n_candidates;
-  size_t n_segments;
-} shard_spend;
-vs_rc shard_spend_init(shard_spend *s, const shard_search *q, vs_err *err) VS_WARN_UNUSED; /* VS_INVALID: another dimension */
-/* What a segment is asked; vector and stop are left to the caller. */
-ivfpq_query shard_spend_query(const shard_spend *s, uint32_t shard_no, const ivfpq_segment *segment);
-/* Brute force over shards in stores that cannot end well is refused before it reads a byte. */
-vs_rc shard_spend_check_exact(const shard_spend *s, vs_err *err) VS_WARN_UNUSED;
-/* VS_INVALID for a query that has no neighbours. */
+/* VS_INVALID for a query that has no neighbours, and for one of another dimension than a shard's. */
 vs_rc shard_check_query(const shard_search *q, const float *query, vs_err *err) VS_WARN_UNUSED;
+vs_rc shard_check_dims(const shard_search *q, size_t *n_segments, uint64_t *n_rows, vs_err *err) VS_WARN_UNUSED;
+/* Brute force over shards in stores that cannot end well is refused before it reads a byte. */
+vs_rc shard_check_bytes(uint64_t bytes, vs_err *err) VS_WARN_UNUSED;
 
 /* Is the search to stop? Asked on any thread; the scope of the caller's thread only there, because it may ask SQLite. */
 typedef struct shard_stop {
-  vs_scope inner, *outer; /* inner: what is done meanwhile */
+  vs_scope inner, *outer; /* inner: that of the search */
   pthread_t caller;
-  int stop;
+  int stop;               /* set once by the caller's thread, read by all */
 } shard_stop;
 void shard_stop_enter(shard_stop *s);
 void shard_stop_leave(shard_stop *s);
-int shard_stop_poll(void *ctx);
+int shard_stop_poll(void *ctx); /* a shard_stop */
 
 /* The n_best hits with the smallest estimates, in any order. */
 vs_rc shard_keep_best(shard_hit *hits, size_t *n, uint64_t n_best, vs_err *err) VS_WARN_UNUSED;
@@ -37,7 +29,8 @@ vs_rc shard_order_ties(const shard_search *q, shard_hit *hits, size_t n, vs_err 
 int shard_forget_remote(const shard_search *q);
 
 /* Counts what the refining between the two calls takes. */
-void shard_refine_begin(shard_stats *stats, vs_traffic *before, int64_t *start_us);
-void shard_refine_end(shard_stats *stats, const vs_traffic *before, int64_t start_us);
+typedef struct shard_refine_mark { vs_traffic traffic; int64_t us; } shard_refine_mark;
+void shard_refine_begin(shard_refine_mark *m);
+void shard_refine_end(const shard_refine_mark *m, shard_stats *stats);
 
 #endif

@@ -34,7 +34,7 @@ static vs_rc next_stream(many *m, vs_err *err) {
 static shard_batch batch_of(const many *m, size_t n) {
   const stream_options *o = &m->opt;
   return (shard_batch){.search = {.shards = m->shards, .n_shards = m->n_shards, .dim = o->dim, .k = o->k, .nprobe = o->nprobe,
-                                  .refine = o->refine, .exact = o->exact, .filters = m->filters, .threads = o->threads},
+                                  .refine = o->refine, .recall = o->recall, .exact = o->exact, .filters = m->filters, .threads = o->threads},
                        .queries = query_at(m, m->next), .n = n};
 }
 
@@ -143,6 +143,22 @@ vs_rc many_next(many *m, vs_err *err) {
   if (!m->sorted) return step(m, err);
   m->at++;
   return VS_OK;
+}
+
+int many_step(many *m) {
+  int last = m->at + 1 >= m->n;
+  if (m->has_row || (!m->sorted && (m->streams || m->opt.limit.given || (last && m->next < m->n_queries)))) return 0;
+  m->row_no++, m->at++;
+  if (!m->sorted && !last) find_query(m);
+  return 1;
+}
+
+int many_row_at_hand(many *m, ivfpq_segment **segment, const uint8_t **record, vs_rc *rc, vs_err *err) {
+  const shard_hit *h = many_hit(m);
+  *segment = m->shards[h->shard]->segments[h->segment];
+  if (!ivfpq_rows_mapped(*segment)) return 0;
+  *rc = ivfpq_row_mapped(*segment, h->row, record, err);
+  return 1;
 }
 
 const shard_hit *many_hit(const many *m) {

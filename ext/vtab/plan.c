@@ -131,9 +131,17 @@ static vs_rc whole_number(const char *name, sqlite3_value *v, int64_t *out, vs_e
   return VS_OK;
 }
 
-static vs_rc decode_recall(sqlite3_value *v, vs_err *err) {
-  if (sqlite3_value_type(v) == SQLITE_NULL) return VS_OK;
-  return vs_fail(err, VS_INVALID, "recall: this shard holds no calibration; set nprobe and refine instead, or exact = 1");
+/* A share: above 0, at most 1. NULL (as which SQLite hands on a NaN): not given. */
+static vs_rc decode_recall(sqlite3_value *v, double *out, vs_err *err) {
+  int type = sqlite3_value_numeric_type(v);
+  *out = 0;
+  if (type == SQLITE_NULL) return VS_OK;
+  if (type != SQLITE_INTEGER && type != SQLITE_FLOAT)
+    return vs_fail(err, VS_INVALID, "recall must be a number above 0 and at most 1, not text or a blob");
+  double r = sqlite3_value_double(v);
+  if (!(r > 0 && r <= 1)) return vs_fail(err, VS_INVALID, "recall must be above 0 and at most 1, not %g", r);
+  *out = r;
+  return VS_OK;
 }
 
 /* Bounds of distance, which has numeric affinity: '5' is 5. Values that are no number SQLite compares itself. */
@@ -161,7 +169,7 @@ static vs_rc decode_one(const char *e, sqlite3_value *v, shard_type (*type_of)(v
       break;
     case 'n': rc = whole_number("nprobe", v, &s->nprobe, err); break;
     case 'r': rc = whole_number("refine", v, &s->refine, err); break;
-    case 'R': rc = decode_recall(v, err); break;
+    case 'R': rc = decode_recall(v, &s->recall, err); break;
     case 'x':
       rc = whole_number("exact", v, &n, err);
       s->exact = n > 0;
@@ -197,4 +205,8 @@ void plan_search_reset(plan_search *s) {
 
 void plan_result_number(sqlite3_context *ctx, int64_t v) {
   if (v >= 0) sqlite3_result_int64(ctx, v);
+}
+
+void plan_result_recall(sqlite3_context *ctx, double recall) {
+  if (recall > 0) sqlite3_result_double(ctx, recall);
 }

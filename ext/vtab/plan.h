@@ -56,6 +56,7 @@ typedef struct plan_search {
   int has_k, exact;
   uint64_t k;
   int64_t nprobe, refine;
+  double recall;             /* 0: not given */
   stream_bound floor, limit; /* of distance */
   sqlite3_value *query, *source, *shard, *id, *rowid;
   filter filter;
@@ -67,5 +68,6 @@ void plan_search_reset(plan_search *s);
 
 /* The given k, nprobe, ... as column results; NULL when not given. */
 void plan_result_number(sqlite3_context *ctx, int64_t v);
+void plan_result_recall(sqlite3_context *ctx, double recall);
 
 #endif

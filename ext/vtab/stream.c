@@ -12,13 +12,14 @@ enum {
   FIRST_BATCH = 16,    /* LIMIT 10 is the common case: hardly dearer than k = 10 */
   WIDEN = 4,
   MOST = STREAM_MOST,  /* rows in one batch, and of the first phase */
-  APPROXIMATE_PART = 8 /* up to this part of the rows an approximate search reads less than brute force */
+  APPROXIMATE_PART = 8, /* up to this part of the rows an approximate search reads less than brute force */
+  PREFETCH = 12        /* rows between asking for a row's bytes and handing it out */
 };
 
 static shard_search search_of(stream *s, uint64_t k) {
-  return (shard_search){.shards = s->shards, .n_shards = s->n_shards, .query = s->query, .dim = s->opt.dim, .k = k,
-                        .nprobe = s->opt.nprobe, .refine = s->opt.refine, .exact = s->opt.exact, .filters = s->filters,
-                        .threads = s->opt.threads};
+  return (shard_search){.shards = s->shards, .n_shards = s->n_shards, .query = s->opt.query, .dim = s->opt.dim, .k = k,
+                        .nprobe = s->opt.nprobe, .refine = s->opt.refine, .recall = s->opt.recall, .exact = s->opt.exact,
+                        .filters = s->filters, .threads = s->opt.threads};
 }
 
 static int search_order(const shard_hit *a, const shard_hit *b) {
@@ -170,7 +171,7 @@ static vs_rc add_named(stream *s, const filter_value *v, uint32_t shard_no, size
   else if (v->type != SQLITE_TEXT && v->type != SQLITE_INTEGER) return VS_OK;
   vs_rc rc = shard_find(sh, &id, &h.segment, &h.row, &found, err);
   if (!rc && found) rc = filter_row(s->opt.filter, sh->segments[h.segment], h.row, &found, err);
-  if (!rc && found) rc = ivfpq_distances(sh->segments[h.segment], s->query, &h.row, 1, &h.distance, err);
+  if (!rc && found) rc = ivfpq_distances(sh->segments[h.segment], s->opt.query, &h.row, 1, &h.distance, err);
   if (rc || !found) return rc;
   if (s->n == *room) {
     shard_hit *grown = realloc(s->hits, (*room * 2 + 16) * sizeof *grown);
@@ -214,10 +215,7 @@ vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_sh
   s->shards = shards, s->n_shards = n_shards, s->opt = *opt;
   s->statement = owner;
   for (size_t i = 0; i < n_shards; i++) s->n_rows += shards[i]->manifest.n_rows;
-  s->query = malloc(opt->dim * sizeof *s->query + 1);
-  if (!s->query) return vs_nomem(err);
-  memcpy(s->query, opt->query, opt->dim * sizeof *s->query);
-  s->opt.query = s->query;
+  if (opt->recall >= 1 && opt->nprobe < 0 && opt->refine < 0) s->opt.exact = 1;
   const filter_term *ids = opt->filter ? filter_by_id(opt->filter) : NULL;
   if (ids) return search_named(s, ids, err);
   if (opt->filter && opt->filter->n) {
@@ -227,6 +225,8 @@ vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_sh
   if (opt->has_k && opt->k > s->n_rows) s->opt.k = s->n_rows;
   s->done = opt->has_k && s->opt.k <= MOST;
   if (s->done) return opt->floor.given && s->opt.k ? search_k_beyond(s, err) : search_k(s, err);
+  if (!(s->query = malloc(opt->dim * sizeof *s->query + 1))) return vs_nomem(err);
+  s->opt.query = memcpy(s->query, opt->query, opt->dim * sizeof *s->query);
   s->left = opt->has_k ? s->opt.k : UINT64_MAX;
   s->batch = opt->has_k ? MOST : FIRST_BATCH;
   if (opt->has_k) s->opt.exact = 1;
@@ -237,6 +237,35 @@ vs_rc stream_next(stream *s, vs_err *err) {
   drop_row(s);
   s->at++;
   return s->at < s->n || s->done ? VS_OK : next_batch(s, err);
+}
+
+/* Results lie all over the file: each would be waited for. */
+static void prefetch(const stream *s, size_t at) {
+  if (at >= s->n || s->want == STREAM_NOTHING) return;
+  const shard_hit *h = &s->hits[at];
+  const ivfpq_segment *segment = s->shards[h->shard]->segments[h->segment];
+  if (!ivfpq_rows_mapped(segment)) return;
+  if (s->want == STREAM_VECTOR) ivfpq_row_prefetch(segment, h->row);
+  else ivfpq_row_id_prefetch(segment, h->row);
+}
+
+int stream_step(stream *s) {
+  if (s->has_row || (s->at + 1 >= s->n && !s->done)) return 0;
+  s->at++;
+  prefetch(s, s->at + PREFETCH);
+  return 1;
+}
+
+int stream_row_at_hand(stream *s, stream_want want, ivfpq_segment **segment, const uint8_t **record, vs_rc *rc, vs_err *err) {
+  const shard_hit *h = stream_hit(s);
+  *segment = s->shards[h->shard]->segments[h->segment];
+  if (!ivfpq_rows_mapped(*segment)) return 0;
+  if (s->want < want) {
+    s->want = want;
+    for (size_t i = 1; i <= PREFETCH; i++) prefetch(s, s->at + i);
+  }
+  *rc = ivfpq_row_mapped(*segment, h->row, record, err);
+  return 1;
 }
 
 static const shard_hit *hit_at(void *ctx, size_t i) { return &((stream *)ctx)->hits[i]; }

@@ -47,6 +47,7 @@ typedef struct union_cursor {
   stream hits;        /* of one query */
   many answers;       /* of several */
   int many, eof;
+  row_values values;  /* of the current row */
 } union_cursor;
 
 /* ---- connecting ---- */
@@ -316,15 +317,15 @@ static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
 /* ---- cursors ---- */
 
 static int x_open(sqlite3_vtab *v, sqlite3_vtab_cursor **out) {
-  union_cursor *c = sqlite3_malloc64(sizeof *c);
+  union_cursor *c = calloc(1, sizeof *c);
   if (!c) return SQLITE_NOMEM;
-  memset(c, 0, sizeof *c);
   statement_open(&c->statement, ((union_table *)v)->c);
   *out = &c->base;
   return SQLITE_OK;
 }
 
 static void cursor_reset(union_cursor *c) {
+  row_values_reset(&c->values);
   stream_reset(&c->hits);
   many_reset(&c->answers);
   plan_search_reset(&c->plan);
@@ -337,14 +338,14 @@ static void cursor_reset(union_cursor *c) {
 static int x_close(sqlite3_vtab_cursor *v) {
   cursor_reset((union_cursor *)v);
   statement_close(&((union_cursor *)v)->statement);
-  sqlite3_free(v);
+  free(v);
   return SQLITE_OK;
 }
 
 static stream_options options_of(const union_cursor *c, const union_table *t) {
   return (stream_options){.query = c->batch.vectors, .dim = c->batch.dim, .has_k = c->plan.has_k, .k = c->plan.k,
-                          .nprobe = c->plan.nprobe, .refine = c->plan.refine, .exact = c->plan.exact, .filter = &c->plan.filter,
-                          .floor = c->plan.floor, .limit = c->plan.limit, .threads = t->c->threads};
+                          .nprobe = c->plan.nprobe, .refine = c->plan.refine, .recall = c->plan.recall, .exact = c->plan.exact,
+                          .filter = &c->plan.filter, .floor = c->plan.floor, .limit = c->plan.limit, .threads = t->c->threads};
 }
 
 /* `shard = ...`: the others are not searched. */
@@ -383,7 +384,8 @@ static vs_rc no_query(const union_table *t, const char *missing, vs_err *err) {
 static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, int argc, sqlite3_value **argv) {
   union_cursor *c = (union_cursor *)v;
   union_table *t = (union_table *)v->pVtab;
-  vs_err err = {0};
+  vs_err err;
+  vs_err_reset(&err);
   cursor_reset(c);
   vs_rc rc = (idx_num & PLAN_KIND) == PLAN_NO_QUERY ? no_query(t, idx_str, &err)
                                                     : plan_decode(idx_str, argc, argv, column_type, t, &c->plan, &err);
@@ -403,25 +405,25 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 
-static int x_next(sqlite3_vtab_cursor *v) {
-  union_cursor *c = (union_cursor *)v;
+static int next_batch(union_cursor *c) {
   vs_err err = {0};
   statement_enter(&c->statement, PHASE_SCAN);
   vs_rc rc = c->many ? many_next(&c->answers, &err) : stream_next(&c->hits, &err);
   statement_leave(&c->statement);
-  if (rc) return conn_error(&err, &v->pVtab->zErrMsg);
+  return rc ? conn_error(&err, &c->base.pVtab->zErrMsg) : SQLITE_OK;
+}
+
+static int x_next(sqlite3_vtab_cursor *v) {
+  union_cursor *c = (union_cursor *)v;
+  c->values.valid = 0;
+  int rc = (c->many ? many_step(&c->answers) : stream_step(&c->hits)) ? SQLITE_OK : next_batch(c);
   c->eof = c->many ? many_eof(&c->answers) : stream_eof(&c->hits);
-  return SQLITE_OK;
+  return rc;
 }
 
 static int x_eof(sqlite3_vtab_cursor *v) { return ((union_cursor *)v)->eof; }
 
 static const shard_hit *current(const union_cursor *c) { return c->many ? many_hit(&c->answers) : stream_hit(&c->hits); }
-
-static vs_rc need_row(union_cursor *c, int with_columns, ivfpq_segment **segment, const uint8_t **record, vs_err *err) {
-  if (c->many) return many_row(&c->answers, with_columns, segment, record, err);
-  return stream_row(&c->hits, with_columns, segment, record, err);
-}
 
 /* {"organism":"E. coli","length":312} */
 static vs_rc result_row(sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *record, vs_err *err) {
@@ -448,17 +450,28 @@ static vs_rc result_row(sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *r
   return rc;
 }
 
-static vs_rc row_column(union_cursor *c, sqlite3_context *ctx, int column, vs_err *err) {
-  ivfpq_segment *segment;
-  const uint8_t *record;
-  vs_rc rc = need_row(c, column == COL_ROW || column >= N_FIXED, &segment, &record, err);
-  if (rc) return rc;
+static vs_rc stored_column(union_cursor *c, sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *record, int column, vs_err *err) {
   int ok = 1;
-  if (column == COL_ID) ok = result_id(ctx, segment, record, err);
-  else if (column == COL_EMBEDDING) ok = result_vector(ctx, segment, record);
-  else if (column == COL_ROW) return result_row(ctx, segment, record, err);
-  else ok = result_column(ctx, segment, record, (uint32_t)(column - N_FIXED), err);
+  if (column == COL_ID) ok = result_id(ctx, s, record, err);
+  else if (column == COL_EMBEDDING) ok = result_vector(ctx, s, record);
+  else if (column == COL_ROW) return result_row(ctx, s, record, err);
+  else ok = result_column(ctx, s, record, (uint32_t)(column - N_FIXED), &c->values, err);
   return ok ? VS_OK : err->rc;
+}
+
+static vs_rc row_column(union_cursor *c, sqlite3_context *ctx, int column, vs_err *err) {
+  ivfpq_segment *s;
+  const uint8_t *record;
+  vs_rc rc;
+  stream_want want = column == COL_EMBEDDING ? STREAM_VECTOR : STREAM_ID;
+  int with_columns = column == COL_ROW || column >= N_FIXED;
+  if (c->many ? many_row_at_hand(&c->answers, &s, &record, &rc, err) : stream_row_at_hand(&c->hits, want, &s, &record, &rc, err))
+    return rc ? rc : stored_column(c, ctx, s, record, column, err);
+  statement_enter(&c->statement, PHASE_ROWS);
+  rc = c->many ? many_row(&c->answers, with_columns, &s, &record, err) : stream_row(&c->hits, with_columns, &s, &record, err);
+  if (!rc) rc = stored_column(c, ctx, s, record, column, err);
+  statement_leave(&c->statement);
+  return rc;
 }
 
 static void hidden_column(union_cursor *c, union_table *t, sqlite3_context *ctx, int hidden) {
@@ -469,6 +482,7 @@ static void hidden_column(union_cursor *c, union_table *t, sqlite3_context *ctx,
     case HID_K: plan_result_number(ctx, c->plan.has_k ? (int64_t)c->plan.k : -1); break;
     case HID_NPROBE: plan_result_number(ctx, c->plan.nprobe); break;
     case HID_REFINE: plan_result_number(ctx, c->plan.refine); break;
+    case HID_RECALL: plan_result_recall(ctx, c->plan.recall); break;
     case HID_EXACT: sqlite3_result_int(ctx, c->plan.exact); break;
     default: break;
   }
@@ -477,8 +491,9 @@ static void hidden_column(union_cursor *c, union_table *t, sqlite3_context *ctx,
 static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
   union_cursor *c = (union_cursor *)v;
   union_table *t = (union_table *)v->pVtab;
-  vs_err err = {0};
+  vs_err err;
   vs_rc rc = VS_OK;
+  vs_err_reset(&err);
   uint32_t query_no = c->many ? many_query_no(&c->answers) : 0;
   int64_t id;
   if (hidden_of(t, column) >= 0) hidden_column(c, t, ctx, hidden_of(t, column));
@@ -487,11 +502,7 @@ static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
   else if (column == COL_QUERY_NO) sqlite3_result_int64(ctx, query_no);
   else if (column == COL_ID && c->many && many_id(&c->answers, &id)) sqlite3_result_int64(ctx, id);
   else if (column == COL_QUERY_KEY) vec_batch_key(&c->batch, query_no, ctx);
-  else {
-    statement_enter(&c->statement, PHASE_ROWS);
-    rc = row_column(c, ctx, column, &err);
-    statement_leave(&c->statement);
-  }
+  else rc = row_column(c, ctx, column, &err);
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 
