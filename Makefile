@@ -1,4 +1,4 @@
-# vecshard: make | make test | make demo | make demo-s3 | make check SAN=address|thread | make soak | make clean
+# vecshard: make | make test | make demo | make demo-s3 | make check SAN=address|thread | make bench | make soak | make clean
 #
 # Everything is compiled twice: build/obj/ext for the loadable extension (SQLite through sqlite3_api), build/obj/core for
 # static linking and the tool (SQLite called directly). Only the kernel files get wider instructions; they are chosen at run
@@ -81,6 +81,26 @@ $(OUT)/test/bare_kernels: test/test_kernels.c $(call core_obj,$(wildcard ext/ker
 	@echo "  LINK  $@"; $(CC) $(ALL_CFLAGS) -Itest/bare -static -o $@ $(filter %.c %.o,$^) -lm -lpthread
 .SECONDARY:
 
+# ---- the benchmark ----
+# make bench ARGS='--set base.npy --json out.json'; bench/bench.py --help. QUICK=1: seconds. bench-peers: beside FAISS and LanceDB.
+BENCH := $(OUT)/bench/bench_sql $(OUT)/bench/bench_kernels $(OUT)/bench/bench_ceilings
+$(OUT)/bench/bench_sql: $(call core_obj,bench/bench_sql.c) $(OUT)/libvecshard.a
+	@mkdir -p $(@D)
+	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ -lsqlite3 $(NET_LIBS) $(LIBS)
+$(OUT)/bench/bench_kernels: $(call core_obj,bench/bench_kernels.c $(wildcard ext/kernels/*.c))
+	@mkdir -p $(@D)
+	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(LIBS)
+$(OUT)/bench/bench_ceilings: bench/bench_ceilings.c Makefile
+	@mkdir -p $(@D)
+	@echo "  CC    $@"; $(CC) -std=gnu11 -D_GNU_SOURCE $(WARN) -O3 -ffp-contract=fast -o $@ $<
+bench-programs: all $(BENCH)
+bench: deps
+	@$(MAKE) --no-print-directory -s -j$$(nproc) bench-programs
+	@bench/bench.py $(if $(QUICK),--quick) $(ARGS)
+bench-peers:
+	@tool/install-deps bench
+	@$(MAKE) --no-print-directory bench ARGS='--peers $(ARGS)'
+
 deps:
 	@tool/install-deps build
 deps-store:
@@ -112,4 +132,4 @@ clean:
 	rm -rf build build-address build-thread
 
 -include $(shell find $(OUT)/obj -name '*.d' 2>/dev/null)
-.PHONY: all test c-tests check check-all demo demo-s3 soak deps deps-store deps-test clean
+.PHONY: all test c-tests check check-all bench bench-peers bench-programs demo demo-s3 soak deps deps-store deps-test clean

@@ -925,6 +925,22 @@ static void check_select(const kern *k, const uint64_t *keys, const uint64_t *so
   free(scratch);
 }
 
+/* By the high bits alone; keys that are equal there keep their order, which their low bits tell. */
+static void check_sort_from(const uint64_t *keys, size_t n, uint64_t *a, uint64_t *scratch) {
+  const int bits[] = {20, 40};
+  for (size_t b = 0; b < sizeof bits / sizeof *bits; b++) {
+    uint64_t low = ((uint64_t)1 << bits[b]) - 1;
+    for (size_t i = 0; i < n; i++) a[i] = (keys[i] & ~low) | (low - i); /* n < 2^20; descending: a full sort would turn them */
+    kern_sort_u64_from(a, n, bits[b], scratch);
+    for (size_t i = 1; i < n; i++) {
+      assert_true(a[i - 1] >> bits[b] <= a[i] >> bits[b]);
+      assert_true(a[i - 1] >> bits[b] < a[i] >> bits[b] || a[i - 1] > a[i]);
+    }
+    for (size_t i = 0; i < n; i++) scratch[low - (a[i] & low)] = a[i] & ~low;
+    for (size_t i = 0; i < n; i++) assert_true(scratch[i] == (keys[i] & ~low)); /* each key is still there */
+  }
+}
+
 static void check_order(size_t n, int shape, const size_t *wants, size_t n_wants) {
   uint64_t *keys = exact(n * sizeof *keys), *sorted = exact(n * sizeof *keys), *a = exact(n * sizeof *keys);
   uint64_t *scratch = exact(n * sizeof *keys);
@@ -935,6 +951,7 @@ static void check_order(size_t n, int shape, const size_t *wants, size_t n_wants
   memcpy(a, keys, n * sizeof *keys);
   kern_sort_u64(a, n, scratch);
   assert_memory_equal(a, sorted, n * sizeof *a);
+  check_sort_from(keys, n, a, scratch);
   for (int v = 0; (k = next_variant(&v));)
     for (size_t w = 0; w < n_wants; w++) check_select(k, keys, sorted, n, wants[w]);
   free(keys);

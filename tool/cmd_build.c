@@ -4,6 +4,7 @@
  *   2 folder    make it, lock it, check the space
  *   3 segment   ivfpq_build into .seg-<pid>.tmp, then its name by content
  *   4 commit    the manifest of version 1: from here on it is a shard
+ * A bucket of a plan that is built already is left as it is, which is success: tasks may be run again at will (plan_check.h).
  * Whatever fails before 4 removes what this run made. A killed run leaves at most a .seg-*.tmp, which no reader looks
  * at and which the next build into the folder removes; the lock on the folder tells it from that of a build at work.
  */
@@ -24,10 +25,11 @@
 #include "json.h"
 #include "options.h"
 #include "output.h"
+#include "plan_check.h"
 #include "progress.h"
 #include "resources.h"
 
-enum { BAD_ROWS_SHOWN = 20, MAX_PLAN_BYTES = 1 << 30 };
+enum { BAD_ROWS_SHOWN = 20, LOCK_POLL_US = 100000 };
 
 typedef struct build_options {
   int json, metric, bits, store, bad_rows, duplicates;
@@ -68,13 +70,18 @@ static const option_row rows[] = {
 };
 static const option_command command = {
   "build", "FILE... --out DIR | --plan FILE --bucket I --out DIR",
-  "Builds one shard from HDF5, .npy, .fvecs or .f32 files. The same input, options and seed give the same bytes.",
+  "Builds one shard from HDF5, .npy, .fvecs or .f32 files. The same input, options and seed give the same bytes. A bucket of "
+  "a plan that is built already is left as it is, with exit status 0; a build that was killed begins anew.",
   "  vecshard build part0.h5 part1.h5 --out db/proteins --metric cosine --column length\n"
   "  vecshard build --plan plan.json --bucket 3 --out db", 0, SIZE_MAX, rows, sizeof rows / sizeof *rows};
 
 typedef struct build_job {
   build_options o;
   tool_list files;
+  plan plan;
+  const plan_bucket *bucket;   /* of the plan; NULL: files were given */
+  shard_origin origin;
+  int already;                 /* the bucket was built before this run */
   char *folder;                /* of the shard */
   char *temporary;             /* the segment before it has its name */
   int n_made, lock;            /* folders made; fd of the folder, -1: none */
@@ -149,18 +156,44 @@ static tool_status check_arguments(build_job *j) {
   return parse_columns(j);
 }
 
-/* The files of one bucket of a plan, and the folder of its shard. */
+/* What decides the bytes of a shard besides its files; a change here makes every bucket look built otherwise. */
+static void hash_options(build_job *j) {
+  const build_options *o = &j->o;
+  char *text = tool_format("%d %d %d %lld %s %lld %d %d %s %s", o->metric, o->store, o->bits, (long long)o->subvectors,
+                           o->partitions ? o->partitions : "", (long long)o->seed, o->bad_rows, o->duplicates,
+                           o->embedding_dataset ? o->embedding_dataset : "", o->id_dataset ? o->id_dataset : "");
+  for (size_t i = 0; i < o->columns.n; i++) {
+    char *more = tool_format("%s\n%s", text, o->columns.items[i]);
+    free(text), text = more;
+  }
+  plan_hash_text(text, j->origin.options);
+  free(text);
+}
+
+/* The files of one bucket of a plan, and what `pack` was told that this build was not. */
 static vs_rc read_plan(build_job *j, vs_err *err) {
-  char *text, *path = tool_format("$.buckets[%lld].files", (long long)j->o.bucket - 1);
-  uint64_t n = 0;
-  vs_rc rc = output_read_text(j->o.plan, MAX_PLAN_BYTES, &text, err);
-  if (!rc) rc = json_length(text, "$.buckets", j->o.plan, &n, err);
-  if (!rc && (uint64_t)j->o.bucket > n)
-    rc = vs_fail(err, VS_INVALID, "%s: has %llu buckets, none with number %lld", j->o.plan, (unsigned long long)n,
-                 (long long)j->o.bucket);
-  if (!rc) rc = json_texts(text, path, j->o.plan, &j->files, err);
-  free(text), free(path);
-  return rc;
+  build_options *o = &j->o;
+  vs_rc rc = plan_read(o->plan, &j->plan, err);
+  if (rc) return rc;
+  if ((uint64_t)o->bucket > j->plan.n)
+    return vs_fail(err, VS_INVALID, "%s: has %zu buckets, none with number %lld", o->plan, j->plan.n, (long long)o->bucket);
+  j->bucket = &j->plan.buckets[o->bucket - 1];
+  if (!j->bucket->files.n) return vs_fail(err, VS_INVALID, "%s: bucket %lld has no files", o->plan, (long long)o->bucket);
+  for (size_t i = 0; i < j->bucket->files.n; i++) tool_list_add(&j->files, j->bucket->files.items[i]);
+  if (!o->dim) o->dim = j->plan.dim;
+  if (!o->embedding_dataset) o->embedding_dataset = j->plan.embedding_dataset;
+  if (!o->id_dataset) o->id_dataset = j->plan.id_dataset;
+  plan_hash(j->bucket, j->origin.files);
+  hash_options(j);
+  return VS_OK;
+}
+
+static vs_rc check_rows(const build_job *j, vs_err *err) {
+  if (!j->bucket || j->bucket->n_rows == PLAN_ROWS_UNKNOWN || j->bucket->n_rows == j->in->n_rows) return VS_OK;
+  return vs_fail(err, VS_INVALID,
+                 "bucket %lld of %s: its files hold %llu rows and the plan says %llu: they changed; pack again",
+                 (long long)j->o.bucket, j->o.plan, (unsigned long long)j->in->n_rows,
+                 (unsigned long long)j->bucket->n_rows);
 }
 
 /* ---- the folder ---- */
@@ -178,19 +211,41 @@ static void remove_leftovers(int folder) {
   if (d) closedir(d);
 }
 
+/* A task of an array may be started twice: the second waits, and then finds the bucket built, or builds it where the
+ * first died. */
+static vs_rc wait_for_lock(const build_job *j, vs_err *err) {
+  tool_note("%s: another build is at work in this folder; waiting for it", j->folder);
+  while (flock(j->lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) {
+    if (tool_stop(NULL)) return vs_fail(err, VS_INTERRUPT, "interrupted");
+    usleep(LOCK_POLL_US);
+  }
+  return VS_OK;
+}
+
 static vs_rc lock_folder(build_job *j, vs_err *err) {
   j->lock = open(j->folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (j->lock < 0) return vs_fail(err, VS_IO, "%s: cannot open the folder: %s", j->folder, strerror(errno));
-  if (!flock(j->lock, LOCK_EX | LOCK_NB)) remove_leftovers(j->lock);
-  else if (errno == EWOULDBLOCK)
-    return vs_fail(err, VS_EXISTS, "%s: another build is at work in this folder", j->folder);
-  return VS_OK; /* a file system without locks: go on without */
+  int failed = flock(j->lock, LOCK_EX | LOCK_NB);
+  if (failed && errno != EWOULDBLOCK) return VS_OK; /* a file system without locks: go on without */
+  if (failed && !j->bucket) return vs_fail(err, VS_EXISTS, "%s: another build is at work in this folder", j->folder);
+  vs_rc rc = failed ? wait_for_lock(j, err) : VS_OK;
+  if (!rc) remove_leftovers(j->lock);
+  return rc;
 }
 
-static vs_rc refuse_shards(const build_job *j, vs_err *err) {
+/* Is there the very shard that this build would make? Then there is nothing to do; any other is in the way. */
+static vs_rc look_for_bucket(build_job *j, vs_err *err) {
+  uint64_t n_rows = 0, n_bytes = 0;
+  vs_rc rc = plan_check_shard(j->folder, &j->origin, &n_rows, &n_bytes, err);
+  j->already = !rc, j->result.n_rows = n_rows, j->result.n_bytes = n_bytes;
+  return rc;
+}
+
+static vs_rc refuse_shards(build_job *j, vs_err *err) {
   char **names;
   size_t n;
   vs_err ignored = {0};
+  if (j->bucket && shard_dir_is_shard(j->folder)) return look_for_bucket(j, err);
   if (shard_dir_is_shard(j->folder))
     return vs_fail(err, VS_EXISTS, "%s: already holds a shard; choose another --out, or remove that folder first",
                    j->folder);
@@ -216,7 +271,7 @@ static vs_rc prepare_folder(build_job *j, vs_err *err) {
   if (!rc) rc = output_make_folder(j->folder, &j->n_made, err);
   if (!rc) rc = lock_folder(j, err);
   if (!rc) rc = refuse_shards(j, err); /* a build that finished before we had the lock */
-  if (rc) return rc;
+  if (rc || j->already) return rc;
   const char *set = getenv("TMPDIR");
   j->build.tmpdir = j->o.tmpdir ? j->o.tmpdir : set && *set ? set : j->folder;
   return output_check_space(j->folder, segment_bytes(j), j->build.tmpdir, ivfpq_temp_bytes(j->in, &j->build), err);
@@ -305,7 +360,10 @@ static vs_rc commit(build_job *j, vs_err *err) {
                       .n_columns = j->in->n_columns,
                       .n_segments = 1,
                       .segments = &ref,
-                      .n_rows = j->result.n_rows};
+                      .n_rows = j->result.n_rows,
+                      .origin = j->origin};
+  m.origin.known = 1, m.origin.n_rows = j->in->n_rows;
+  m.origin.n_skipped = j->result.n_bad, m.origin.n_duplicates = j->result.n_duplicates;
   m.columns = j->columns = tool_alloc(m.n_columns, sizeof *m.columns);
   for (size_t c = 0; c < m.n_columns; c++)
     m.columns[c] = (shard_column){(char *)(uintptr_t)j->names[c], types[j->in->column_types[c]],
@@ -316,23 +374,26 @@ static vs_rc commit(build_job *j, vs_err *err) {
   vs_rc rc = shard_manifest_commit(j->folder, &m, err);
   /* Ours now, or (when another writer was first) perhaps the winner's: names come from the content. */
   if (!rc || rc == VS_EXISTS) free(j->temporary), j->temporary = NULL;
+  if (rc == VS_EXISTS && j->bucket) vs_err_reset(err), rc = look_for_bucket(j, err);
   return rc;
 }
 
 /* ---- the whole ---- */
 
 static vs_rc build_shard(build_job *j, vs_err *err) {
+  vs_rc rc = j->o.plan ? read_plan(j, err) : VS_OK;
+  if (rc) return rc;
   input_options opt = {.embedding_dataset = j->o.embedding_dataset,
                        .id_dataset = j->o.id_dataset,
                        .columns = j->datasets,
                        .n_columns = j->o.columns.n,
                        .dim = (uint32_t)j->o.dim};
-  vs_rc rc = j->o.plan ? read_plan(j, err) : VS_OK;
-  if (rc) return rc;
   j->folder = j->o.plan ? tool_format("%s/bucket%lld", j->o.out, (long long)j->o.bucket) : tool_format("%s", j->o.out);
+  if (j->bucket && shard_dir_is_shard(j->folder)) return look_for_bucket(j, err); /* before anything is read */
   if ((rc = input_concat_open(j->files.items, j->files.n, &opt, progress_show, &j->in, err))) return rc;
+  if ((rc = check_rows(j, err))) return rc;
   fill_build(j);
-  if ((rc = prepare_folder(j, err))) return rc;
+  if ((rc = prepare_folder(j, err)) || j->already) return rc;
   char *temporary = tool_format("%s/.seg-%ld.tmp", j->folder, (long)getpid());
   rc = ivfpq_build(j->in, &j->build, temporary, &j->result, err);
   if (rc) {
@@ -354,6 +415,18 @@ static void advise_memory(const build_options *o, vs_err *err) {
   (void)vs_fail(err, VS_NOMEM,
                 "out of memory: build with a smaller --memory (it was %s), with fewer --threads, or allow the process more",
                 now);
+}
+
+static void print_already(const build_job *j) {
+  unsigned long long n_rows = j->result.n_rows, n_bytes = j->result.n_bytes;
+  char bytes[32];
+  if (!j->o.json) {
+    printf("%s: built already, %llu rows, %s\n", j->folder, n_rows, output_size(j->result.n_bytes, bytes));
+    return;
+  }
+  printf("{\"path\":");
+  json_put_text(stdout, j->folder);
+  printf(",\"rows\":%llu,\"bytes\":%llu,\"already\":true}\n", n_rows, n_bytes);
 }
 
 static void print_result(const build_job *j, double seconds) {
@@ -391,6 +464,7 @@ static void reset(build_job *j, vs_rc rc) {
   free(j->owned), free(j->datasets), free(j->names), free(j->flags), free(j->columns), free(j->folder);
   tool_list_reset(&j->o.columns);
   tool_list_reset(&j->files);
+  plan_reset(&j->plan);
 }
 
 int cmd_build(int argc, char **argv) {
@@ -403,7 +477,8 @@ int cmd_build(int argc, char **argv) {
     rc = build_shard(&j, &err);
     advise_memory(&j.o, &err);
     status = tool_report(&err);
-    if (!rc) print_result(&j, tool_seconds() - started);
+    if (!rc && j.already) print_already(&j);
+    else if (!rc) print_result(&j, tool_seconds() - started);
   }
   reset(&j, rc);
   return status;

@@ -108,19 +108,25 @@ static vs_rc take_sample(builder *b, float *sample, uint64_t *seq, size_t want, 
 
 /* ---- pass 2: train ---- */
 
+void ivfpq_build_shape(const ivfpq_build_options *opt, uint32_t dim, uint64_t n_rows, ivfpq_params *p) {
+  uint32_t bits = opt->bits ? opt->bits : 8, subs = opt->subs;
+  p->metric = opt->metric, p->dim = p->dim_padded = dim, p->nlist = 1, p->bits = p->m = p->sub_dim = 0;
+  if (n_rows == 0 || (n_rows < IVFPQ_FLAT_ROWS && !opt->nlist)) return;
+  p->nlist = opt->nlist ? opt->nlist : ivfpq_default_nlist(n_rows);
+  if (!subs) subs = ivfpq_default_subs(dim) * (bits == 4 ? 2 : 1);
+  if (bits == 4) subs = subs < 2 ? 2 : (subs + 1) / 2 * 2;
+  p->sub_dim = (dim + subs - 1) / subs;
+  if (!opt->subs && bits == 8) subs = (dim + p->sub_dim - 1) / p->sub_dim; /* none of padding alone */
+  p->bits = bits, p->m = bits == 4 ? subs / 2 : subs;
+  p->dim_padded = subs * p->sub_dim;
+}
+
 static void shape_model(builder *b) {
   ivfpq_model *m = &b->model;
-  uint64_t n = b->in->n_rows;
-  m->metric = b->opt->metric, m->dim = m->dim_padded = b->in->dim, m->nlist = 1, m->beta = ivfpq_beta(IVFPQ_USUAL_BETA);
-  if (n == 0 || (n < IVFPQ_FLAT_ROWS && !b->opt->nlist)) return;
-  m->nlist = b->opt->nlist ? b->opt->nlist : ivfpq_default_nlist(n);
-  m->bits = b->opt->bits ? b->opt->bits : 8;
-  m->subs = b->opt->subs ? b->opt->subs : ivfpq_default_subs(m->dim) * (m->bits == 4 ? 2 : 1);
-  if (m->bits == 4) m->subs = m->subs < 2 ? 2 : (m->subs + 1) / 2 * 2;
-  m->sub_dim = (m->dim + m->subs - 1) / m->subs;
-  if (!b->opt->subs && m->bits == 8) m->subs = (m->dim + m->sub_dim - 1) / m->sub_dim; /* none of padding alone */
-  m->m = m->bits == 4 ? m->subs / 2 : m->subs;
-  m->dim_padded = m->subs * m->sub_dim;
+  ivfpq_params p = {0};
+  ivfpq_build_shape(b->opt, b->in->dim, b->in->n_rows, &p);
+  m->metric = b->opt->metric, m->dim = p.dim, m->dim_padded = p.dim_padded, m->nlist = p.nlist, m->beta = ivfpq_beta(IVFPQ_USUAL_BETA);
+  m->bits = p.bits, m->m = p.m, m->sub_dim = p.sub_dim, m->subs = ivfpq_subs(p.m, p.bits);
 }
 
 static vs_rc train(builder *b) {

@@ -40,6 +40,8 @@ typedef struct ivfpq_build_result {
 uint32_t ivfpq_default_nlist(uint64_t n_rows);
 /* Sub-quantizers: dim/8 below 512 dimensions, else dim/16, rounded, 1..256. */
 uint32_t ivfpq_default_subs(uint32_t dim);
+/* What a build will choose for such rows: metric, dim, dim_padded, nlist, bits, m, sub_dim. */
+void ivfpq_build_shape(const ivfpq_build_options *opt, uint32_t dim, uint64_t n_rows, ivfpq_params *out);
 /* Bytes of temporary space the build will need at most (long ids and columns aside). */
 uint64_t ivfpq_temp_bytes(const input *in, const ivfpq_build_options *opt);
 

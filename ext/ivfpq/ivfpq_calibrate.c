@@ -46,11 +46,6 @@ static const float levels[] = {.5f,  .6f,  .7f,   .75f, .8f,   .85f, .875f, .9f,
 #define MARGIN .002f        /* measured above a level, because the measure itself varies */
 #define MISS_PART .15       /* of what nprobe partitions miss may a reach add */
 
-/* Nanoseconds. */
-#define ROW_NS(m) (.3 + .06 * ((m) + 2))
-#define PART_NS 60.
-#define CANDIDATE_NS(bytes) (60 + .05 * (bytes))
-
 /* ---- truth ---- */
 
 typedef struct neighbour {
@@ -487,7 +482,7 @@ static void fill_levels(const measure *m, int curve, ivfpq_level *out) {
       outcome o = evaluate(m, curve, b, reaches[r]);
       for (size_t f = 0; f < COUNT(factors); f++) {
         uint32_t n = candidates_of(curve_k[curve], f);
-        double ns = o.rows * ROW_NS(p->m) + o.parts * PART_NS + n * CANDIDATE_NS(p->sketch_bytes ? p->sketch_bytes : p->row_bytes);
+        double ns = o.rows * IVFPQ_ROW_NS(p->m) + o.parts * IVFPQ_PART_NS + n * IVFPQ_CANDIDATE_NS(p->sketch_bytes ? p->sketch_bytes : p->row_bytes);
         for (size_t l = 0; l < COUNT(levels) && o.recall[f] >= levels[l] + (levels[l] < .99f ? MARGIN : 0); l++)
           if (ns < cost[l]) cost[l] = ns, out[l] = (ivfpq_level){levels[l], probes[b], n, reaches[r], (float)o.rows};
       }

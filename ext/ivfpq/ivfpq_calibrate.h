@@ -8,6 +8,11 @@
 #include "ivfpq_model.h"
 #include "ivfpq_segment.h"
 
+/* What a search costs, in nanoseconds of one core: measured on sets of 128 and 960 dimensions. */
+#define IVFPQ_ROW_NS(m) (.3 + .06 * ((m) + 2))            /* a row scanned */
+#define IVFPQ_PART_NS 60.                                 /* a partition probed */
+#define IVFPQ_CANDIDATE_NS(bytes) (60 + .05 * (bytes))    /* a candidate compared by so many bytes */
+
 typedef struct ivfpq_truth ivfpq_truth;
 
 /* The betas that are tried, 0 to 2 in steps of an eighth, and the place of the one that is taken when nothing can be measured. */

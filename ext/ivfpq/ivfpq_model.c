@@ -252,8 +252,10 @@ static vs_rc allocate(ivfpq_model *m, vs_err *err) {
              : vs_nomem(err);
 }
 
+uint32_t ivfpq_default_groups(uint32_t nlist) { return nlist < GROUPS_FROM ? 1 : (uint32_t)ceil(sqrt(nlist)); }
+
 vs_rc ivfpq_model_learn(ivfpq_model *m, const ivfpq_learn *p, float *x, vs_err *err) {
-  m->n_groups = m->nlist < GROUPS_FROM ? 1 : (uint32_t)ceil(sqrt(m->nlist));
+  m->n_groups = ivfpq_default_groups(m->nlist);
   vs_rc rc = allocate(m, err);
   if (rc || !m->m) {
     if (!rc) m->group_first[1] = m->nlist;

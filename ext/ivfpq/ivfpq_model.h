@@ -28,6 +28,8 @@ typedef struct ivfpq_learn {
   void (*progress)(void *ctx, const char *stage, uint64_t done, uint64_t total);
 } ivfpq_learn;
 
+/* Groups of so many partitions (fewer when some turn out empty). */
+uint32_t ivfpq_default_groups(uint32_t nlist);
 /* Fills a model whose scalars are set. The sample is overwritten (that saves a copy). A flat model needs no sample. */
 vs_rc ivfpq_model_learn(ivfpq_model *m, const ivfpq_learn *p, float *sample_padded, vs_err *err) VS_WARN_UNUSED;
 void ivfpq_model_reset(ivfpq_model *m);

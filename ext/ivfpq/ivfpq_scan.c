@@ -26,11 +26,10 @@
 enum {
   AHEAD = 2,                    /* partitions whose codes are asked for before they are needed */
   SCAN_ROWS = 16 * KERN_BLOCK,  /* rows between two looks at the threshold */
-  PARTS_BYTES = 64 << 20,       /* of partitions held at once */
+  PARTS_BYTES = IVFPQ_PARTS_BYTES,
   CHUNK = 16,                   /* partitions put in order, and looked up, at once: most queries stop early */
   RESERVE = 16,                 /* projected ranks that are looked at in full before they can be due */
-  FILTERED = 128,               /* ranks kept beyond nprobe when a filter may want more */
-  ALL_GROUPS_BYTES = 32 << 20   /* centroids: up to here all are ranked */
+  FILTERED = 128                /* ranks kept beyond nprobe when a filter may want more */
 };
 
 uint32_t ivfpq_default_nprobe(uint32_t nlist) {
@@ -107,7 +106,7 @@ static const ivfpq_group_view *view_of(const scan *c, uint32_t group) {
 }
 
 int ivfpq_ranks_all(const ivfpq_segment *s, const ivfpq_query *q) {
-  return s->section[IVFPQ_GROUPS].size <= ALL_GROUPS_BYTES || q->n_candidates > s->params.n_rows / 8;
+  return s->section[IVFPQ_GROUPS].size <= IVFPQ_ALL_GROUPS_BYTES || q->n_candidates > s->params.n_rows / 8;
 }
 
 /* All groups in their order, and how many of them to read at first. Groups are rough: on two clustered sets (1,000,000 x 128 and
@@ -116,7 +115,7 @@ int ivfpq_ranks_all(const ivfpq_segment *s, const ivfpq_query *q) {
 vs_rc ivfpq_choose_groups(const ivfpq_segment *s, const ivfpq_query *q, const float *x, uint32_t *order, uint32_t *place, size_t *n,
                           vs_err *err) {
   const ivfpq_params *p = &s->params;
-  uint64_t lanes = ivfpq_round(p->n_groups, 16), enough = (uint64_t)q->nprobe * 32 + 64, have = 0;
+  uint64_t lanes = ivfpq_round(p->n_groups, 16), enough = ivfpq_enough_centroids(p->nlist, q->nprobe), have = 0;
   *n = p->n_groups;
   for (uint32_t g = 0; g < p->n_groups; g++) order[g] = place[g] = g;
   if (ivfpq_ranks_all(s, q)) return VS_OK;
@@ -129,7 +128,6 @@ vs_rc ivfpq_choose_groups(const ivfpq_segment *s, const ivfpq_query *q, const fl
   kern_get()->scores_f32(x, p->dim_padded, s->group_centroids, s->group_bias, p->n_groups, score);
   for (uint32_t g = 0; g < p->n_groups; g++) key[g] = kern_key(-score[g], g);
   kern_sort_u64(key, p->n_groups, key + p->n_groups + 1);
-  if (enough < p->nlist / 2) enough = p->nlist / 2;
   *n = 0;
   for (uint32_t i = 0; i < p->n_groups; i++) {
     uint32_t g = kern_key_number(key[i]);

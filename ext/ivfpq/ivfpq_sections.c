@@ -14,9 +14,6 @@
 #include "ivfpq_build_int.h"
 #include "ivfpq_sketch.h"
 
-/* Bytes of a stored vector from which on a sketch of a quarter of that saves more reading than it costs space. */
-enum { SKETCH_FROM = 1024 };
-
 /* ---- pass 4: SCAN ---- */
 
 typedef struct scan_piece {
@@ -358,10 +355,11 @@ vs_rc build_write_rows(builder *b) {
   rows_pass p = {.heap.fd = -1, .columns.fd = -1, .sketches.fd = -1};
   ivfpq_params *h = &b->params;
   h->id_text = (uint32_t)build_text_ids(b);
-  h->id_width = !h->id_text ? 0 : b->id_max > IVFPQ_ID_INLINE ? IVFPQ_ID_INLINE : b->id_max < 8 ? 8 : (uint32_t)ivfpq_round(b->id_max, 4);
-  h->row_bytes = (uint32_t)(build_vector_bytes(b) + (h->id_text ? 4 + h->id_width : 8) + (b->in->n_columns ? 12 : 0) + 4);
-  if (b->model.m && build_vector_bytes(b) >= SKETCH_FROM)
-    h->sketch_bytes = ivfpq_sketch_bytes((uint32_t)ivfpq_round(b->model.dim_padded, 4));
+  h->id_width = h->id_text ? ivfpq_id_width(b->id_max ? b->id_max : 1) : 0;
+  h->dim = b->model.dim, h->dim_padded = b->model.dim_padded, h->m = b->model.m;
+  h->store = b->opt->store_f16 != 0, h->n_columns = (uint32_t)b->in->n_columns;
+  h->row_bytes = (uint32_t)ivfpq_row_bytes(h);
+  h->sketch_bytes = ivfpq_default_sketch(h);
   vs_rc rc = ivfpq_sorter_open(b->opt->tmpdir, b->memory / 8, &b->sorter, b->err);
   if (!rc) rc = open_rows_pass(b, &p);
   if (!rc) rc = write_rows_section(b, &p);

@@ -120,8 +120,11 @@ static inline void ivfpq_row_prefetch(const ivfpq_segment *s, uint32_t row) {
   const uint8_t *p = s->mapped_rows + (uint64_t)row * s->params.row_bytes;
   for (uint32_t z = 0; z < s->params.row_bytes; z += 64) __builtin_prefetch(p + z);
 }
+static inline const uint8_t *ivfpq_row_id_place(const ivfpq_segment *s, uint32_t row) {
+  return s->mapped_rows + (uint64_t)row * s->params.row_bytes + (uint64_t)s->params.dim * (s->params.store ? 2 : 4);
+}
 static inline void ivfpq_row_id_prefetch(const ivfpq_segment *s, uint32_t row) {
-  const uint8_t *p = s->mapped_rows + (uint64_t)row * s->params.row_bytes + (uint64_t)s->params.dim * (s->params.store ? 2 : 4);
+  const uint8_t *p = ivfpq_row_id_place(s, row);
   __builtin_prefetch(p);
   if (s->params.id_text) __builtin_prefetch(p + 4 + s->params.id_width);
   __asm__ volatile("" : : "r"(p)); /* else GCC takes this for a function without effect, and leaves it out */

@@ -99,6 +99,8 @@ const kern *kern_variant(const char *name);
 
 /* Ascending sort of 64-bit keys; scratch has room for n keys. Radix for long arrays, insertion for short ones. */
 void kern_sort_u64(uint64_t *a, size_t n, uint64_t *scratch);
+/* The same by the bits from `bit` on, stable: keys that are equal there stay as they came. */
+void kern_sort_u64_from(uint64_t *a, size_t n, int bit, uint64_t *scratch);
 
 /* Packs an n_c x dim row-major matrix for scores_f32 and argmax_f32: groups of KERN_LANES rows interleaved, element (c, j)
  * at packed[((c / 16) * dim + j) * 16 + c % 16]; the last group is filled with zeros. packed holds kern_packed_len floats. */

@@ -105,45 +105,62 @@ void kern_pack_i8(const int8_t *c, size_t n_c, size_t dim, uint8_t *packed) {
 
 /* ------------------------------------------------------------------ sorting */
 
-/* Below this the eight histograms cost more than the quadratic moves. */
-enum { INSERTION_MAX = 64 };
+enum {
+  INSERTION_MAX = 64, /* below this counting digits costs more than the quadratic moves */
+  WIDE_FROM = 4096,   /* keys from which on fewer passes with wide digits pay for their larger tables */
+  NARROW = 8, WIDE = 11
+};
 
-static void sort_insertion(uint64_t *a, size_t n) {
+static inline void sort_insertion_from(uint64_t *a, size_t n, int bit) {
   for (size_t i = 1; i < n; i++) {
     uint64_t key = a[i];
     size_t at = i;
-    for (; at && a[at - 1] > key; at--) a[at] = a[at - 1];
+    for (; at && a[at - 1] >> bit > key >> bit; at--) a[at] = a[at - 1];
     a[at] = key;
   }
 }
+static void sort_insertion(uint64_t *a, size_t n) { sort_insertion_from(a, n, 0); }
 
-/* Least significant byte first; one read counts the bytes of all eight passes, and a pass in which all keys share the
- * byte (the high bytes of row numbers, the exponents of distances) is skipped. */
-void kern_sort_u64(uint64_t *a, size_t n, uint64_t *scratch) {
+/* One pass: stable, by the digit of `width` bits from `shift` on. */
+static void sort_digit(const uint64_t *from, uint64_t *to, size_t n, int shift, int width) {
+  uint32_t at[1 << WIDE]; /* keys are numbered with 32 bits */
+  const uint64_t mask = ((uint64_t)1 << width) - 1;
+  memset(at, 0, sizeof *at << width);
+  for (size_t i = 0; i < n; i++) at[from[i] >> shift & mask]++;
+  uint32_t sum = 0;
+  for (uint64_t v = 0; v <= mask; v++) {
+    uint32_t here = at[v];
+    at[v] = sum;
+    sum += here;
+  }
+  for (size_t i = 0; i < n; i++) to[at[from[i] >> shift & mask]++] = from[i];
+}
+
+/* Least significant digit first. Digits start at bits in which keys differ: what all share (the high bits of row numbers, the
+ * exponents of distances) is passed over. */
+void kern_sort_u64_from(uint64_t *a, size_t n, int bit, uint64_t *scratch) {
   if (n <= INSERTION_MAX) {
-    sort_insertion(a, n);
+    sort_insertion_from(a, n, bit);
     return;
   }
-  size_t count[8][256];
-  memset(count, 0, sizeof count);
-  for (size_t i = 0; i < n; i++)
-    for (int byte = 0; byte < 8; byte++) count[byte][a[i] >> 8 * byte & 255]++;
-
-  uint64_t *from = a, *to = scratch;
-  for (int byte = 0; byte < 8; byte++) {
-    if (count[byte][from[0] >> 8 * byte & 255] == n) continue;
-    size_t at = 0;
-    for (int v = 0; v < 256; v++) {
-      size_t here = count[byte][v];
-      count[byte][v] = at;
-      at += here;
-    }
-    for (size_t i = 0; i < n; i++) to[count[byte][from[i] >> 8 * byte & 255]++] = from[i];
+  int width = n < WIDE_FROM ? NARROW : WIDE;
+  uint64_t differ = 0, *from = a, *to = scratch;
+  for (size_t i = 1; i < n; i++) differ |= a[i] ^ a[0];
+  differ = differ >> bit << bit;
+  while (differ) {
+    int shift = __builtin_ctzll(differ), above = shift + width;
+    sort_digit(from, to, n, shift, width);
+    differ = above < 64 ? differ >> above << above : 0;
     uint64_t *swap = from;
     from = to;
     to = swap;
   }
   if (from != a) memcpy(a, from, n * sizeof *a);
+}
+
+void kern_sort_u64(uint64_t *a, size_t n, uint64_t *scratch) {
+  if (n <= INSERTION_MAX) sort_insertion(a, n); /* made for all bits: small sorts are many */
+  else kern_sort_u64_from(a, n, 0, scratch);
 }
 
 /* ------------------------------------------------------------------ selection */

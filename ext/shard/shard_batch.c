@@ -112,12 +112,19 @@ static vs_rc add_found(shard_found *f, const segment_task *t, const uint64_t *ke
   return VS_OK;
 }
 
+static vs_rc keep_best(const run *r, shard_found *f, vs_err *err) {
+  ivfpq_keys work = {0};
+  vs_rc rc = r->exact ? shard_hits_nearest(f->hits, &f->n, r->k, &work, err) : shard_keep_best(f->hits, &f->n, r->n_candidates, &work, err);
+  ivfpq_keys_reset(&work);
+  return rc;
+}
+
 /* One segment's best of one query; no two calls for one query at a time, since segments are scanned one after another. */
 static vs_rc take(void *ctx, size_t query, const uint64_t *keys, size_t n, vs_err *err) {
   const segment_task *t = ctx;
   shard_found *f = &t->r->found[query];
   vs_rc rc = add_found(f, t, keys, n, err);
-  if (!rc && f->n > CUT_FROM * t->r->n_candidates) rc = shard_keep_best(f->hits, &f->n, t->r->n_candidates, err);
+  if (!rc && f->n > CUT_FROM * t->r->n_candidates) rc = keep_best(t->r, f, err);
   return rc;
 }
 
@@ -160,7 +167,10 @@ static vs_rc run_exact(run *r, vs_err *err) {
     segment_task *t = &r->tasks[i];
     ivfpq_query q = segment_query(r, t);
     rc = ivfpq_exact_many(t->segment, &q, r->b->queries, r->b->n, r->q.threads, keys, &r->stats, err);
-    for (size_t j = 0; j < r->b->n && !rc; j++) rc = add_found(&r->found[j], t, keys[j].key, keys[j].n, err);
+    for (size_t j = 0; j < r->b->n && !rc; j++) {
+      kern_sort_u64(keys[j].key, keys[j].n, keys[j].scratch);
+      rc = add_found(&r->found[j], t, keys[j].key, keys[j].n, err);
+    }
     for (size_t j = 0; j < r->b->n; j++) ivfpq_keys_reset(&keys[j]);
   }
   for (size_t j = 0; keys && j < r->b->n; j++) ivfpq_keys_reset(&keys[j]);
@@ -176,10 +186,7 @@ static void cut_slice(void *ctx, size_t slice) {
   vs_rc rc = VS_OK;
   for (size_t i = slice * SLICE; i < r->b->n && i < (slice + 1) * SLICE && !rc; i++) {
     shard_found *f = &r->found[i];
-    if (r->exact) {
-      if (f->n) qsort(f->hits, f->n, sizeof *f->hits, shard_hit_order);
-      if (f->n > r->k) f->n = (size_t)r->k;
-    } else if (f->n > r->n_candidates) rc = shard_keep_best(f->hits, &f->n, r->n_candidates, &err);
+    if (r->exact ? r->n_tasks > 1 : f->n > r->n_candidates) rc = keep_best(r, f, &err);
   }
   if (rc) fail(r, rc, &err);
 }

@@ -172,10 +172,11 @@ static vs_rc run_slice(slice *s, vs_err *err) {
     number(s);
   }
   if (!rc) rc = each_segment(s, compare, err);
-  for (size_t i = 0; i < s->n && !rc; i++) {
-    shard_found *f = &s->j->found[s->query[i]];
-    rc = shard_keep_nearest(s->j->r->k, f->hits, &f->n, err);
-  }
+  ivfpq_keys work = {0};
+  shard_refine r = *s->j->r;
+  r.work = &work;
+  for (size_t i = 0; i < s->n && !rc; i++) rc = shard_keep_nearest(&r, s->j->found[s->query[i]].hits, &s->j->found[s->query[i]].n, err);
+  ivfpq_keys_reset(&work);
   return rc;
 }
 
@@ -248,10 +249,13 @@ static void refine_one(void *ctx, size_t i) {
   shard_refine r = *j->r;
   vs_err err = {0};
   uint64_t refined = 0;
+  ivfpq_keys work = {0};
   if (failed(j)) return;
+  r.work = &work;
   q.query = j->queries + i * q.dim, r.q = &q;
   vs_rc rc = shard_refine_run(&r, j->found[i].hits, &j->found[i].n, &refined, &err);
   if (rc) fail(j, rc, &err);
+  ivfpq_keys_reset(&work);
   __atomic_fetch_add(&j->refined, refined, __ATOMIC_RELAXED);
 }
 
@@ -302,6 +306,7 @@ vs_rc shard_refine_many(const shard_refine *r, const float *queries, shard_found
       mapped &= ivfpq_rows_mapped(s);
       if (coded > j.coded) j.coded = coded;
     }
+  for (size_t i = 0; i < n && mapped; i++) mapped = found[i].n < SHARD_MANY; /* more are read in order anyway */
   vs_rc rc = mapped ? refine_mapped(&j, err) : refine_read(&j, err);
   *refined = j.refined;
   return rc;

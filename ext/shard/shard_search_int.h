@@ -21,8 +21,8 @@ void shard_stop_enter(shard_stop *s);
 void shard_stop_leave(shard_stop *s);
 int shard_stop_poll(void *ctx); /* a shard_stop */
 
-/* The n_best hits with the smallest estimates, in any order. */
-vs_rc shard_keep_best(shard_hit *hits, size_t *n, uint64_t n_best, vs_err *err) VS_WARN_UNUSED;
+/* The n_best hits with the smallest estimates, in the order they had. */
+vs_rc shard_keep_best(shard_hit *hits, size_t *n, uint64_t n_best, ivfpq_keys *work, vs_err *err) VS_WARN_UNUSED;
 /* Equal distances within a shard come in the order of their ids. */
 vs_rc shard_order_ties(const shard_search *q, shard_hit *hits, size_t n, vs_err *err) VS_WARN_UNUSED;
 /* 1: some of it lies in a store, and will be read anew. */

@@ -17,7 +17,7 @@ enum {
 };
 
 /* Both defaults were set on two clustered sets (1,000,000 x 128 l2, 300,000 x 960 cosine), k = 100 ... 10,000: recall@k .95 to .99. */
-static uint64_t candidates_for(uint64_t k, int64_t refine, uint64_t n_rows) {
+uint64_t shard_spend_candidates(uint64_t k, int64_t refine, uint64_t n_rows) {
   uint64_t want;
   if (refine >= 0) {
     uint64_t factor = refine ? (uint64_t)refine : 1;
@@ -31,17 +31,17 @@ static uint64_t candidates_for(uint64_t k, int64_t refine, uint64_t n_rows) {
   return want < n_rows ? want : n_rows;
 }
 
-static uint32_t nprobe_for(const shard_search *q, uint64_t k, const ivfpq_segment *s) {
-  uint64_t n = q->nprobe < 0 ? ivfpq_default_nprobe(s->params.nlist) : (uint64_t)q->nprobe;
-  if (q->nprobe < 0 && k > EASED_FROM) n = (uint64_t)((double)n * sqrt((double)k / EASED_FROM));
+uint32_t shard_spend_nprobe(uint64_t k, int64_t nprobe, uint32_t nlist) {
+  uint64_t n = nprobe < 0 ? ivfpq_default_nprobe(nlist) : (uint64_t)nprobe;
+  if (nprobe < 0 && k > EASED_FROM) n = (uint64_t)((double)n * sqrt((double)k / EASED_FROM));
   if (n < 1) n = 1;
-  return n > s->params.nlist ? s->params.nlist : (uint32_t)n;
+  return n > nlist ? nlist : (uint32_t)n;
 }
 
 /* By nprobe and refine, given or not. */
 static ivfpq_setting usual(const shard_search *q, uint64_t k, uint64_t n_rows, const ivfpq_segment *s) {
-  uint32_t nprobe = nprobe_for(q, k, s);
-  return (ivfpq_setting){nprobe, candidates_for(k, q->refine, n_rows), ivfpq_reach_for(s, nprobe)};
+  uint32_t nprobe = shard_spend_nprobe(k, q->nprobe, s->params.nlist);
+  return (ivfpq_setting){nprobe, shard_spend_candidates(k, q->refine, n_rows), ivfpq_reach_for(s, nprobe)};
 }
 
 /* By recall; what is given beside it wins. */

@@ -167,7 +167,7 @@ const shard_hit *many_hit(const many *m) {
 
 uint32_t many_query_no(const many *m) { return m->sorted ? m->all[m->at].query_no : m->first_query + m->query; }
 
-int many_id(const many *m, int64_t *id) {
+int many_id_at_hand(const many *m, sqlite3_int64 *id) {
   if (m->sorted || m->streams || !m->answers.ids) return 0;
   *id = m->answers.ids[m->at];
   return 1;

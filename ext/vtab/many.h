@@ -43,11 +43,11 @@ vs_rc many_next(many *m, vs_err *err) VS_WARN_UNUSED;
 static inline int many_eof(const many *m) { return m->at >= m->n; }
 const shard_hit *many_hit(const many *m);
 uint32_t many_query_no(const many *m);
-int many_id(const many *m, int64_t *id); /* 1: *id is that of the current row, without a read */
 vs_rc many_row(many *m, int with_columns, ivfpq_segment **segment, const uint8_t **record, vs_err *err) VS_WARN_UNUSED; /* as stream_row */
-/* The same where there is nothing to wait for, to compute or to count, as stream_step and stream_row_at_hand. */
+/* The same where there is nothing to wait for, to compute or to count, as stream_step, stream_row_at_hand and stream_id_at_hand. */
 int many_step(many *m);
 int many_row_at_hand(many *m, ivfpq_segment **segment, const uint8_t **record, vs_rc *rc, vs_err *err);
+int many_id_at_hand(const many *m, sqlite3_int64 *id);
 void many_reset(many *m); /* legal on a zeroed one */
 
 #endif

@@ -13,7 +13,9 @@ enum {
   WIDEN = 4,
   MOST = STREAM_MOST,  /* rows in one batch, and of the first phase */
   APPROXIMATE_PART = 8, /* up to this part of the rows an approximate search reads less than brute force */
-  PREFETCH = 12        /* rows between asking for a row's bytes and handing it out */
+  PREFETCH = 12,       /* rows between asking for a row's bytes and handing it out */
+  IDS_FROM = 1024,     /* results from which on it pays to read ids together */
+  IDS_AT_ONCE = 1 << 16
 };
 
 static shard_search search_of(stream *s, uint64_t k) {
@@ -32,6 +34,7 @@ static int search_order(const shard_hit *a, const shard_hit *b) {
 static vs_rc run(stream *s, const shard_search *q, vs_err *err) {
   shard_stats stats;
   ahead_reset(&s->ahead);
+  s->ids_first = s->ids_end = 0, s->no_ids = 0;
   free(s->hits), s->hits = NULL;
   s->at = s->n = 0;
   vs_rc rc = shard_search_run(q, &s->hits, &s->n, &stats, err);
@@ -268,6 +271,46 @@ int stream_row_at_hand(stream *s, stream_want want, ivfpq_segment **segment, con
   return 1;
 }
 
+/* Results come by distance, so that each id lies in another page of memory than the one before, and is waited for although it was
+ * asked for ahead (80 ns on a set of 512 MB, 170 on one of 1.1 GB). Page after page they take a third of that, sorting included.
+ * 0: something stands against it; reading row by row will tell. */
+static int gather_ids(stream *s) {
+  enum { PLACE = 16, PAGE = 12 }; /* a key is an address and, in its low bits, a place in the list */
+  size_t n = s->n - s->at < IDS_AT_ONCE ? s->n - s->at : IDS_AT_ONCE;
+  const shard_hit *h = s->hits + s->at;
+  if (n < IDS_FROM) return 0;
+  uint64_t *key = malloc(2 * n * sizeof *key);
+  if (!s->ids) s->ids = malloc(IDS_AT_ONCE * sizeof *s->ids);
+  int ok = key && s->ids;
+  for (size_t i = 0; i < n && ok; i++) {
+    const ivfpq_segment *segment = s->shards[h[i].shard]->segments[h[i].segment];
+    uint64_t at = ivfpq_rows_mapped(segment) && !segment->params.id_text ? (uint64_t)(uintptr_t)ivfpq_row_id_place(segment, h[i].row) : 0;
+    ok = at && at >> 48 == 0;
+    key[i] = at << PLACE | i;
+  }
+  if (ok) kern_sort_u64_from(key, n, PLACE + PAGE, key + n);
+  for (size_t i = 0; i < n && ok; i++) {
+    const shard_hit *row = &h[key[i] & (IDS_AT_ONCE - 1)];
+    const uint8_t *unused;
+    if (i + PREFETCH < n) __builtin_prefetch((const void *)(uintptr_t)(key[i + PREFETCH] >> PLACE));
+    ok = !ivfpq_row_mapped(s->shards[row->shard]->segments[row->segment], row->row, &unused, NULL);
+    if (ok) memcpy(&s->ids[row - h], (const void *)(uintptr_t)(key[i] >> PLACE), sizeof *s->ids);
+  }
+  free(key);
+  if (ok) s->ids_first = s->at, s->ids_end = s->at + n;
+  return ok;
+}
+
+int stream_id_at_hand(stream *s, sqlite3_int64 *id) {
+  if (s->at - s->ids_first >= s->ids_end - s->ids_first) {
+    if (s->no_ids || s->n - s->at < IDS_FROM || s->want == STREAM_VECTOR) return 0;
+    s->no_ids = !gather_ids(s);
+    if (s->no_ids) return 0;
+  }
+  *id = s->ids[s->at - s->ids_first];
+  return 1;
+}
+
 static const shard_hit *hit_at(void *ctx, size_t i) { return &((stream *)ctx)->hits[i]; }
 
 vs_rc stream_row(stream *s, int with_columns, ivfpq_segment **segment, const uint8_t **record, vs_err *err) {
@@ -287,6 +330,6 @@ vs_rc stream_row(stream *s, int with_columns, ivfpq_segment **segment, const uin
 void stream_reset(stream *s) {
   drop_row(s);
   ahead_reset(&s->ahead);
-  free(s->hits), free(s->query), free(s->filters), free(s->seen);
+  free(s->hits), free(s->query), free(s->filters), free(s->seen), free(s->ids);
   memset(s, 0, sizeof *s);
 }

@@ -68,6 +68,9 @@ typedef struct stream {
   ivfpq_row row;
   int has_row;
   stream_want want;       /* what was asked of rows so far */
+  sqlite3_int64 *ids;     /* of results from ids_first to ids_end, read together; NULL: none */
+  size_t ids_first, ids_end;
+  int no_ids;             /* these results' ids are read one by one */
   ahead ahead;
 } stream;
 
@@ -84,6 +87,8 @@ vs_rc stream_row(stream *s, int with_columns, ivfpq_segment **segment, const uin
  * of a mapped file. 0: it has to be done by the other function. */
 int stream_step(stream *s);
 int stream_row_at_hand(stream *s, stream_want want, ivfpq_segment **segment, const uint8_t **record, vs_rc *rc, vs_err *err);
+/* The current row's id, where it is a number, lies in a mapped file and there are many results; 0: read the row. */
+int stream_id_at_hand(stream *s, sqlite3_int64 *id);
 void stream_reset(stream *s); /* legal on a zeroed stream */
 
 #endif

@@ -463,6 +463,11 @@ static vs_rc row_column(union_cursor *c, sqlite3_context *ctx, int column, vs_er
   ivfpq_segment *s;
   const uint8_t *record;
   vs_rc rc;
+  sqlite3_int64 id;
+  if (column == COL_ID && (c->many ? many_id_at_hand(&c->answers, &id) : stream_id_at_hand(&c->hits, &id))) {
+    sqlite3_result_int64(ctx, id);
+    return VS_OK;
+  }
   stream_want want = column == COL_EMBEDDING ? STREAM_VECTOR : STREAM_ID;
   int with_columns = column == COL_ROW || column >= N_FIXED;
   if (c->many ? many_row_at_hand(&c->answers, &s, &record, &rc, err) : stream_row_at_hand(&c->hits, want, &s, &record, &rc, err))
@@ -495,12 +500,10 @@ static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
   vs_rc rc = VS_OK;
   vs_err_reset(&err);
   uint32_t query_no = c->many ? many_query_no(&c->answers) : 0;
-  int64_t id;
   if (hidden_of(t, column) >= 0) hidden_column(c, t, ctx, hidden_of(t, column));
   else if (column == COL_SHARD) sqlite3_result_text(ctx, c->set.names[current(c)->shard], -1, SQLITE_TRANSIENT);
   else if (column == COL_DISTANCE) sqlite3_result_double(ctx, current(c)->distance);
   else if (column == COL_QUERY_NO) sqlite3_result_int64(ctx, query_no);
-  else if (column == COL_ID && c->many && many_id(&c->answers, &id)) sqlite3_result_int64(ctx, id);
   else if (column == COL_QUERY_KEY) vec_batch_key(&c->batch, query_no, ctx);
   else rc = row_column(c, ctx, column, &err);
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;

@@ -573,6 +573,11 @@ static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
     hidden_column(c, ctx, hidden);
     return SQLITE_OK;
   }
+  sqlite3_int64 id;
+  if (column == 0 && c->kind == PLAN_SEARCH && stream_id_at_hand(&c->hits, &id)) {
+    sqlite3_result_int64(ctx, id);
+    return SQLITE_OK;
+  }
   vs_err_reset(&err);
   if (row_at_hand(c, column == 1 ? STREAM_VECTOR : STREAM_ID, &s, &record, &rc, &err)) {
     if (!rc) rc = stored_column(c, ctx, s, record, column, &err);
@@ -591,7 +596,7 @@ static int x_rowid(sqlite3_vtab_cursor *v, sqlite3_int64 *rowid) {
   uint32_t segment = c->kind == PLAN_SEARCH ? stream_hit(&c->hits)->segment : c->segment;
   uint32_t number = c->kind == PLAN_SEARCH ? stream_hit(&c->hits)->row : c->row;
   *rowid = (sqlite3_int64)((uint64_t)segment << 32 | number);
-  if (t->m.id_text) return SQLITE_OK;
+  if (t->m.id_text || (c->kind == PLAN_SEARCH && stream_id_at_hand(&c->hits, rowid))) return SQLITE_OK;
   vs_err err;
   vs_rc rc;
   ivfpq_id id;
