@@ -115,7 +115,7 @@ def is_alive(pid):
 
 
 class Slurm:
-    def __init__(self, nodes=3, cpus=1, memory_mb=1024, node_timeout=2, max_array=1001):
+    def __init__(self, nodes=3, cpus=1, memory_mb=1024, node_timeout=4, max_array=1001):
         self.dir = tempfile.mkdtemp(prefix="vecshard-slurm-")  # short: the path of a socket has at most 107 bytes
         self.children, self.count = {}, nodes
         self.conf = os.path.join(self.dir, "slurm.conf")

@@ -6,7 +6,6 @@ never taken for it; that of several builds of one bucket one works and the other
 missing, foreign, twice or damaged, and names the buckets to build again; and that on a real Slurm (test/slurm.py) with a build and two
 nodes dying the database comes out complete, each row once, and published.
 """
-import fcntl
 import itertools
 import json
 import os
@@ -85,27 +84,26 @@ def builds_of(bucket, db):
     return slurm.processes(lambda a, e: a[:1] == [TOOL.encode()] and any(a[i:i + 4] == want for i in range(len(a))))
 
 
-def freeze(bucket, db, seconds=30):
-    """Waits for a build of the bucket, stops it where it is, and returns its process number."""
-    def stopped():
-        for pid, _, _ in builds_of(bucket, db):
-            os.kill(pid, signal.SIGSTOP)
-            return pid
-    return slurm.until("a build of bucket %d" % bucket, seconds, stopped, 0.005)
-
-
-def is_locked(folder):
+def holder_of_lock(folder):
+    """The process that has locked a folder, else None; without touching the lock."""
     try:
-        fd = os.open(folder, os.O_RDONLY)
+        inode = os.stat(folder).st_ino
     except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
+        return None
+    for line in pathlib.Path("/proc/locks").read_text().splitlines():  # 1: FLOCK  ADVISORY  WRITE 4711 00:2e:1234 0 EOF
+        words = line.split()
+        if words[1:4] == ["FLOCK", "ADVISORY", "WRITE"] and words[5].endswith(":%d" % inode):
+            return int(words[4])
+    return None
+
+
+def freeze(bucket, db, seconds=30):
+    """Waits for the build that works on the bucket, stops it where it is, and returns its process number."""
+    folder = pathlib.Path(db) / ("bucket%d" % bucket)
+    pid = slurm.until("a build of bucket %d" % bucket, seconds, lambda: holder_of_lock(folder), 0.005)
+    os.kill(pid, signal.SIGSTOP)
+    assert not list(folder.glob("manifest-*")), "the build was over too soon"
+    return pid
 
 
 def start_build(plan, bucket, db):
@@ -238,7 +236,7 @@ def test_killed_build_while_another_waits(tmp_path):
     build_bucket(plan, 1, undisturbed)
     first = start_build(plan, 1, db)
     slurm.until("its temporary file", 60, lambda: list((db / "bucket1").glob(".seg-*.tmp")), 0.001)
-    first.send_signal(signal.SIGSTOP)
+    assert freeze(1, db) == first.pid
     second = start_build(plan, 1, db)
     assert "waiting for it" in second.stderr.readline()
     assert second.poll() is None and missing(db, plan) == "1\n"
@@ -253,8 +251,7 @@ def test_waiting_build_is_interrupted(tmp_path):
     files, _ = files_of(tmp_path, [9000])
     plan, _ = pack(tmp_path, files, 9000)
     first = start_build(plan, 1, tmp_path / "db")
-    slurm.until("its lock", 60, lambda: is_locked(tmp_path / "db" / "bucket1"), 0.001)
-    first.send_signal(signal.SIGSTOP)
+    assert freeze(1, tmp_path / "db") == first.pid
     second = start_build(plan, 1, tmp_path / "db")
     try:
         assert "waiting for it" in second.stderr.readline()
@@ -397,6 +394,7 @@ def test_rows_that_a_build_leaves_out_are_not_missing(tmp_path):
     build_bucket(plan, 1, tmp_path / "db", "--bad-rows", "skip", "--duplicates", "first")
     assert len(all_ids(tmp_path / "db")) == n_rows - 3
     assert "sound: 1 shard" in tool("verify", tmp_path / "db", "--plan", plan).stdout
+    assert json.loads(tool("info", tmp_path / "db", "--json").stdout)["shards"][0]["built"] == {"rows": 70, "skipped": 2, "duplicates": 1}
     assert "built already, 67 rows" in build_bucket(plan, 1, tmp_path / "db", "--bad-rows", "skip", "--duplicates", "first").stdout
 
 
