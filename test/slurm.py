@@ -131,7 +131,7 @@ class Slurm:
                         % (i + 1, host, ports[i + 1], cpus, memory_mb))
             f.write("PartitionName=all Nodes=n[1-%d] Default=YES MaxTime=INFINITE State=UP\n" % nodes)
         with open(os.path.join(self.dir, "cgroup.conf"), "w") as f:
-            f.write("CgroupAutomount=no\n")
+            f.write("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\nCgroupMountpoint=%s/cgroup\n" % self.dir)  # else it looks for a real one
         with open(os.open(os.path.join(self.dir, "munge.key"), os.O_WRONLY | os.O_CREAT, 0o600), "wb") as f:
             f.write(os.urandom(128))
 
@@ -139,6 +139,7 @@ class Slurm:
         try:
             self.start()
         except BaseException:
+            print(self.logs())
             self.stop()
             raise
         return self
