@@ -181,7 +181,7 @@ static double ns_per_call(const kernel_case *c, const kern *k) {
 }
 
 int main(void) {
-  static const char *const variants[] = {"scalar", "neon", "avx2", "avx512"};
+  static const char *const variants[] = {"scalar", "neon", "dotprod", "avx2", "avx512"};
   prepare();
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     const kernel_case *c = &cases[i];

@@ -83,7 +83,7 @@ def measured(folder):
 
 def table(found):
     """Header and rows for bench_report.columns."""
-    variants = [v for v in ("scalar", "neon", "avx2", "avx512") if any(v in k["ns"] for k in found["kernels"])]
+    variants = [v for v in ("scalar", "neon", "dotprod", "avx2", "avx512") if any(v in k["ns"] for k in found["kernels"])]
     head = ["kernel", "shape"] + ["%s ns" % v for v in variants] + ["speed", "of", "ceiling", "numpy ns", "times numpy"]
     rows = []
     for k in found["kernels"]:

@@ -283,6 +283,41 @@ static void test_holes(void **state) {
   }
 }
 
+/* Of some rows only some chunks exist: they hold no vector. */
+static void test_holes_beside(void **state) {
+  hsize_t chunk[2] = {10, 4}, shape[2] = {60, 14}, start[2] = {20, 4}, count[2] = {10, 4};
+  float full[60 * 14], part[40];
+  (void)state;
+  for (uint32_t i = 0; i < 60 * 14; i++) full[i] = value_at(i / 14, i % 14);
+  for (int filters = 0; filters < 2; filters++)
+    for (int threads = 1; threads < 3; threads++) {
+      vs_err err = {0};
+      input_batch b;
+      h5_maker m = begin(in_dir("beside.h5"));
+      H5Pset_chunk(m.props, 2, chunk);
+      if (filters) H5Pset_deflate(m.props, 1);
+      hid_t space = H5Screate_simple(2, shape, NULL), room = H5Screate_simple(2, count, NULL), top;
+      hsize_t top_start[2] = {0, 0}, top_count[2] = {20, 14};
+      hid_t d = H5Dcreate2(m.file, "embedding", H5T_IEEE_F32LE, space, H5P_DEFAULT, m.props, H5P_DEFAULT);
+      H5Sselect_hyperslab(space, H5S_SELECT_SET, top_start, NULL, top_count, NULL);
+      top = H5Screate_simple(2, top_count, NULL);
+      assert_true(H5Dwrite(d, H5T_NATIVE_FLOAT, top, space, H5P_DEFAULT, full) >= 0); /* rows 0 to 19 */
+      memcpy(part, full, sizeof part);
+      H5Sselect_hyperslab(space, H5S_SELECT_SET, start, NULL, count, NULL);
+      assert_true(H5Dwrite(d, H5T_NATIVE_FLOAT, room, space, H5P_DEFAULT, part) >= 0); /* of rows 20 to 29, one chunk of four */
+      H5Dclose(d), H5Sclose(space), H5Sclose(room), H5Sclose(top);
+      end(&m);
+      input *in = open_ok(in_dir("beside.h5"), &(input_options){.id_dataset = "none", .threads = threads});
+      assert_int_equal(in->read(in, 100, &b, &err), VS_OK);
+      assert_int_equal(b.n, 60);
+      for (size_t i = 0; i < b.n * 14; i++) {
+        assert_int_equal(b.faults[i / 14], i / 14 < 20 ? INPUT_FINE : INPUT_HOLE);
+        assert_true(b.vectors[i] == (i / 14 < 20 ? full[i] : 0));
+      }
+      input_close(in);
+    }
+}
+
 static void test_claims(void **state) {
   hsize_t chunk[2] = {1000, 4};
   h5_maker m = begin(in_dir("claims.h5"));
@@ -1616,7 +1651,8 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_text_helpers), cmocka_unit_test(test_storage_kinds),
       cmocka_unit_test(test_tall_chunks),  cmocka_unit_test(test_values_that_do_not_fit),
-      cmocka_unit_test(test_holes),        cmocka_unit_test(test_claims),
+      cmocka_unit_test(test_holes),        cmocka_unit_test(test_holes_beside),
+      cmocka_unit_test(test_claims),
       cmocka_unit_test(test_integer_ids),  cmocka_unit_test(test_string_ids),
       cmocka_unit_test(test_long_ids),     cmocka_unit_test(test_id_choices),
       cmocka_unit_test(test_columns),      cmocka_unit_test(test_links),

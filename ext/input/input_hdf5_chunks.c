@@ -30,7 +30,12 @@
 #define BAND_MAX ((size_t)64 << 20)
 #define CHUNK_BYTES_MAX ((uint64_t)512 << 20)
 #define TASK_BYTES ((size_t)256 << 10) /* of small chunks are decoded by one task */
-enum { GROUP = 4096 };                 /* chunks that are looked up, then decoded */
+enum {
+  GROUP = 4096, /* chunks that are looked up, then decoded */
+  LINE = 128,   /* bytes of a row that are worth writing at once */
+  GANG = 16     /* chunks that are put there together */
+};
+#define STRIP_MAX ((size_t)2 << 20) /* bytes of them */
 
 typedef struct scratch_node {
   input_h5_scratch s; /* first */
@@ -44,6 +49,7 @@ struct input_h5_chunks {
   input_h5_filters filters;
   uint64_t across;       /* chunks side by side */
   int plain_edges;       /* chunks that reach over the edge were left unfiltered */
+  size_t gang;           /* chunks to decode together; 1: they are wide enough */
   int workers;
   const int *cancel;     /* NULL, or set when the rows are not wanted any more */
   pthread_mutex_t m;     /* guards idle */
@@ -97,11 +103,11 @@ vs_rc input_h5_chunks_open(input_h5_file *f, const input_h5_dataset *d, size_t w
   c->across = (width_of(d) - 1) / chunk_width(d) + 1;
   c->band_no = UINT64_MAX;
   c->hold = filters.n && d->chunk[0] > window_rows && (c->across == 1 || filters.chunk_bytes <= BAND_MAX / c->across);
-  c->workers = threads;
-  if (filters.n) {
-    size_t most = SCRATCH_MAX / (filters.chunk_bytes * (2 + (filters.n_shuffles > 0)));
-    if (most < (size_t)threads) c->workers = most < 1 ? 1 : (int)most;
-  }
+  c->gang = c->across > 1 ? (LINE - 1) / ((size_t)chunk_width(d) * d->elem) + 1 : 1;
+  if (c->gang > GANG) c->gang = GANG;
+  while (c->gang > 1 && c->gang * filters.chunk_bytes > STRIP_MAX) c->gang--;
+  size_t most = SCRATCH_MAX / ((filters.n ? filters.chunk_bytes * (2 + (filters.n_shuffles > 0)) : 1) + STRIP_MAX);
+  c->workers = most >= (size_t)threads ? threads : most < 1 ? 1 : (int)most;
   *out = c;
   return VS_OK;
 }
@@ -191,15 +197,27 @@ static meeting meet(const decode_job *j, size_t index) {
   return m;
 }
 
-/* Rows of a decoded chunk, the first of them at src, to their places. */
-static void put_rows(const decode_job *j, const meeting *m, const unsigned char *src) {
+static inline void copy_piece(unsigned char *to, const unsigned char *from, size_t n) {
+  if (n == 8) memcpy(to, from, 8);
+  else if (n == 4) memcpy(to, from, 4);
+  else memcpy(to, from, n);
+}
+
+/* Rows of n decoded chunks that stand side by side, the first of them at src[k], to their places. */
+static void put_rows(const decode_job *j, const meeting *m, const unsigned char *const *src, size_t n) {
   const input_h5_dataset *d = j->c->d;
   size_t out_row = (size_t)width_of(d) * j->out_elem, in_row = (size_t)chunk_width(d) * d->elem;
-  for (uint64_t r = m->from; r < m->end; r++, src += in_row) {
-    size_t i = (size_t)(r - j->row);
-    unsigned char *to = j->out + i * out_row + (size_t)m->at[1] * j->out_elem;
-    if (j->num) flag_row(j, i, input_to_floats(*j->num, src, (float *)to, m->n));
-    else memcpy(to, src, m->n * d->elem);
+  size_t numbers = (n - 1) * (size_t)chunk_width(d) + m[n - 1].n, last = m[n - 1].n * d->elem;
+  unsigned char line[2 * LINE], *to = j->out + (size_t)(m->from - j->row) * out_row + (size_t)m->at[1] * j->out_elem;
+  for (uint64_t r = m->from; r < m->end; r++, to += out_row) {
+    size_t skip = (size_t)(r - m->from) * in_row;
+    const unsigned char *from = n > 1 ? line : src[0] + skip;
+    if (n > 1) {
+      for (size_t k = 0; k + 1 < n; k++) copy_piece(line + k * in_row, src[k] + skip, in_row);
+      copy_piece(line + (n - 1) * in_row, src[n - 1] + skip, last);
+    }
+    if (j->num) flag_row(j, (size_t)(r - j->row), input_to_floats(*j->num, from, (float *)to, numbers));
+    else memcpy(to, from, numbers * d->elem);
   }
 }
 
@@ -212,52 +230,76 @@ static void check_rows(const decode_job *j, const meeting *m) {
   }
 }
 
-/* A chunk without filters: only the rows that are wanted. */
-static vs_rc read_plain(const decode_job *j, const meeting *m, const input_h5_place *p, input_h5_scratch *s, vs_err *err) {
-  const input_h5_dataset *d = j->c->d;
-  size_t in_row = (size_t)chunk_width(d) * d->elem, n_bytes = (size_t)(m->end - m->from) * in_row;
-  unsigned char *to = m->whole ? j->out + (size_t)(m->from - j->row) * in_row : input_h5_scratch_get(s, 0, n_bytes);
-  if (!to) return vs_nomem(err);
-  vs_rc rc = input_pread(d->fd, d->path, to, n_bytes, p->off + (m->from - m->at[0]) * in_row, err);
-  if (rc) return rc;
-  if (m->whole) check_rows(j, m);
-  else put_rows(j, m, to);
+/* The rows of a chunk that are wanted, as stored: into `to` if that is given, else into scratch; *src says where. `to` has
+ * room for them if the chunk has no filters, else for all of the chunk. */
+static vs_rc load_chunk(const input_h5_chunks *c, const meeting *m, const input_h5_place *p, input_h5_scratch *s,
+                        unsigned char *to, const unsigned char **src, vs_err *err) {
+  const input_h5_dataset *d = c->d;
+  size_t in_row = (size_t)chunk_width(d) * d->elem, skip = (size_t)(m->from - m->at[0]) * in_row;
+  size_t n_bytes = c->filters.n ? (size_t)p->size : (size_t)(m->end - m->from) * in_row;
+  unsigned char *raw = !c->filters.n && to ? to : input_h5_scratch_get(s, 0, n_bytes);
+  if (!raw) return vs_nomem(err);
+  vs_rc rc = input_pread(d->fd, d->path, raw, n_bytes, c->filters.n ? p->off : p->off + skip, err);
+  *src = raw;
+  if (rc || !c->filters.n) return rc;
+  const char *why = input_h5_undo(&c->filters, p->mask, s, n_bytes, to, src);
+  if (why == input_h5_no_memory) return vs_nomem(err);
+  if (why) return damaged(c, m->at[0], why, err);
+  *src += skip;
   return VS_OK;
 }
 
-static vs_rc read_filtered(const decode_job *j, const meeting *m, const input_h5_place *p, input_h5_scratch *s, vs_err *err) {
-  const input_h5_chunks *c = j->c;
-  const input_h5_dataset *d = c->d;
-  size_t row_bytes = (size_t)chunk_width(d) * d->elem;
-  /* As one piece to its place, when it has the room there. */
-  int straight = m->whole && m->from == m->at[0] && m->at[0] + d->chunk[0] <= j->row + j->room;
-  unsigned char *to = straight ? j->out + (size_t)(m->from - j->row) * row_bytes : NULL;
-  const unsigned char *data;
-  const char *why;
-  if (!input_h5_scratch_get(s, 0, (size_t)p->size)) return vs_nomem(err);
-  vs_rc rc = input_pread(d->fd, d->path, s->buf[0], (size_t)p->size, p->off, err);
-  if (rc) return rc;
-  why = input_h5_undo(&c->filters, p->mask, s, (size_t)p->size, to, &data);
-  if (why == input_h5_no_memory) return vs_nomem(err);
-  if (why) return damaged(c, m->at[0], why, err);
-  if (straight) check_rows(j, m);
-  else put_rows(j, m, data + (size_t)(m->from - m->at[0]) * row_bytes);
-  return VS_OK;
+static void put_hole(const decode_job *j, const meeting *m) {
+  size_t out_row = (size_t)width_of(j->c->d) * j->out_elem;
+  for (uint64_t r = m->from; r < m->end; r++) {
+    memset(j->out + (size_t)(r - j->row) * out_row + (size_t)m->at[1] * j->out_elem, 0, m->n * j->out_elem);
+    flag_row(j, (size_t)(r - j->row), INPUT_HAS_HOLE);
+  }
 }
 
 static vs_rc decode_chunk(const decode_job *j, size_t index, input_h5_scratch *s, vs_err *err) {
-  const input_h5_place *p = &j->c->place[index - j->group];
+  const input_h5_chunks *c = j->c;
+  const input_h5_place *p = &c->place[index - j->group];
   meeting m = meet(j, index);
+  unsigned char *to = NULL;
+  const unsigned char *src;
   if (!p->size) {
-    size_t out_row = (size_t)width_of(j->c->d) * j->out_elem;
-    for (uint64_t r = m.from; r < m.end; r++) {
-      size_t i = (size_t)(r - j->row);
-      memset(j->out + i * out_row + (size_t)m.at[1] * j->out_elem, 0, m.n * j->out_elem);
-      flag_row(j, i, INPUT_HAS_HOLE);
-    }
+    put_hole(j, &m);
     return VS_OK;
   }
-  return j->c->filters.n ? read_filtered(j, &m, p, s, err) : read_plain(j, &m, p, s, err);
+  /* Straight to its place, when all of what is decoded has the room there. */
+  if (m.whole && (!c->filters.n || (m.from == m.at[0] && m.at[0] + c->d->chunk[0] <= j->row + j->room)))
+    to = j->out + (size_t)(m.from - j->row) * (size_t)width_of(c->d) * j->out_elem;
+  vs_rc rc = load_chunk(c, &m, p, s, to, &src, err);
+  if (rc) return rc;
+  if (to) check_rows(j, &m);
+  else put_rows(j, &m, &src, 1);
+  return VS_OK;
+}
+
+/* Narrow chunks that stand side by side, together: putting a few bytes into every row, chunk after chunk, would fetch each
+ * line of the rows from memory anew for each chunk (1,000,000 x 128 float32 in chunks of 15,625 x 2: 3.1 s of CPU time, 2.1 s
+ * so). *index moves on to the chunk that failed. */
+static vs_rc decode_gang(const decode_job *j, size_t *index, size_t n, input_h5_scratch *s, vs_err *err) {
+  const input_h5_chunks *c = j->c;
+  size_t chunk_bytes = c->filters.chunk_bytes, first = *index;
+  unsigned char *strip = input_h5_scratch_get(s, 3, n * chunk_bytes);
+  const unsigned char *src[GANG];
+  meeting m[GANG];
+  int hole = 0;
+  if (!strip) return vs_nomem(err);
+  for (size_t k = 0; k < n; k++) {
+    const input_h5_place *p = &c->place[first + k - j->group];
+    *index = first + k;
+    m[k] = meet(j, first + k);
+    src[k] = strip + k * chunk_bytes;
+    hole |= !p->size;
+    vs_rc rc = p->size ? load_chunk(c, &m[k], p, s, strip + k * chunk_bytes, &src[k], err) : VS_OK;
+    if (rc) return rc;
+  }
+  for (size_t k = 0; k < n && hole; k++) put_hole(j, &m[k]); /* one hole makes holes of the rows */
+  if (!hole) put_rows(j, m, src, n);
+  return VS_OK;
 }
 
 /* ---- many chunks ---- */
@@ -291,13 +333,17 @@ static void decode_task(void *ctx, size_t task) {
   decode_job *j = ctx;
   size_t first = j->group + task * j->per_task, end = j->group_end - first < j->per_task ? j->group_end : first + j->per_task;
   scratch_node *s = take_scratch(j->c);
-  for (size_t i = first; i < end && i < __atomic_load_n(&j->bad, __ATOMIC_RELAXED); i++) {
+  for (size_t i = first, n; i < end && i < __atomic_load_n(&j->bad, __ATOMIC_RELAXED); i += n) {
+    size_t in_band = (size_t)(j->c->across - i % j->c->across), at = i;
     vs_err err = {0};
     vs_rc rc;
+    n = end - i < j->c->gang ? end - i : j->c->gang;
+    if (n > in_band) n = in_band;
     if (!s) rc = vs_nomem(&err);
     else if (cancelled(j->c)) rc = vs_fail(&err, VS_INTERRUPT, "interrupted");
+    else if (n > 1) rc = decode_gang(j, &at, n, &s->s, &err);
     else rc = decode_chunk(j, i, &s->s, &err);
-    if (rc) note_failure(j, i, rc, &err);
+    if (rc) note_failure(j, at, rc, &err);
   }
   if (s) give_scratch(j->c, s);
 }
@@ -329,6 +375,7 @@ static vs_rc decode_rows(decode_job *j, size_t *n, vs_err *err) {
   bands = (j->row + j->n - 1) / tall - j->first_band + 1;
   j->n_chunks = j->bad = (size_t)(bands * c->across);
   j->per_task = c->filters.chunk_bytes < TASK_BYTES ? TASK_BYTES / c->filters.chunk_bytes : 1;
+  j->per_task = (j->per_task + c->gang - 1) / c->gang * c->gang;
   pthread_mutex_init(&j->m, NULL);
   for (j->group = 0; j->group < j->n_chunks && j->bad == j->n_chunks; j->group += GROUP) {
     find_group(j);

@@ -88,7 +88,7 @@ void input_h5_align(const input_h5_dataset *d, uint64_t n_rows, size_t max_rows,
 
 /* ---- input_hdf5_filters.c ---- */
 
-enum { H5_FILTERS_MAX = 8, H5_SCRATCH_BUFFERS = 3 };
+enum { H5_FILTERS_MAX = 8, H5_SCRATCH_BUFFERS = 4 };
 typedef enum input_h5_step { H5_STEP_DEFLATE, H5_STEP_SHUFFLE, H5_STEP_FLETCHER32 } input_h5_step;
 
 /* The filters of a dataset, in writing order. */
@@ -103,7 +103,7 @@ typedef struct input_h5_filters {
 
 /* What one thread decodes with, kept from chunk to chunk. */
 typedef struct input_h5_scratch {
-  unsigned char *buf[H5_SCRATCH_BUFFERS]; /* [0]: the chunk as it is stored */
+  unsigned char *buf[H5_SCRATCH_BUFFERS]; /* [0]: the chunk as it is stored; [3]: the caller's */
   size_t cap[H5_SCRATCH_BUFFERS];
   struct libdeflate_decompressor *inflater;
 } input_h5_scratch;

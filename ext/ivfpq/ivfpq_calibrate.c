@@ -102,11 +102,10 @@ static void take_query(ivfpq_truth *t, size_t i, const float *raw, uint64_t seq)
   }
 }
 
-vs_rc ivfpq_truth_open(const ivfpq_model *m, const float *sample, const uint64_t *seq, size_t n_sample, ivfpq_truth **out, vs_err *err) {
-  size_t n = n_sample / 8 < QUERIES ? n_sample / 8 : QUERIES, d = m->dim_padded;
-  *out = NULL;
-  if (!n) return VS_OK;
+static vs_rc new_truth(const ivfpq_model *m, size_t n, ivfpq_truth **out, vs_err *err) {
+  size_t d = m->dim_padded;
   ivfpq_truth *t = calloc(1, sizeof *t);
+  *out = NULL;
   if (!t) return vs_nomem(err);
   pthread_mutex_init(&t->lock, NULL);
   t->m = m, t->n = n, t->lanes = ivfpq_round(n, 16);
@@ -117,13 +116,70 @@ vs_rc ivfpq_truth_open(const ivfpq_model *m, const float *sample, const uint64_t
     ivfpq_truth_close(t);
     return vs_nomem(err);
   }
-  for (size_t i = 0; i < n; i++) {
-    size_t from = (size_t)((double)i * (double)n_sample / (double)n);
-    take_query(t, i, sample + from * m->dim, seq[from]);
-  }
-  kern_pack_f32(t->x, n, d, t->packed);
   *out = t;
   return VS_OK;
+}
+
+vs_rc ivfpq_truth_open(const ivfpq_model *m, const float *sample, const uint64_t *seq, size_t n_sample, ivfpq_truth **out, vs_err *err) {
+  size_t n = n_sample / 8 < QUERIES ? n_sample / 8 : QUERIES;
+  *out = NULL;
+  if (!n) return VS_OK;
+  vs_rc rc = new_truth(m, n, out, err);
+  if (rc) return rc;
+  for (size_t i = 0; i < n; i++) {
+    size_t from = (size_t)((double)i * (double)n_sample / (double)n);
+    take_query(*out, i, sample + from * m->dim, seq[from]);
+  }
+  kern_pack_f32((*out)->x, n, m->dim_padded, (*out)->packed);
+  return VS_OK;
+}
+
+void ivfpq_truth_save(const ivfpq_truth *t, ivfpq_state *s) {
+  uint64_t n = t ? t->n : 0;
+  ivfpq_state_put(s, &n, 8);
+  for (size_t i = 0; i < n; i++) {
+    const query *q = &t->queries[i];
+    uint64_t head[] = {q->seq, q->n};
+    ivfpq_state_put(s, head, sizeof head), ivfpq_state_put(s, &q->worst, 4);
+    ivfpq_state_put(s, t->raw + i * t->m->dim, t->m->dim * 4);
+    for (size_t j = 0; j < q->n; j++) {
+      const neighbour *b = &q->near[j];
+      float of[] = {b->d, b->est, b->err2};
+      ivfpq_state_put(s, of, sizeof of), ivfpq_state_put(s, &b->seq, 8);
+    }
+  }
+}
+
+static vs_rc load_query(ivfpq_truth *t, size_t i, float *raw, ivfpq_state *s, vs_err *err) {
+  uint64_t head[2];
+  float worst;
+  ivfpq_state_get(s, head, sizeof head), ivfpq_state_get(s, &worst, 4), ivfpq_state_get(s, raw, t->m->dim * 4);
+  if (head[1] > 2 * KEEP) return vs_corrupt(err, "a kept query has too many neighbours");
+  take_query(t, i, raw, head[0]);
+  query *q = &t->queries[i];
+  q->n = head[1], q->worst = worst;
+  for (size_t j = 0; j < q->n; j++) {
+    float of[3];
+    q->near[j].row = UINT32_MAX;
+    ivfpq_state_get(s, of, sizeof of), ivfpq_state_get(s, &q->near[j].seq, 8);
+    q->near[j].d = of[0], q->near[j].est = of[1], q->near[j].err2 = of[2];
+  }
+  return VS_OK;
+}
+
+vs_rc ivfpq_truth_load(const ivfpq_model *m, ivfpq_state *s, ivfpq_truth **out, vs_err *err) {
+  uint64_t n;
+  ivfpq_state_get(s, &n, 8);
+  *out = NULL;
+  if (!n) return VS_OK;
+  if (n > QUERIES) return vs_corrupt(err, "there are too many kept queries");
+  float *raw = malloc(m->dim * sizeof *raw);
+  vs_rc rc = raw ? new_truth(m, n, out, err) : vs_nomem(err);
+  for (size_t i = 0; i < n && !rc; i++) rc = load_query(*out, i, raw, s, err);
+  if (!rc) kern_pack_f32((*out)->x, n, m->dim_padded, (*out)->packed);
+  free(raw);
+  if (rc) ivfpq_truth_close(*out), *out = NULL;
+  return rc;
 }
 
 typedef struct seen { uint32_t query, row; float d; uint64_t seq; } seen;

@@ -23,6 +23,9 @@ static inline float ivfpq_beta(size_t i) { return (float)i / 8; }
 vs_rc ivfpq_truth_open(const ivfpq_model *m, const float *sample, const uint64_t *seq, size_t n_sample, ivfpq_truth **out,
                        vs_err *err) VS_WARN_UNUSED;
 void ivfpq_truth_close(ivfpq_truth *t); /* NULL is legal */
+/* What a truth (NULL is legal) has seen so far, in a state file, and back. */
+void ivfpq_truth_save(const ivfpq_truth *t, ivfpq_state *s);
+vs_rc ivfpq_truth_load(const ivfpq_model *m, ivfpq_state *s, ivfpq_truth **out, vs_err *err) VS_WARN_UNUSED;
 
 /* Shows n <= 256 rows before they are encoded (x: prepared, dim_padded apart), then, once they are, what their codes say:
  * threads may call it at once. The result does not depend on the order of the calls. */

@@ -163,6 +163,21 @@ static vs_rc learn_projection(ivfpq_model *m, const ivfpq_learn *p, vs_err *err)
   return rc;
 }
 
+/* What assignment reads, from what was learned. */
+static void pack_centroids(ivfpq_model *m) {
+  kern_pack_f32(m->centroids, m->nlist, m->dim_padded, m->packed);
+  ivfpq_half_norms(m->centroids, m->nlist, m->dim_padded, m->bias);
+}
+
+/* What encoding reads. */
+static void pack_words(ivfpq_model *m) {
+  size_t words = ivfpq_words(m->bits), size = words * m->sub_dim;
+  for (size_t j = 0; j < m->subs; j++) {
+    kern_pack_f32(m->words + j * size, words, m->sub_dim, m->words_packed + j * size);
+    ivfpq_half_norms(m->words + j * size, words, m->sub_dim, m->words_bias + j * words);
+  }
+}
+
 static vs_rc learn_coarse(ivfpq_model *m, const ivfpq_learn *p, const float *x, vs_err *err) {
   size_t d = m->dim_padded;
   ivfpq_kmeans km = {.x = x, .n = p->n, .stride = d, .dim = d, .k = m->nlist, .iterations = COARSE_ITERATIONS,
@@ -171,8 +186,7 @@ static vs_rc learn_coarse(ivfpq_model *m, const ivfpq_learn *p, const float *x, 
   if (!rc) rc = learn_groups(m, p, err);
   if (!rc) rc = round_rows(m->centroids, m->nlist, d, err);
   if (rc) return rc;
-  kern_pack_f32(m->centroids, m->nlist, d, m->packed);
-  ivfpq_half_norms(m->centroids, m->nlist, d, m->bias);
+  pack_centroids(m);
   return learn_projection(m, p, err);
 }
 
@@ -197,10 +211,7 @@ static void words_of_sub(void *ctx, size_t j) {
 static vs_rc round_words(ivfpq_model *m, vs_err *err) {
   size_t words = ivfpq_words(m->bits), size = words * m->sub_dim;
   vs_rc rc = round_rows(m->words, m->m, m->subs / m->m * size, err);
-  for (size_t j = 0; j < m->subs && !rc; j++) {
-    kern_pack_f32(m->words + j * size, words, m->sub_dim, m->words_packed + j * size);
-    ivfpq_half_norms(m->words + j * size, words, m->sub_dim, m->words_bias + j * words);
-  }
+  if (!rc) pack_words(m);
   return rc;
 }
 
@@ -272,6 +283,45 @@ void ivfpq_model_reset(ivfpq_model *m) {
   free(m->mean), free(m->centroids), free(m->packed), free(m->bias), free(m->group_first), free(m->group_centroids);
   free(m->words), free(m->words_packed), free(m->words_bias), free(m->directions);
   memset(m, 0, sizeof *m);
+}
+
+/* What was learned; the rest of a model follows from it. */
+void ivfpq_model_save(const ivfpq_model *m, ivfpq_state *s) {
+  size_t d = m->dim_padded;
+  uint32_t head[] = {m->metric, m->dim, m->dim_padded, m->nlist, m->bits, m->m, m->n_groups, m->project};
+  ivfpq_state_put(s, head, sizeof head);
+  ivfpq_state_put(s, m->mean, d * 4);
+  ivfpq_state_put(s, m->centroids, m->nlist * d * 4);
+  ivfpq_state_put(s, m->group_first, ((size_t)m->n_groups + 1) * 4);
+  ivfpq_state_put(s, m->group_centroids, m->n_groups * d * 4);
+  if (m->m) ivfpq_state_put(s, m->words, (size_t)m->subs * ivfpq_words(m->bits) * m->sub_dim * 4);
+  ivfpq_state_put(s, m->directions, m->project * d * 4);
+}
+
+vs_rc ivfpq_model_load(ivfpq_model *m, ivfpq_state *s, vs_err *err) {
+  size_t d = m->dim_padded;
+  uint32_t head[8], same[] = {m->metric, m->dim, m->dim_padded, m->nlist, m->bits, m->m};
+  ivfpq_state_get(s, head, sizeof head);
+  if (memcmp(head, same, sizeof same) || head[6] < 1 || head[6] > m->nlist || head[7] > PROJECT_MAX)
+    return vs_corrupt(err, "the kept model is of another shape");
+  m->n_groups = head[6];
+  vs_rc rc = allocate(m, err);
+  if (!rc && head[7] && !(m->directions = malloc(head[7] * d * 4))) rc = vs_nomem(err);
+  if (rc) return rc;
+  m->project = head[7];
+  ivfpq_state_get(s, m->mean, d * 4);
+  ivfpq_state_get(s, m->centroids, m->nlist * d * 4);
+  ivfpq_state_get(s, m->group_first, ((size_t)m->n_groups + 1) * 4);
+  ivfpq_state_get(s, m->group_centroids, m->n_groups * d * 4);
+  if (m->m) ivfpq_state_get(s, m->words, (size_t)m->subs * ivfpq_words(m->bits) * m->sub_dim * 4);
+  ivfpq_state_get(s, m->directions, m->project * d * 4);
+  for (uint32_t g = 0; g < m->n_groups; g++)
+    if (m->group_first[g] > m->group_first[g + 1]) return vs_corrupt(err, "the kept model's groups overlap");
+  if (m->group_first[0] || m->group_first[m->n_groups] != m->nlist) return vs_corrupt(err, "the kept model's groups have gaps");
+  if (!m->m) return VS_OK;
+  pack_centroids(m);
+  pack_words(m);
+  return VS_OK;
 }
 
 void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms, float *err2) {

@@ -2,6 +2,7 @@
 #ifndef IVFPQ_MODEL_H
 #define IVFPQ_MODEL_H
 #include "ivfpq_int.h"
+#include "ivfpq_state.h"
 
 typedef struct ivfpq_model {
   ivfpq_metric metric;
@@ -33,6 +34,10 @@ uint32_t ivfpq_default_groups(uint32_t nlist);
 /* Fills a model whose scalars are set. The sample is overwritten (that saves a copy). A flat model needs no sample. */
 vs_rc ivfpq_model_learn(ivfpq_model *m, const ivfpq_learn *p, float *sample_padded, vs_err *err) VS_WARN_UNUSED;
 void ivfpq_model_reset(ivfpq_model *m);
+
+/* A learned model in a state file, and back into one whose scalars are set as for learning. */
+void ivfpq_model_save(const ivfpq_model *m, ivfpq_state *s);
+vs_rc ivfpq_model_load(ivfpq_model *m, ivfpq_state *s, vs_err *err) VS_WARN_UNUSED;
 
 /* Raw row -> the space of the model: normalised for cosine, mean subtracted, zero padded. */
 void ivfpq_model_prepare(const ivfpq_model *m, const float *x, float *out);
