@@ -48,7 +48,7 @@ static void line(const char *stage, uint64_t done, uint64_t total, double elapse
   fputs("}\n", stderr);
 }
 
-static void draw(const char *stage, uint64_t done, uint64_t total, double elapsed, int in_bytes) {
+static void draw(const char *stage, uint64_t done, uint64_t total, double elapsed, const char *unit) {
   char cells[BAR_CELLS + 1];
   double share = total ? (double)done / (double)total : 0, rate = elapsed > 0 ? (double)done / elapsed : 0;
   if (share > 1) share = 1;
@@ -58,16 +58,18 @@ static void draw(const char *stage, uint64_t done, uint64_t total, double elapse
   fprintf(stderr, "\r%-16.40s [%s] %3.0f %%", stage, cells, 100 * share);
   if (total > 1 && rate > 0) {
     unsigned long left = (unsigned long)(seconds_left(done, total, rate) + 0.5);
-    if (in_bytes) fprintf(stderr, "  %.1f MB/s,", rate / 1e6);
-    else if (counts_rows(stage, total)) fprintf(stderr, "  %.0f rows/s,", rate);
-    if (!in_bytes && bar.row_bytes && counts_rows(stage, total)) fprintf(stderr, " %.1f MB/s,", rate * (double)bar.row_bytes / 1e6);
+    int rows = unit && !strcmp(unit, "rows");
+    if (!unit) fprintf(stderr, "  %.1f MB/s,", rate / 1e6);
+    else if (!rows || counts_rows(stage, total)) fprintf(stderr, "  %.*f %s/s,", rate < 10, rate, unit);
+    if (rows && bar.row_bytes && counts_rows(stage, total)) fprintf(stderr, " %.1f MB/s,", rate * (double)bar.row_bytes / 1e6);
     fprintf(stderr, " %lu:%02lu left", left / 60, left % 60);
   }
   fputs("\033[K", stderr);
   fflush(stderr);
 }
 
-static void show(const char *stage, uint64_t done, uint64_t total, int in_bytes) {
+/* unit NULL: bytes */
+static void show(const char *stage, uint64_t done, uint64_t total, const char *unit) {
   if (!bar.json && !on_terminal()) return;
   double now = tool_seconds();
   if (strcmp(stage, bar.stage)) {
@@ -81,15 +83,19 @@ static void show(const char *stage, uint64_t done, uint64_t total, int in_bytes)
     return;
   }
   bar.shown = 1;
-  draw(stage, done, total, now - bar.started, in_bytes);
+  draw(stage, done, total, now - bar.started, unit);
 }
 
 void progress_show(void *ctx, const char *stage, uint64_t done, uint64_t total) {
   (void)ctx;
-  show(stage, done, total, 0);
+  show(stage, done, total, "rows");
 }
 
-void progress_bytes(const char *stage, uint64_t done, uint64_t total) { show(stage, done, total, 1); }
+void progress_bytes(const char *stage, uint64_t done, uint64_t total) { show(stage, done, total, NULL); }
+
+void progress_count(const char *stage, uint64_t done, uint64_t total, const char *unit) {
+  show(stage, done, total, unit);
+}
 
 void progress_json(int on) { bar.json = on; }
 void progress_plan(uint64_t n_rows, uint64_t row_bytes) { bar.row_bytes = n_rows ? row_bytes : 0; }

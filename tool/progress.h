@@ -13,6 +13,7 @@ void progress_json(int on);                                    /* lines on stder
 void progress_plan(uint64_t n_rows, uint64_t row_bytes);       /* for MB/s; n_rows: 0 is unknown */
 /* What is about to be done: a line on a terminal, {"plan":"..."} as JSON. */
 void progress_say(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+void progress_count(const char *stage, uint64_t done, uint64_t total, const char *unit); /* in "files" */
 void progress_clear(void); /* before other output, and at the end */
 
 #endif
