@@ -320,6 +320,13 @@ static vs_rc make_key(build_job *j, vs_err *err) {
   return rc;
 }
 
+/* A segment is of use to a later build once its stage is finished. */
+static void drop_unfinished_segment(const build_job *j) {
+  char *path = tool_format("%s/%s", j->folder, segment_temporary);
+  if (!build_folder_has(&j->work, "segment.state")) unlink(path);
+  free(path);
+}
+
 /* The working folder, and room for everything. */
 static vs_rc prepare_work(build_job *j, vs_err *err) {
   char shard[32], temp[32];
@@ -329,6 +336,7 @@ static vs_rc prepare_work(build_job *j, vs_err *err) {
   if (!rc) rc = build_folder_open(&j->work, j->build.tmpdir, j->folder, j->key, &resume, err);
   if (rc) return rc;
   j->build.keep = j->work.path, j->build.key = j->key, j->build.resume = resume, j->build.keep_rows = j->o.resume;
+  drop_unfinished_segment(j);
   uint64_t n_temp = ivfpq_temp_bytes(j->in, &j->build), have = build_folder_bytes(&j->work);
   progress_plan(j->in->n_rows, (uint64_t)j->in->dim * 4);
   progress_say("%llu rows: about %s for the shard, %s of temporary files in %s", (unsigned long long)j->in->n_rows,
@@ -531,6 +539,7 @@ static void print_result(const build_job *j, double seconds) {
 static void reset(build_job *j, vs_rc rc) {
   if (j->temporary) unlink(j->temporary);
   free(j->temporary);
+  if (rc && j->work.path) drop_unfinished_segment(j);
   build_folder_close(&j->work, rc && j->o.resume);
   free(j->key);
   if (rc && j->folder) output_drop_folder(j->folder, j->n_made);
