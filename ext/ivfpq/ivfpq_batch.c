@@ -115,8 +115,8 @@ static bench *bench_make(const ivfpq_batch *b) {
   if (!w) return NULL;
   w->t.x = calloc(b->stride + 16, sizeof *w->t.x);
   w->tile = malloc(SLICE * b->stride + 64), w->projected = malloc(SLICE * project + 64);
-  w->projected_f32 = malloc((project + 16) * sizeof(float));
-  w->score = malloc((SLICE * (size_t)LANES_AT_ONCE + project + 16) * sizeof(int32_t));
+  w->projected_f32 = malloc((SLICE * project + 16) * sizeof(float));
+  w->score = malloc(SLICE * (size_t)LANES_AT_ONCE * sizeof(int32_t));
   w->rank = malloc(SLICE * room * sizeof *w->rank), w->scratch = malloc(2 * room * sizeof *w->scratch);
   w->scan = ivfpq_scan_take(b->s);
   if (w->t.x && w->tile && w->projected && w->projected_f32 && w->score && w->rank && w->scratch && w->scan) return w;
@@ -170,19 +170,33 @@ static size_t slice_size(const ivfpq_batch *b, size_t slice) {
   return b->p.n - slice * SLICE < SLICE ? b->p.n - slice * SLICE : SLICE;
 }
 
+/* The queries of a slice in the directions of the projection, as bytes: ivfpq_project for all of them at once. */
+static void project_slice(ivfpq_batch *b, bench *w, size_t slice, float *step) {
+  uint32_t n = b->s->params.project;
+  size_t m = slice_size(b, slice), stride = ivfpq_round(n, 64);
+  for (uint32_t at = 0; at < n; at += LANES_AT_ONCE) {
+    uint32_t part = n - at < LANES_AT_ONCE ? n - at : LANES_AT_ONCE, width = ivfpq_coded_dim(&b->s->params);
+    kern_get()->scores_i8(b->bytes + slice * SLICE * b->stride, m, b->stride, width, b->s->projection + (size_t)at * width, part, w->score,
+                          LANES_AT_ONCE);
+    for (size_t i = 0; i < m; i++)
+      for (uint32_t u = 0; u < part; u++)
+        w->projected_f32[i * stride + at + u] = b->seeds[slice * SLICE + i].step8 * b->s->projection_scale[at + u] *
+                                                (float)w->score[i * LANES_AT_ONCE + u];
+  }
+  for (size_t i = 0; i < m; i++) step[i] = kern_get()->quantize_i8(w->projected_f32 + i * stride, n, w->projected + i * stride);
+}
+
 /* The queries of a slice as bytes; with a projection, in its directions too. step: what the centroids are scored with. */
 static void prepare_slice(ivfpq_batch *b, bench *w, size_t slice, float *step) {
   const ivfpq_params *p = &b->s->params;
-  size_t project = ivfpq_round(p->project, 64);
   for (size_t i = 0; i < slice_size(b, slice); i++) {
     size_t at = slice * SLICE + i;
-    seed *sd = &b->seeds[at];
     w->t.bytes = b->bytes + at * b->stride;
     ivfpq_table_query(b->s, b->p.vectors + at * p->dim, &w->t);
-    *sd = (seed){.step8 = w->t.step8, .qq = w->t.qq, .constant = w->t.constant, .term_scale = w->t.term_scale};
-    step[i] = sd->step8;
-    if (p->project) step[i] = ivfpq_project(b->s, &w->t, w->score, w->projected_f32, w->projected + i * project);
+    b->seeds[at] = (seed){.step8 = w->t.step8, .qq = w->t.qq, .constant = w->t.constant, .term_scale = w->t.term_scale};
+    step[i] = w->t.step8;
   }
+  if (p->project) project_slice(b, w, slice, step);
 }
 
 /* Shows one group to the queries of a slice that rank it. */
