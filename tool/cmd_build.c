@@ -475,6 +475,7 @@ static vs_rc build_shard(build_job *j, vs_err *err) {
   if ((rc = check_rows(j, err))) return rc;
   fill_build(j);
   if ((rc = prepare_folder(j, err)) || j->already) return rc;
+  kern_amx_request(); /* this process is ours: it may keep the larger state that tiles need */
   char *temporary = tool_format("%s/%s", j->folder, segment_temporary);
   rc = ivfpq_build(j->in, &j->build, temporary, &j->result, err);
   if (rc) {

@@ -55,6 +55,10 @@ void ivfpq_scan_close(ivfpq_scan_state *scan); /* NULL is legal */
 vs_rc ivfpq_exact(ivfpq_segment *s, const ivfpq_query *q, const uint64_t *after, int threads, ivfpq_keys *out, ivfpq_stats *stats,
                   vs_err *err) VS_WARN_UNUSED;
 
+/* The same for n queries (q->vector is not looked at): out[i] are the rows nearest to vectors + i * dim. Each row is read once. */
+vs_rc ivfpq_exact_many(ivfpq_segment *s, const ivfpq_query *q, const float *vectors, size_t n, int threads, ivfpq_keys *out,
+                       ivfpq_stats *stats, vs_err *err) VS_WARN_UNUSED;
+
 uint32_t ivfpq_stretch_rows(const ivfpq_params *p); /* rows that it reads at once */
 
 /* The true distances of some rows, read in one round. */
