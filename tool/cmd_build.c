@@ -220,7 +220,8 @@ static void remove_leftovers(const build_job *j) {
   for (struct dirent *e; d && (e = readdir(d));) {
     size_t len = strlen(e->d_name);
     if (j->o.resume && !strcmp(e->d_name, segment_temporary)) continue; /* perhaps finished: the builder knows */
-    if (len > 9 && !strncmp(e->d_name, ".seg-", 5) && !strcmp(e->d_name + len - 4, ".tmp"))
+    int segment = len > 9 && !strncmp(e->d_name, ".seg-", 5) && !strcmp(e->d_name + len - 4, ".tmp");
+    if (segment || (!strncmp(e->d_name, ".manifest-", 10) && strstr(e->d_name, ".tmp-")))
       unlinkat(folder, e->d_name, 0);
   }
   if (d) closedir(d);
@@ -243,9 +244,7 @@ static vs_rc lock_folder(build_job *j, vs_err *err) {
   int failed = flock(j->lock, LOCK_EX | LOCK_NB);
   if (failed && errno != EWOULDBLOCK) return VS_OK; /* a file system without locks: go on without */
   if (failed && !j->bucket) return vs_fail(err, VS_EXISTS, "%s: another build is at work in this folder", j->folder);
-  vs_rc rc = failed ? wait_for_lock(j, err) : VS_OK;
-  if (!rc) remove_leftovers(j);
-  return rc;
+  return failed ? wait_for_lock(j, err) : VS_OK;
 }
 
 /* Is there the very shard that this build would make? Then there is nothing to do; any other is in the way. */
@@ -331,6 +330,7 @@ static void drop_unfinished_segment(const build_job *j) {
 static vs_rc prepare_work(build_job *j, vs_err *err) {
   char shard[32], temp[32];
   int resume = j->o.resume;
+  remove_leftovers(j); /* this is no shard, so nobody else commits here */
   j->build.tmpdir = temporary_folder(j);
   vs_rc rc = make_key(j, err);
   if (!rc) rc = build_folder_open(&j->work, j->build.tmpdir, j->folder, j->key, &resume, err);
