@@ -1,4 +1,4 @@
-# vecshard: make | make test | make demo | make demo-s3 | make check SAN=address|thread | make soak | make clean
+# vecshard: make | make test | make demo | make demo-s3 | make check SAN=address|thread | make bench | make soak | make clean
 #
 # Everything is compiled twice: build/obj/ext for the loadable extension (SQLite through sqlite3_api), build/obj/core for
 # static linking and the tool (SQLite called directly). Only the kernel files get wider instructions; they are chosen at run
@@ -13,14 +13,14 @@ WARN := -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla -W
 CFLAGS ?= -O2 -g
 ALL_CFLAGS := -std=gnu11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -ffp-contract=off -fno-omit-frame-pointer $(WARN) $(CFLAGS) $(SAN_FLAGS)
 HDF5_CFLAGS := $(shell pkg-config --cflags hdf5-serial 2>/dev/null || pkg-config --cflags hdf5 2>/dev/null)
-HDF5_LIBS := $(shell pkg-config --libs hdf5-serial 2>/dev/null || pkg-config --libs hdf5 2>/dev/null || echo -lhdf5)
+HDF5_LIBS := $(shell pkg-config --libs hdf5-serial 2>/dev/null || pkg-config --libs hdf5 2>/dev/null || echo -lhdf5) -ldeflate
 NET_LIBS := -lcurl -lexpat -lcrypto
 LIBS := -lm -lpthread
 
 LOWER := $(wildcard ext/base/*.c ext/kernels/*.c ext/ivfpq/*.c) ext/input/input_fault.c
 UPPER := $(wildcard ext/s3vfs/*.c ext/shard/*.c) $(filter-out ext/vtab/hdf5_vectors.c,$(wildcard ext/vtab/*.c)) ext/vecshard.c
 INPUT := $(filter-out ext/input/input_fault.c,$(wildcard ext/input/*.c))
-HDF5_EXT := ext/vecshard_hdf5.c ext/vtab/hdf5_vectors.c $(INPUT) ext/input/input_fault.c ext/base/vs_err.c $(wildcard ext/kernels/*.c)
+HDF5_EXT := ext/vecshard_hdf5.c ext/vtab/hdf5_vectors.c $(INPUT) ext/input/input_fault.c $(addprefix ext/base/,vs_err.c vs_pool.c vs_scope.c)
 TOOL := $(wildcard tool/*.c)
 
 ext_obj = $(patsubst %.c,$(OUT)/obj/ext/%.o,$(1))
@@ -40,10 +40,17 @@ $(OUT)/vecshard: $(call core_obj,$(TOOL) $(INPUT)) $(OUT)/libvecshard.a
 	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) -lsqlite3 $(NET_LIBS) $(LIBS)
 
 KERN_FLAGS_scalar := -fno-tree-vectorize
+ARCH := $(shell $(CC) -dumpmachine 2>/dev/null)
+ifneq ($(filter x86_64%,$(ARCH)),)
 KERN_FLAGS_avx2 := -O3 -mavx2 -mfma -mf16c
 KERN_FLAGS_avx512 := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mavx2 -mfma -mf16c
-X86 := $(filter x86_64% i%86%,$(shell $(CC) -dumpmachine 2>/dev/null))
-kern_flags = $(if $(X86),$(KERN_FLAGS_$(patsubst kern_%,%,$(notdir $(basename $(1))))))
+KERN_FLAGS_words_avx512 := $(KERN_FLAGS_avx512)
+KERN_FLAGS_nearest_avx512 := $(KERN_FLAGS_avx512) -mamx-tile -mamx-int8
+else ifneq ($(filter aarch64%,$(ARCH)),)
+KERN_FLAGS_neon := -O3
+KERN_FLAGS_dotprod := -O3 -march=armv8.2-a+dotprod
+endif
+kern_flags = $(KERN_FLAGS_$(patsubst kern_%,%,$(notdir $(basename $(1)))))
 
 $(OUT)/obj/ext/%.o: %.c Makefile
 	@mkdir -p $(@D)
@@ -56,9 +63,10 @@ $(OUT)/obj/core/%.o: %.c Makefile
 # test_*.c of the lower folders link without SQLite: the proof that they do not need it.
 C_TESTS := $(patsubst test/%.c,$(OUT)/test/%,$(wildcard test/test_*.c))
 $(OUT)/test/test_kernels: $(call core_obj,$(wildcard ext/kernels/*.c))
+$(OUT)/test/test_matrix: $(call core_obj,$(wildcard ext/kernels/*.c))
 $(OUT)/test/test_ivfpq: $(call core_obj,$(LOWER) ext/s3vfs/io_local.c)
 $(OUT)/test/test_base: $(call core_obj,$(wildcard ext/base/*.c) ext/s3vfs/io_local.c)
-$(OUT)/test/test_input: $(call core_obj,$(INPUT) $(LOWER))
+$(OUT)/test/test_input: $(call core_obj,$(INPUT) ext/input/input_fault.c tool/input_concat.c $(wildcard ext/base/*.c) ext/s3vfs/io_local.c)
 $(OUT)/test/test_s3_sign: $(call core_obj,ext/base/vs_err.c ext/s3vfs/s3_sign.c)
 $(OUT)/test/test_s3_config: $(call core_obj,ext/base/vs_err.c ext/s3vfs/s3_config.c ext/s3vfs/s3_profile.c)
 $(OUT)/test/test_manifest: $(OUT)/libvecshard.a
@@ -70,7 +78,31 @@ SQLITE_LIB_s3_threads := -lsqlite3
 $(OUT)/test/%: $(OUT)/obj/core/test/%.o
 	@mkdir -p $(@D)
 	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ -lcmocka $(if $(findstring test_input,$@),$(HDF5_LIBS)) $(SQLITE_LIB_$(notdir $@)) $(NET_LIBS) $(LIBS)
+# The kernel tests as one static program without cmocka's library, so that a cross compiler and an emulator are enough.
+$(OUT)/test/bare_kernels: test/test_kernels.c $(call core_obj,$(wildcard ext/kernels/*.c)) test/bare/cmocka.h
+	@mkdir -p $(@D)
+	@echo "  LINK  $@"; $(CC) $(ALL_CFLAGS) -Itest/bare -static -o $@ $(filter %.c %.o,$^) -lm -lpthread
 .SECONDARY:
+
+# ---- the benchmark ----
+# make bench ARGS='--set base.npy --json out.json'; bench/bench.py --help. QUICK=1: seconds. bench-peers: beside FAISS and LanceDB.
+BENCH := $(OUT)/bench/bench_sql $(OUT)/bench/bench_kernels $(OUT)/bench/bench_ceilings
+$(OUT)/bench/bench_sql: $(call core_obj,bench/bench_sql.c) $(OUT)/libvecshard.a
+	@mkdir -p $(@D)
+	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ -lsqlite3 $(NET_LIBS) $(LIBS)
+$(OUT)/bench/bench_kernels: $(call core_obj,bench/bench_kernels.c $(wildcard ext/kernels/*.c))
+	@mkdir -p $(@D)
+	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(LIBS)
+$(OUT)/bench/bench_ceilings: bench/bench_ceilings.c Makefile
+	@mkdir -p $(@D)
+	@echo "  CC    $@"; $(CC) -std=gnu11 -D_GNU_SOURCE $(WARN) -O3 -ffp-contract=fast -o $@ $<
+bench-programs: all $(BENCH)
+bench: deps
+	@$(MAKE) --no-print-directory -s -j$$(nproc) bench-programs
+	@bench/bench.py $(if $(QUICK),--quick) $(ARGS)
+bench-peers:
+	@tool/install-deps bench
+	@$(MAKE) --no-print-directory bench ARGS='--peers $(ARGS)'
 
 deps:
 	@tool/install-deps build
@@ -103,4 +135,4 @@ clean:
 	rm -rf build build-address build-thread
 
 -include $(shell find $(OUT)/obj -name '*.d' 2>/dev/null)
-.PHONY: all test c-tests check check-all demo demo-s3 soak deps deps-store deps-test clean
+.PHONY: all test c-tests check check-all bench bench-peers bench-programs demo demo-s3 soak deps deps-store deps-test clean

@@ -143,6 +143,21 @@ else
   echo "FAILED: build s3_threads, SAN=thread"; count 0 1
 fi
 
+# The kernels of the other kind of CPU, emulated; 'max' is an ARM with every instruction that the emulator knows.
+if [ "$(uname -m)" = x86_64 ]; then
+  emulator=$(command -v qemu-aarch64-static || command -v qemu-aarch64)
+  if [ -n "$emulator" ] && command -v aarch64-linux-gnu-gcc >/dev/null; then
+    if run_quietly "build test_kernels, aarch64" \
+        make -s -j"$jobs" CC=aarch64-linux-gnu-gcc OUT=build/aarch64 build/aarch64/test/bare_kernels; then
+      c_test "test_kernels, aarch64" "$emulator" -cpu max build/aarch64/test/bare_kernels
+    else
+      echo "FAILED: build test_kernels, aarch64"; count 0 1
+    fi
+  else
+    lacking "kernels for aarch64: no aarch64-linux-gnu-gcc or no qemu-aarch64 (tool/install-deps test)"
+  fi
+fi
+
 if command -v clang >/dev/null; then
   step "build, clang" logged make -s -j"$jobs" CC=clang OUT=build/clang all c-tests
 else

@@ -167,6 +167,8 @@ def test_tool_of_readme_exists():
     commands = set(re.findall(r"^\| `vecshard (\w+)`", told, re.M))
     assert commands == set(re.findall(r"^  (\w+)  ", tool("--help").stdout, re.M))
     helps = "".join(tool(c, "--help").stdout for c in commands)
+    for program in ("tool/slurm-build.sh", "tool/parallel-build.sh", "bench/bench.py"):
+        helps += subprocess.run([ROOT / program, "--help"], capture_output=True, text=True, check=True).stdout
     for option in re.findall(r"(--[a-z][a-z0-9-]+)", README):
         assert option in helps, option
     for command in re.findall(r"`(\w+)`", missing.split("the tool's")[1].split("\n")[0]):
@@ -178,7 +180,7 @@ def test_files_and_targets_of_readme_exist():
     for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
         for target in set(re.findall(r"\bmake (\w+)", text)) - {"alone"}:
             assert re.search(r"^%s:" % target, makefile, re.M), target
-        for name in re.findall(r"\b((?:sql|test|tool|ext)/[\w/]+\.(?:sql|py|sh|h|c))\b", text):
+        for name in re.findall(r"\b((?:sql|test|tool|ext|bench)/[\w/]+\.(?:sql|py|sh|h|c))\b", text):
             assert (ROOT / name).exists(), name
         for name in re.findall(r"\]\((\w[\w./]+)\)", text):
             assert (ROOT / name).exists(), name

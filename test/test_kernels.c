@@ -1,9 +1,10 @@
 /* test_kernels.c - proves that every variant of ext/kernels that this machine can run keeps the promises of kern.h:
  *   - float results lie within 1e-5 of the sum of absolute terms of a double-precision result, and NaN and
  *     Inf come through;
- *   - half floats, scans, selections and finiteness tests equal the definition exactly;
- *   - a row's centroid does not depend on the rows beside it, and ties go to the lowest number;
- *   - nothing is read or written outside the arrays: they are allocated to the byte, so run it under ASan as well;
+ *   - half floats, everything made from integers, scans, selections and finiteness tests equal the definition exactly;
+ *   - a row's centroid and scores do not depend on the rows beside it, and ties go to the lowest number;
+ *   - nothing is read or written outside the arrays, but what kern.h allows: they are allocated to the byte, so run it under
+ *     ASan as well, or end at a page that may not be touched, which also catches the masked loads that ASan does not watch;
  *   - VECSHARD_SIMD caps the variant.
  * The scalar variant runs through the same checks. Prints its seed; TEST_SEED=<n> repeats a run.
  */
@@ -16,13 +17,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <cmocka.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include "../ext/kernels/kern.h"
 
 /* ------------------------------------------------------------------ tools */
 
-static const char *const names[] = {"scalar", "avx2", "avx512"};
+static const char *const names[] = {"scalar", "avx2", "avx512", "neon", "dotprod"};
 enum { N_NAMES = sizeof names / sizeof *names };
 
 /* Steps through the variants that this machine has; start with *at = 0. */
@@ -51,6 +53,30 @@ static void *exact(size_t n_bytes) {
 }
 static float *rnd_floats(size_t n) {
   float *a = exact(n * sizeof *a);
+  for (size_t i = 0; i < n; i++) a[i] = rnd_float();
+  return a;
+}
+
+/* n_bytes that end at a page that may not be touched. Every slot is one such place, used again by its next caller. */
+enum { N_FENCES = 8, FENCE_BYTES = 4 << 20, FENCE_PAGE = 65536 };
+static void *fenced(int slot, size_t n_bytes) {
+  static uint8_t *end[N_FENCES];
+  if (!end[slot]) {
+    uint8_t *area = mmap(NULL, FENCE_BYTES + FENCE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert_true(area != MAP_FAILED);
+    end[slot] = area + FENCE_BYTES;
+    assert_int_equal(mprotect(end[slot], FENCE_PAGE, PROT_NONE), 0);
+  }
+  assert_true(n_bytes <= FENCE_BYTES);
+  return end[slot] - n_bytes;
+}
+static void *fill_bytes(void *p, size_t n) {
+  uint8_t *to = p;
+  for (size_t i = 0; i < n; i++) to[i] = (uint8_t)(rnd() >> 56);
+  return p;
+}
+static float *fenced_floats(int slot, size_t n) {
+  float *a = fenced(slot, n * sizeof *a);
   for (size_t i = 0; i < n; i++) a[i] = rnd_float();
   return a;
 }
@@ -228,6 +254,38 @@ static void f16_lengths(void **state) {
     }
 }
 
+/* dot and l2sq with halves on the right, at every tail length, starts aligned to nothing, and with odd values in it. */
+static void f16_sums_match_double(void **state) {
+  (void)state;
+  const kern *k;
+  for (int v = 0; (k = next_variant(&v));)
+    for (size_t i = 0; i < N_LENGTHS; i++) {
+      size_t n = length_at(i);
+      float *a = fenced_floats(0, n), *b = rnd_floats(n), *value = exact(n * sizeof *value);
+      uint16_t *half = fenced(1, n * sizeof *half);
+      double ab = 0, abs_ab = 0, l2 = 0;
+      kern_variant("scalar")->f32_to_f16(b, half, n);
+      kern_variant("scalar")->f16_to_f32(half, value, n);
+      for (size_t e = 0; e < n; e++) {
+        double x = a[e], y = value[e];
+        ab += x * y, abs_ab += fabs(x * y), l2 += (x - y) * (x - y);
+      }
+      assert_close(k->dot_f16(a, half, n), ab, abs_ab, k, "dot_f16", n);
+      assert_close(k->l2sq_f16(a, half, n), l2, l2, k, "l2sq_f16", n);
+      for (size_t e = 0; e < n; e += n < N_SHORT ? 1 : 31) {
+        uint16_t was = half[e];
+        half[e] = 0x7e00; /* NaN */
+        assert_true(isnan(k->dot_f16(a, half, n)) && isnan(k->l2sq_f16(a, half, n)));
+        half[e] = 0xfc00; /* -Inf */
+        a[e] = 0.5f;
+        assert_true(k->dot_f16(a, half, n) == -INFINITY && k->l2sq_f16(a, half, n) == INFINITY);
+        half[e] = was;
+      }
+      free(b);
+      free(value);
+    }
+}
+
 /* A NaN (quiet or signalling) or an infinity is found at every position, and the largest finite values are none. */
 static void all_finite_finds_each(void **state) {
   (void)state;
@@ -318,6 +376,47 @@ static void scores_match_double(void **state) {
       }
 }
 
+/* Many rows at once: row by row the bits of scores_f32, nothing beside them. */
+static void scores_many_equal_scores(void **state) {
+  (void)state;
+  static const size_t n_cs[] = {0, 1, 16, 17, 63, 64, 65, 130};
+  static const size_t dims[] = {0, 1, 2, 7, 16, 33, 129, 300};
+  const kern *k;
+  for (int v = 0; (k = next_variant(&v));)
+    for (size_t c = 0; c < sizeof n_cs / sizeof *n_cs; c++)
+      for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
+        matrix m = make_matrix(n_cs[c], dims[d]);
+        float *one = exact(m.n_padded * sizeof *one);
+        for (size_t n_x = 0; n_x <= 13; n_x++) {
+          size_t stride = m.dim + n_x % 3, out_stride = m.n_padded + n_x % 2;
+          float *x = fenced_floats(0, n_x ? (n_x - 1) * stride + m.dim : 0);
+          float *out = fenced_floats(1, n_x ? (n_x - 1) * out_stride + m.n_padded : 0), beside = 0;
+          if (n_x > 1 && out_stride > m.n_padded) beside = out[m.n_padded];
+          k->scores_many_f32(x, n_x, stride, m.dim, m.packed, m.bias, m.n_c, out, out_stride);
+          for (size_t r = 0; r < n_x; r++) {
+            k->scores_f32(x + r * stride, m.dim, m.packed, m.bias, m.n_c, one);
+            assert_memory_equal(one, out + r * out_stride, m.n_c * sizeof *one);
+          }
+          if (n_x > 1 && out_stride > m.n_padded) assert_true(out[m.n_padded] == beside);
+        }
+        free(one);
+        free_matrix(&m);
+      }
+  for (int v = 0; (k = next_variant(&v));) { /* more rows than a chunk of any variant, twice */
+    matrix m = make_matrix(70, 24);
+    enum { N_X = 431 };
+    float *x = rnd_floats(N_X * m.dim), *out = exact(N_X * m.n_padded * sizeof *out), one[80];
+    k->scores_many_f32(x, N_X, m.dim, m.dim, m.packed, m.bias, m.n_c, out, m.n_padded);
+    for (size_t r = 0; r < N_X; r++) {
+      k->scores_f32(x + r * m.dim, m.dim, m.packed, m.bias, m.n_c, one);
+      assert_memory_equal(one, out + r * m.n_padded, m.n_c * sizeof *one);
+    }
+    free(x);
+    free(out);
+    free_matrix(&m);
+  }
+}
+
 /* The winner's score is the largest there is (within the budget), and each row gets the same bits alone, in another
  * company, and among all. */
 static void check_argmax(const kern *k, const matrix *m, size_t n_x, size_t stride) {
@@ -371,7 +470,7 @@ static void argmax_finds_best(void **state) {
           check_argmax(k, &m, n_xs[r], m.dim + (r % 3 ? 5 * (r % 3) : 0));
         free_matrix(&m);
       }
-    matrix wide = make_matrix(70, 960), deep = make_matrix(1096, 24);
+    matrix wide = make_matrix(70, 960), deep = make_matrix(200, 24);
     check_argmax(k, &wide, 14, 960);
     check_argmax(k, &deep, 431, 24); /* more rows than a chunk of any variant, twice */
     free_matrix(&wide);
@@ -434,38 +533,277 @@ static void argmax_survives_specials(void **state) {
   }
 }
 
+/* ------------------------------------------------------------------ bytes */
+
+/* Every kind of vector that is quantized: plain, all ties between two bytes, huge, tiny, too small, and nothing at all. */
+static void quantize_equals_definition(void **state) {
+  (void)state;
+  const kern *k, *scalar = kern_variant("scalar");
+  for (int v = 0; (k = next_variant(&v));)
+    for (size_t i = 0; i < N_LENGTHS; i++) {
+      size_t n = length_at(i);
+      float *x = fenced_floats(0, n);
+      int8_t *got = fenced(1, n), *want = exact(n);
+      for (int kind = 0; kind < 7; kind++) {
+        for (size_t e = 0; e < n; e++) switch (kind) {
+          case 0: x[e] = rnd_float(); break;
+          case 1: x[e] = ((float)(rnd() % 255) - 127) / 2; break; /* 63.5 and thereby 127 / m = 2: every second is a tie */
+          case 2: x[e] = rnd_float() * 3e38f; break;
+          case 3: x[e] = rnd_float() * 1e-29f; break;
+          case 4: x[e] = rnd_float() * 9.9e-31f; break; /* too small: zeros */
+          case 5: x[e] = bits_float((uint32_t)(rnd() & 0x80000fffu)); break;
+          default: x[e] = -0.0f; break;
+          }
+        if (kind == 1 && n) x[rnd() % n] = 63.5f;
+        memset(got, 99, n);
+        float step = scalar->quantize_i8(x, n, want), again = k->quantize_i8(x, n, got), m = 0;
+        assert_int_equal(float_bits(step), float_bits(again));
+        assert_memory_equal(got, want, n);
+        for (size_t e = 0; e < n; e++) m = fabsf(x[e]) > m ? fabsf(x[e]) : m;
+        int is_zero = m < 1e-30f;
+        assert_true(step == (is_zero ? 0 : m / 127));
+        for (size_t e = 0; e < n; e++) {
+          double off = fabs(want[e] * (double)step - x[e]);
+          assert_true(is_zero ? want[e] == 0 : want[e] >= -127 && off <= (0.5 + 1e-4) * m / 127);
+        }
+      }
+      free(want);
+    }
+}
+
+/* Random bytes; with `extreme` all of them the largest or the smallest, so that every product is. */
+static void fill_extreme(int8_t *a, size_t n, int extreme) {
+  for (size_t i = 0; i < n; i++) a[i] = extreme == 0 ? (int8_t)(rnd() >> 56) : extreme == 1 ? -128 : extreme == 2 ? 127 : -127;
+}
+
+static void check_scores_i8(size_t n_q, size_t n_c, size_t dim, int extreme) {
+  size_t n_padded = (n_c + 15) / 16 * 16, q_stride = dim + n_q % 3, out_stride = n_padded + n_q % 2;
+  int8_t *c = exact(n_c * dim), *q = fenced(0, n_q ? (n_q - 1) * q_stride + dim : 0);
+  uint8_t *packed = fenced(1, n_padded * dim);
+  size_t n_out = n_q ? (n_q - 1) * out_stride + n_padded : 0;
+  int32_t *out = fenced(2, n_out * sizeof *out);
+  const kern *k;
+  fill_extreme(q, n_q ? (n_q - 1) * q_stride + dim : 0, extreme);
+  fill_extreme(c, n_c * dim, extreme ? 1 + (extreme + (int)(n_c & 1)) % 3 : 0);
+  kern_pack_i8(c, n_c, dim, packed);
+  for (int v = 0; (k = next_variant(&v));) {
+    for (size_t i = 0; i < n_out; i++) out[i] = 12345;
+    k->scores_i8(q, n_q, q_stride, dim, packed, n_c, out, out_stride);
+    for (size_t r = 0; r < n_q; r++)
+      for (size_t i = 0; i < out_stride; i++) {
+        if (i >= n_padded && r + 1 == n_q) break;
+        int64_t want = i >= n_padded ? 12345 : 0;
+        for (size_t j = 0; i < n_c && j < dim; j++) want += q[r * q_stride + j] * c[i * dim + j];
+        int32_t got = out[r * out_stride + i];
+        if (got != want)
+          fail_msg("%s scores_i8 dim=%zu query %zu row %zu: %d, not %lld", k->name, dim, r, i, got, (long long)want);
+      }
+  }
+  free(c);
+}
+
+/* All shapes around the tiles of every variant; then the longest sums of the largest products. */
+static void scores_i8_exact(void **state) {
+  (void)state;
+  static const size_t n_cs[] = {0, 1, 15, 16, 17, 48, 64, 65, 100, 130};
+  static const size_t dims[] = {0, 4, 8, 12, 16, 20, 60, 64, 68, 128, 132, 960, 1024, 1028};
+  for (size_t c = 0; c < sizeof n_cs / sizeof *n_cs; c++)
+    for (size_t d = 0; d < sizeof dims / sizeof *dims; d++)
+      for (size_t n_q = 0; n_q <= 9; n_q += dims[d] > 200 ? 3 : 1) check_scores_i8(n_q, n_cs[c], dims[d], 0);
+  check_scores_i8(70, 33, 64, 0); /* more queries than a chunk of any variant */
+  check_scores_i8(5, 300, 256, 0); /* and more of the matrix than a stretch */
+  for (int extreme = 0; extreme < 4; extreme++)
+    for (size_t n_c = 17; n_c <= 18; n_c++) {
+      check_scores_i8(5, n_c, 2052, extreme);
+      check_scores_i8(1, n_c, 65536, extreme);
+    }
+}
+
+/* Bytes at every length, starts aligned to nothing, all combinations of extremes. */
+static void dot_i8_exact(void **state) {
+  (void)state;
+  const kern *k;
+  for (size_t i = 0; i <= N_LENGTHS; i++) {
+    size_t n = i < N_LENGTHS ? length_at(i) : 65536;
+    int8_t *q = fenced(0, n);
+    uint8_t *row = fenced(1, n);
+    for (int kind = 0; kind < 17; kind++) {
+      int64_t want = 0;
+      fill_extreme(q, n, kind % 4);
+      fill_extreme((int8_t *)row, n, kind / 4 % 4);
+      if (kind == 16) memset(row, 0, n), memset(q, -128, n);
+      for (size_t j = 0; j < n; j++) want += q[j] * ((int)row[j] - 128);
+      for (int v = 0; (k = next_variant(&v));)
+        if (k->dot_i8(q, row, n) != want)
+          fail_msg("%s dot_i8 n=%zu: %d, not %lld", k->name, n, k->dot_i8(q, row, n), (long long)want);
+    }
+  }
+}
+
+/* Values that end up as keys: mostly plain, some odd, some equal. */
+static float odd_float(void) {
+  static const float odd[] = {0, -0.0f, INFINITY, -INFINITY, NAN, 1e-45f, -3e38f, 1};
+  return rnd() % 8 ? rnd_float() * 100 : odd[rnd() % 8];
+}
+
+/* Keys from integer scores: every limit among them, just below one, and those that mean none and all; only what the header
+ * gives is written. */
+static void keys_i8_equal_definition(void **state) {
+  (void)state;
+  const kern *k, *scalar = kern_variant("scalar");
+  for (size_t i = 0; i < N_LENGTHS; i++) {
+    size_t n = length_at(i), n_padded = (n + 15) / 16 * 16;
+    int32_t *score = fill_bytes(fenced(0, n * sizeof *score), n * sizeof *score);
+    float *scale = fenced_floats(1, n), *norm2 = fenced_floats(2, n);
+    uint64_t *got = fenced(3, n_padded * sizeof *got), *want = exact(n_padded * sizeof *want);
+    int is_odd = i % 2 == 1;
+    for (size_t e = 0; e < n; e++) {
+      if (e % 3) score[e] %= 1000;
+      if (is_odd) norm2[e] = odd_float(), scale[e] = odd_float();
+    }
+    for (int t = 0; t < 8; t++) {
+      float mul = t == 7 ? INFINITY : rnd_float(), base = t == 6 ? NAN : rnd_float() * 10;
+      uint32_t first = t == 5 ? UINT32_MAX - 20 : (uint32_t)(rnd() % 1000); /* numbers may wrap */
+      size_t at = n ? rnd() % n : 0;
+      float one = n ? (norm2[at] + base) + (mul * scale[at]) * (float)score[at] : 0;
+      uint64_t one_key = kern_key(one, first + (uint32_t)at);
+      uint64_t limits[] = {0, UINT64_MAX, one_key, one_key - 1, kern_key(INFINITY, UINT32_MAX), kern_key(INFINITY, 0) - 1,
+                           (uint64_t)0xff900000 << 32, (uint64_t)0xffffffff << 32, kern_key(-INFINITY, 5), kern_key(0, 7)};
+      for (size_t l = 0; l < sizeof limits / sizeof *limits; l++) {
+        size_t n_want = scalar->keys_i8(score, scale, norm2, n, mul, base, first, limits[l], want), n_all = 0;
+        for (size_t e = 0; e < n; e++) {
+          float d = (norm2[e] + base) + (mul * scale[e]) * (float)score[e];
+          n_all += kern_key(d, first + (uint32_t)e) <= limits[l];
+        }
+        assert_int_equal(n_want, n_all);
+        for (int v = 0; (k = next_variant(&v));) {
+          memset(got, 0xee, n_padded * sizeof *got);
+          assert_int_equal(k->keys_i8(score, scale, norm2, n, mul, base, first, limits[l], got), n_want);
+          assert_memory_equal(got, want, n_want * sizeof *got);
+        }
+      }
+    }
+    free(want);
+  }
+}
+
+static void keys_u16_equal_definition(void **state) {
+  (void)state;
+  const kern *k;
+  for (size_t i = 0; i < N_LENGTHS; i++) {
+    size_t n = length_at(i), n_padded = (n + 15) / 16 * 16;
+    uint16_t *sum = fill_bytes(fenced(0, n * sizeof *sum), n * sizeof *sum);
+    uint32_t *row = fill_bytes(fenced(1, n * sizeof *row), n * sizeof *row);
+    uint64_t *got = fenced(2, n_padded * sizeof *got);
+    for (int t = 0; t < 6; t++) {
+      float base = t < 3 ? rnd_float() * 10 : odd_float(), step = t < 3 ? rnd_float() : odd_float();
+      for (int v = 0; (k = next_variant(&v));) {
+        k->keys_u16(sum, row, n, base, step, 1000u * (unsigned)t, got);
+        for (size_t e = 0; e < n; e++)
+          assert_true(got[e] == kern_key(base + step * (float)sum[e], 1000u * (unsigned)t + row[e]));
+      }
+    }
+  }
+}
+
+/* ------------------------------------------------------------------ PQ tables */
+
+/* Both steps equal the definition to the bit, at all widths of a sub-quantizer, with factors of both signs, zero, and those
+ * that a damaged file could hold. */
+static void pq_tables_equal_definition(void **state) {
+  (void)state;
+  static const size_t sub_dims[] = {4, 8, 12, 16, 20, 24, 32, 64, 100, 2048};
+  static const float odd_factors[] = {0, -0.0f, 1e-40f, 3e38f, INFINITY, NAN};
+  const kern *k, *scalar = kern_variant("scalar");
+  for (size_t d = 0; d < sizeof sub_dims / sizeof *sub_dims; d++)
+    for (size_t m = 0; m <= (sub_dims[d] > 100 ? 2 : 9); m++)
+      for (int odd = 0; odd < 2; odd++) {
+        size_t sub_dim = sub_dims[d];
+        int8_t *q = fenced(0, m * sub_dim), *word = exact(256 * sub_dim);
+        uint8_t *words = fenced(1, m * 256 * sub_dim), *got8 = fenced(5, m * 256), *want8 = exact(m * 256);
+        float *factor = fenced_floats(2, m), *raw = fenced(3, m * 256 * sizeof *raw), *low = fenced(4, m * sizeof *low);
+        float *want_raw = exact(m * 256 * sizeof *raw), *want_low = exact(m * sizeof *low);
+        fill_extreme(q, m * sub_dim, (int)(m % 4));
+        for (size_t j = 0; j < m; j++) {
+          fill_extreme(word, 256 * sub_dim, 0);
+          if (m % 5 == 4) memset(word, (int)(rnd() % 256), 128 * sub_dim); /* many alike */
+          kern_pack_i8(word, 256, sub_dim, words + j * 256 * sub_dim);
+          if (odd) factor[j] = odd_factors[rnd() % 6];
+        }
+        float want = scalar->pq_table_raw(q, words, factor, m, sub_dim, want_raw, want_low);
+        for (int v = 0; (k = next_variant(&v));) {
+          memset(raw, 0xee, m * 256 * sizeof *raw);
+          float got = k->pq_table_raw(q, words, factor, m, sub_dim, raw, low);
+          assert_int_equal(float_bits(got), float_bits(want));
+          for (size_t i = 0; i < m * 256; i++) /* one NaN is as good as another */
+            assert_true(float_bits(raw[i]) == float_bits(want_raw[i]) || (isnan(raw[i]) && isnan(want_raw[i])));
+          for (size_t j = 0; j < m; j++) assert_true(low[j] == want_low[j]); /* a zero of either sign, after a factor of zero */
+          float invs[] = {want > 0 ? 255 / want : 0, want > 0 ? 700 / want : 1, 0, 1e-30f, 1e30f, INFINITY};
+          for (size_t i = 0; i < sizeof invs / sizeof *invs; i++) {
+            scalar->pq_table(want_raw, want_low, m, invs[i], want8);
+            memset(got8, 0xee, m * 256);
+            k->pq_table(raw, low, m, invs[i], got8);
+            assert_memory_equal(got8, want8, m * 256);
+          }
+        }
+        free(word);
+        free(want8);
+        free(want_raw);
+        free(want_low);
+      }
+}
+
+/* Halves go to the even byte, 255 is the ceiling, and what is a hair below 255 still rounds to it. */
+static void pq_table_rounds(void **state) {
+  (void)state;
+  const kern *k;
+  float raw[256], low = -3;
+  uint8_t got[256];
+  for (int i = 0; i < 256; i++) raw[i] = low + (float)i + (i % 2 ? 0.5f : 0);
+  raw[7] = 1e30f, raw[8] = low + 254.99998f, raw[9] = low + 255, raw[10] = INFINITY;
+  for (int v = 0; (k = next_variant(&v));) {
+    k->pq_table(raw, &low, 1, 1, got);
+    for (int i = 0; i < 256; i++)
+      assert_int_equal(got[i], i >= 7 && i <= 10 ? 255 : i % 2 == 0 ? i : i == 255 ? 255 : (i + 1) / 2 * 2);
+  }
+}
+
 /* ------------------------------------------------------------------ PQ scan */
 
 typedef struct {
   size_t m, n_rows, n_padded;
-  uint8_t *codes, *table; /* both start one byte into their allocation: kern.h asks for no alignment */
+  uint8_t *codes, *table; /* end where nothing more may be read, so they start anywhere */
   uint16_t *terms;
+  uint32_t *sum; /* of a row's entries, without its term */
 } partition;
+enum { SCAN_SLACK = 64 };
+
+static void sum_entries(partition *p) {
+  for (size_t r = 0; r < p->n_rows; r++) {
+    p->sum[r] = 0;
+    for (size_t j = 0; j < p->m; j++) p->sum[r] += p->table[j * 256 + p->codes[kern_code_offset(p->n_rows, p->m, r, j)]];
+  }
+}
 
 static partition make_partition(size_t m, size_t n_rows, int extreme) {
   partition p = {.m = m, .n_rows = n_rows, .n_padded = (n_rows + KERN_GROUP - 1) / KERN_GROUP * KERN_GROUP};
-  p.codes = (uint8_t *)exact(p.n_padded * m + 1) + 1;
-  p.table = (uint8_t *)exact(m * 256 + 1) + 1;
-  p.terms = exact(p.n_padded * sizeof *p.terms);
-  for (size_t i = 0; i < p.n_padded * m; i++) p.codes[i] = (uint8_t)(rnd() >> 56);
-  for (size_t i = 0; i < m * 256; i++) p.table[i] = extreme ? 255 : (uint8_t)(rnd() >> 56);
-  for (size_t i = 0; i < p.n_padded; i++) p.terms[i] = extreme ? 65535 : (uint16_t)(rnd() >> 48);
+  size_t n_codes = (n_rows + 1) / 2 * 2 * m;
+  p.codes = fill_bytes(fenced(0, n_codes + SCAN_SLACK), n_codes);
+  p.table = fill_bytes(fenced(1, m * 256), m * 256);
+  p.terms = fill_bytes(fenced(2, n_rows * sizeof *p.terms + SCAN_SLACK), n_rows * sizeof *p.terms);
+  if (extreme) memset(p.table, 255, m * 256), memset(p.terms, 255, n_rows * sizeof *p.terms);
+  p.sum = fenced(5, n_rows * sizeof *p.sum);
+  sum_entries(&p);
   return p;
-}
-static void free_partition(partition *p) {
-  free(p->codes - 1);
-  free(p->table - 1);
-  free(p->terms);
 }
 
 static void check_scan(const kern *k, const partition *p, uint16_t term_mul, uint32_t threshold) {
-  uint32_t *row = exact(p->n_padded * sizeof *row);
-  uint16_t *sum = exact(p->n_padded * sizeof *sum);
+  uint32_t *row = fenced(3, p->n_padded * sizeof *row);
+  uint16_t *sum = fenced(4, p->n_padded * sizeof *sum);
   size_t n = k->pq_scan(p->codes, p->m, p->terms, p->n_rows, p->table, term_mul, threshold, row, sum), at = 0;
   assert_true(n <= p->n_rows);
   for (size_t r = 0; r < p->n_rows; r++) {
-    uint64_t want = (uint64_t)p->terms[r] * term_mul >> 16;
-    for (size_t j = 0; j < p->m; j++) want += p->table[j * 256 + p->codes[kern_code_offset(p->n_rows, p->m, r, j)]];
+    uint64_t want = p->sum[r] + ((uint64_t)p->terms[r] * term_mul >> 16);
     if (want > 65535) want = 65535;
     if (want >= threshold) continue;
     assert_true(at < n);
@@ -474,15 +812,14 @@ static void check_scan(const kern *k, const partition *p, uint16_t term_mul, uin
     at++;
   }
   assert_int_equal(at, n);
-  free(row);
-  free(sum);
 }
 
 /* All combinations of shapes, thresholds and term weights, then sums at the ceiling. */
 static void pq_scan_exact(void **state) {
   (void)state;
   static const size_t ms[] = {1, 2, 7, 16, 60, 256};
-  static const size_t rows[] = {0, 1, 31, 32, 33, 63, 64, 65, 127, 192, 193, 255, 256, 257, 320, 1000, 5000};
+  static const size_t rows[] = {0,  1,   2,   3,   31,  32,  33,  63,  64,   65,   66,  95,
+                                97, 127, 192, 193, 255, 256, 257, 320, 1000, 1025, 5000};
   static const uint16_t muls[] = {0, 777, 30000, 65535};
   const kern *k;
   for (size_t i = 0; i < sizeof ms / sizeof *ms; i++)
@@ -496,7 +833,6 @@ static void pq_scan_exact(void **state) {
             for (size_t h = 0; h < sizeof thresholds / sizeof *thresholds; h++)
               check_scan(k, &p, muls[t], thresholds[h]);
           }
-        free_partition(&p);
       }
 }
 
@@ -507,26 +843,50 @@ static void pq_scan_every_code(void **state) {
   partition p = make_partition(3, 256, 0);
   for (size_t j = 0; j < 3; j++)
     for (size_t r = 0; r < 256; r++) p.codes[kern_code_offset(256, 3, r, j)] = (uint8_t)(r + 85 * j);
+  sum_entries(&p);
   for (int v = 0; (k = next_variant(&v));) check_scan(k, &p, 0, 65536);
-  free_partition(&p);
 }
 
-/* kern_code_offset names every byte of a partition's code area at most once, inside it. */
+/* kern_code_offset names every byte of a partition's code area once; the area of an odd number of rows has m bytes to spare. */
 static void code_offset_is_one_to_one(void **state) {
   (void)state;
-  static const size_t rows[] = {1, 64, 65, 255, 256, 257, 700};
-  for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-    size_t n = rows[i], m = 3, n_padded = (n + 63) / 64 * 64;
-    uint8_t *seen = exact(n_padded * m);
-    memset(seen, 0, n_padded * m);
+  for (size_t n = 1; n <= 700; n += n < 300 ? 1 : 23) {
+    size_t m = 3, n_codes = (n + 1) / 2 * 2 * m, n_seen = 0;
+    uint8_t *seen = exact(n_codes);
+    memset(seen, 0, n_codes);
     for (size_t r = 0; r < n; r++)
       for (size_t j = 0; j < m; j++) {
         size_t at = kern_code_offset(n, m, r, j);
-        assert_true(at < n_padded * m && !seen[at]);
+        assert_true(at < n_codes && !seen[at]);
         seen[at] = 1;
+        n_seen++;
       }
+    assert_int_equal(n_codes - n_seen, n % 2 * m);
     free(seen);
   }
+}
+
+/* kern_pack_i8 puts (c, j) where kern_i8_offset says, and zeros where there is no row. */
+static void pack_i8_layout(void **state) {
+  (void)state;
+  for (size_t n_c = 0; n_c <= 50; n_c += 1 + n_c % 4)
+    for (size_t dim = 0; dim <= 24; dim += 4) {
+      size_t n_padded = (n_c + 15) / 16 * 16;
+      int8_t *c = exact(n_c * dim);
+      uint8_t *packed = fenced(0, n_padded * dim), *seen = exact(n_padded * dim);
+      fill_extreme(c, n_c * dim, 0);
+      kern_pack_i8(c, n_c, dim, packed);
+      memset(seen, 0, n_padded * dim);
+      for (size_t r = 0; r < n_padded; r++)
+        for (size_t j = 0; j < dim; j++) {
+          size_t at = kern_i8_offset(dim, r, j);
+          assert_true(at < n_padded * dim && !seen[at]);
+          seen[at] = 1;
+          assert_int_equal(packed[at], r < n_c ? c[r * dim + j] + 128 : 128);
+        }
+      free(c);
+      free(seen);
+    }
 }
 
 /* ------------------------------------------------------------------ sorting and selection */
@@ -565,6 +925,22 @@ static void check_select(const kern *k, const uint64_t *keys, const uint64_t *so
   free(scratch);
 }
 
+/* By the high bits alone; keys that are equal there keep their order, which their low bits tell. */
+static void check_sort_from(const uint64_t *keys, size_t n, uint64_t *a, uint64_t *scratch) {
+  const int bits[] = {20, 40};
+  for (size_t b = 0; b < sizeof bits / sizeof *bits; b++) {
+    uint64_t low = ((uint64_t)1 << bits[b]) - 1;
+    for (size_t i = 0; i < n; i++) a[i] = (keys[i] & ~low) | (low - i); /* n < 2^20; descending: a full sort would turn them */
+    kern_sort_u64_from(a, n, bits[b], scratch);
+    for (size_t i = 1; i < n; i++) {
+      assert_true(a[i - 1] >> bits[b] <= a[i] >> bits[b]);
+      assert_true(a[i - 1] >> bits[b] < a[i] >> bits[b] || a[i - 1] > a[i]);
+    }
+    for (size_t i = 0; i < n; i++) scratch[low - (a[i] & low)] = a[i] & ~low;
+    for (size_t i = 0; i < n; i++) assert_true(scratch[i] == (keys[i] & ~low)); /* each key is still there */
+  }
+}
+
 static void check_order(size_t n, int shape, const size_t *wants, size_t n_wants) {
   uint64_t *keys = exact(n * sizeof *keys), *sorted = exact(n * sizeof *keys), *a = exact(n * sizeof *keys);
   uint64_t *scratch = exact(n * sizeof *keys);
@@ -575,6 +951,7 @@ static void check_order(size_t n, int shape, const size_t *wants, size_t n_wants
   memcpy(a, keys, n * sizeof *keys);
   kern_sort_u64(a, n, scratch);
   assert_memory_equal(a, sorted, n * sizeof *a);
+  check_sort_from(keys, n, a, scratch);
   for (int v = 0; (k = next_variant(&v));)
     for (size_t w = 0; w < n_wants; w++) check_select(k, keys, sorted, n, wants[w]);
   free(keys);
@@ -664,14 +1041,17 @@ static int chosen_under(const char *value, const char *expected) {
 /* The best variant, unless capped; a cap above the machine and an unknown name mean the best. */
 static void simd_cap(void **state) {
   (void)state;
-  const char *best = kern_variant("avx512") ? "avx512" : kern_variant("avx2") ? "avx2" : "scalar";
+  static const char *const rising[] = {"scalar", "neon", "dotprod", "avx2", "avx512"};
+  const char *best = NULL;
+  for (size_t i = 0; i < sizeof rising / sizeof *rising; i++) best = kern_variant(rising[i]) ? rising[i] : best;
   assert_non_null(kern_variant("scalar"));
   assert_null(kern_variant("sse9"));
   assert_true(chosen_under(NULL, best));
   assert_true(chosen_under("", best));
   assert_true(chosen_under("sse9", best));
   assert_true(chosen_under("avx512", best));
-  assert_true(chosen_under("avx2", kern_variant("avx2") ? "avx2" : "scalar"));
+  assert_true(chosen_under("avx2", kern_variant("avx2") ? "avx2" : best));
+  assert_true(chosen_under("neon", kern_variant("neon") ? "neon" : best));
   assert_true(chosen_under("scalar", "scalar"));
 }
 
@@ -683,12 +1063,22 @@ int main(void) {
     cmocka_unit_test(f16_to_f32_all_values),
     cmocka_unit_test(f32_to_f16_rounds_to_even),
     cmocka_unit_test(f16_lengths),
+    cmocka_unit_test(f16_sums_match_double),
     cmocka_unit_test(all_finite_finds_each),
     cmocka_unit_test(pack_layout),
+    cmocka_unit_test(pack_i8_layout),
     cmocka_unit_test(scores_match_double),
+    cmocka_unit_test(scores_many_equal_scores),
     cmocka_unit_test(argmax_finds_best),
     cmocka_unit_test(argmax_ties_go_low),
     cmocka_unit_test(argmax_survives_specials),
+    cmocka_unit_test(quantize_equals_definition),
+    cmocka_unit_test(scores_i8_exact),
+    cmocka_unit_test(dot_i8_exact),
+    cmocka_unit_test(keys_i8_equal_definition),
+    cmocka_unit_test(keys_u16_equal_definition),
+    cmocka_unit_test(pq_tables_equal_definition),
+    cmocka_unit_test(pq_table_rounds),
     cmocka_unit_test(pq_scan_exact),
     cmocka_unit_test(pq_scan_every_code),
     cmocka_unit_test(code_offset_is_one_to_one),

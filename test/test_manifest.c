@@ -42,7 +42,8 @@ static const char good_json[] =
     "{\"name\":\"year\",\"type\":\"integer\",\"filter\":false,\"index\":true}],"
     "\"segments\":[{\"file\":\"seg-a.ivf\",\"bytes\":1000,\"checksum\":\"" SUM1
     "\",\"rows\":50},"
-    "{\"file\":\"seg-b.ivf\",\"bytes\":2000,\"checksum\":\"" SUM2 "\",\"rows\":60}]}";
+    "{\"file\":\"seg-b.ivf\",\"bytes\":2000,\"checksum\":\"" SUM2 "\",\"rows\":60}],"
+    "\"built\":{\"rows\":120,\"skipped\":7,\"duplicates\":3,\"files\":\"" SUM1 "\",\"options\":\"" SUM2 "\"}}";
 
 static vs_rc parse(const char *json, shard_manifest *m, vs_err *err) {
   memset(err, 0, sizeof *err);
@@ -103,6 +104,12 @@ static void good_manifest_is_read(void **state) {
   assert_int_equal(m.segments[0].n_rows, 50);
   assert_string_equal(m.segments[1].checksum, SUM2);
   assert_int_equal(m.n_rows, 110);
+  assert_int_equal(m.origin.known, 1);
+  assert_int_equal(m.origin.n_rows, 120);
+  assert_int_equal(m.origin.n_skipped, 7);
+  assert_int_equal(m.origin.n_duplicates, 3);
+  assert_string_equal(m.origin.files, SUM1);
+  assert_string_equal(m.origin.options, SUM2);
   shard_manifest_reset(&m);
   shard_manifest_reset(&m); /* legal twice */
 }
@@ -171,6 +178,29 @@ static void unknown_keys_are_skipped(void **state) {
   free(json);
 }
 
+/* Neither the whole nor the hashes need be there; what is not there is not printed. */
+static void origin_may_be_missing(void **state) {
+  static const char *const cut[] = {",\"files\":\"" SUM1 "\",\"options\":\"" SUM2 "\"",
+                                    ",\"built\":{\"rows\":120,\"skipped\":7,\"duplicates\":3,\"files\":\"" SUM1
+                                    "\",\"options\":\"" SUM2 "\"}"};
+  (void)state;
+  for (int i = 0; i < 2; i++) {
+    shard_manifest m;
+    vs_err err = {0};
+    char *json = replaced(cut[i], ""), *printed;
+    if (parse(json, &m, &err)) fail_msg("%s", err.text);
+    assert_int_equal(m.origin.known, i == 0);
+    assert_int_equal(m.origin.n_rows, i == 0 ? 120 : 0);
+    assert_string_equal(m.origin.files, "");
+    round_trip(&m);
+    assert_int_equal(shard_manifest_print(&m, &printed, &err), VS_OK);
+    assert_int_equal(!!strstr(printed, "\"built\""), i == 0);
+    assert_null(strstr(printed, "null"));
+    shard_manifest_reset(&m);
+    free(json), free(printed);
+  }
+}
+
 static void invalid_structs_are_not_printed(void **state) {
   vs_err err = {0};
   char *json;
@@ -202,10 +232,10 @@ typedef struct hostile {
 
 static const hostile cases[] = {
     /* not JSON, not an object */
-    {"\"rows\":60}]}", "\"rows\":60}]", VS_CORRUPT, "not JSON"},
+    {SUM2 "\"}}", SUM2 "\"}", VS_CORRUPT, "not JSON"},
     {"{\"format\":0", "x{\"format\":0", VS_CORRUPT, "not JSON"},
     {"{\"format\":0", "[{\"format\":0", VS_CORRUPT, "not JSON"},
-    {"\"rows\":60}]}", "\"rows\":60}]}x", VS_CORRUPT, "not JSON"},
+    {SUM2 "\"}}", SUM2 "\"}}x", VS_CORRUPT, "not JSON"},
     /* format and features */
     {"\"format\":0", "\"format\":1", VS_UNSUPPORTED, "shard format 1, this build reads format 0"},
     {"\"format\":0", "\"format\":4294967296", VS_UNSUPPORTED, "shard format 4294967296"},
@@ -318,6 +348,19 @@ static const hostile cases[] = {
     {"\"rows\":50", "\"rows\":50.0", VS_CORRUPT, "the rows of a segment"},
     {"\"rows\":50", "\"rows\":false", VS_CORRUPT, "the rows of a segment"},
     {",\"rows\":50", "", VS_CORRUPT, "the rows of a segment"},
+    /* what it was built from */
+    {"\"built\":{", "\"built\":null,\"x\":{", VS_CORRUPT, "$.built"},
+    {"\"built\":{", "\"built\":[1],\"x\":{", VS_CORRUPT, "$.built"},
+    {"\"rows\":120", "\"rows\":-1", VS_CORRUPT, "$.built.rows"},
+    {"\"rows\":120", "\"rows\":\"120\"", VS_CORRUPT, "$.built.rows"},
+    {"\"rows\":120,", "", VS_CORRUPT, "$.built.rows"},
+    {"\"skipped\":7", "\"skipped\":121", VS_CORRUPT, "$.built.skipped"},
+    {"\"skipped\":7,", "", VS_CORRUPT, "$.built.skipped"},
+    {"\"duplicates\":3", "\"duplicates\":114", VS_CORRUPT, "$.built.duplicates"},
+    {"\"files\":\"0", "\"files\":\"x", VS_CORRUPT, "$.built.files"},
+    {"\"files\":\"0", "\"files\":\"", VS_CORRUPT, "$.built.files"},
+    {"\"files\":", "\"files\":null,\"x\":", VS_CORRUPT, "$.built.files"},
+    {"\"options\":\"", "\"options\":\"0", VS_CORRUPT, "$.built.options"},
 };
 
 static void hostile_manifests_are_refused(void **state) {
@@ -862,6 +905,7 @@ int main(void) {
       cmocka_unit_test(printing_round_trips),
       cmocka_unit_test(names_need_escaping),
       cmocka_unit_test(unknown_keys_are_skipped),
+      cmocka_unit_test(origin_may_be_missing),
       cmocka_unit_test(invalid_structs_are_not_printed),
       cmocka_unit_test(hostile_manifests_are_refused),
       cmocka_unit_test(lengths_have_limits),

@@ -2,6 +2,9 @@
  *
  * Opening looks at each file once and notes its shape; reading opens them again one after the other. A file whose shape
  * has changed in between is an error: its rows would land under wrong numbers.
+ *
+ * While the caller works on the last rows of a file the next one is opened and its first rows are loaded. What goes wrong there
+ * is reported when these rows are asked for.
  */
 #include "input_concat.h"
 
@@ -24,6 +27,8 @@ typedef struct concat {
   input_type *types;
   input *open;       /* NULL, or the input of parts[at] */
   size_t at;         /* the part that the next read starts in; n_parts at the end */
+  input *next;       /* NULL, or the input of parts[next_at], loading */
+  size_t next_at;    /* the part that was last opened ahead, or tried */
   input_value *ids;  /* of the last batch, where row numbers had to be moved */
   size_t ids_room;
 } concat;
@@ -74,9 +79,13 @@ static void take_shape(concat *c, const input *in) {
 static vs_rc open_part(concat *c, size_t i, vs_err *err) {
   part *p = &c->parts[i];
   if (c->open && c->at == i) return VS_OK;
+  vs_rc rc = VS_OK;
   input_close(c->open);
   c->open = NULL, c->at = i;
-  vs_rc rc = input_open(p->path, &c->opt, &c->open, err);
+  if (c->next && c->next_at == i) c->open = c->next, c->next = NULL;
+  input_close(c->next);
+  c->next = NULL, c->next_at = 0;
+  if (!c->open) rc = input_open(p->path, &c->opt, &c->open, err);
   if (!rc && (c->open->n_rows != p->n_rows || compare(c, p, c->open, NULL)))
     rc = vs_fail(err, VS_IO, "%s: changed while it was read", p->path);
   if (rc) input_close(c->open), c->open = NULL;
@@ -92,6 +101,17 @@ static size_t find_part(const concat *c, uint64_t row) {
     else hi = mid;
   }
   return lo;
+}
+
+/* When all rows of the open part are loaded or being loaded: opens the next part that has any. */
+static void open_ahead(concat *c, size_t max_rows) {
+  size_t i = c->at + 1;
+  if (!c->open->start || c->open->loaded_end < c->open->n_rows) return;
+  while (i < c->n_parts && !c->parts[i].n_rows) i++;
+  if (i >= c->n_parts || c->next_at == i) return;
+  input_close(c->next);
+  c->next = NULL, c->next_at = i;
+  if (!input_open(c->parts[i].path, &c->opt, &c->next, NULL) && c->next->start) c->next->start(c->next, max_rows);
 }
 
 static vs_rc concat_seek(input *in, uint64_t row, vs_err *err) {
@@ -123,12 +143,17 @@ static vs_rc concat_read(input *in, size_t max_rows, input_batch *batch, vs_err 
   memset(batch, 0, sizeof *batch);
   for (; c->at < c->n_parts;) {
     part *p = &c->parts[c->at];
+    if (!p->n_rows) {
+      c->at++;
+      continue;
+    }
     vs_rc rc = open_part(c, c->at, err);
     if (!rc) rc = c->open->read(c->open, max_rows, batch, err);
     if (rc) return rc;
     batch->first_row += p->first;
     if (batch->n) {
       if (in->id_kind == INPUT_ID_ROW && p->first) move_ids(c, batch);
+      open_ahead(c, max_rows);
       return VS_OK;
     }
     input_close(c->open);
@@ -140,6 +165,7 @@ static vs_rc concat_read(input *in, size_t max_rows, input_batch *batch, vs_err 
 static void concat_close(input *in) {
   concat *c = (concat *)in;
   input_close(c->open);
+  input_close(c->next);
   for (size_t i = 0; i < c->n_parts; i++) free(c->parts[i].path);
   free(c->parts), free(c->types), free(c->ids), free(c);
 }

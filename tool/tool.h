@@ -15,6 +15,7 @@
 typedef enum tool_status { TOOL_DONE = 0, TOOL_FAILED = 1, TOOL_USAGE = 2 } tool_status;
 
 int cmd_build(int argc, char **argv);
+int cmd_cost(int argc, char **argv);
 int cmd_dump(int argc, char **argv);
 int cmd_info(int argc, char **argv);
 int cmd_pack(int argc, char **argv);

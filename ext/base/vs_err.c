@@ -26,9 +26,3 @@ vs_rc vs_corrupt(vs_err *err, const char *fmt, ...) {
 }
 
 vs_rc vs_nomem(vs_err *err) { return vs_fail(err, VS_NOMEM, "out of memory"); }
-
-void vs_err_reset(vs_err *err) {
-  if (!err) return;
-  err->rc = VS_OK;
-  err->text[0] = 0;
-}

@@ -31,6 +31,9 @@ vs_rc vs_fail(vs_err *err, vs_rc rc, const char *fmt, ...) __attribute__((format
 /* The one way to report damaged data: a breakpoint here finds the first sign of damage. */
 vs_rc vs_corrupt(vs_err *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 vs_rc vs_nomem(vs_err *err);
-void vs_err_reset(vs_err *err);
+/* Makes err say nothing, also one that was never set: cheaper than {0}, which clears a kilobyte. */
+static inline void vs_err_reset(vs_err *err) {
+  if (err) err->rc = VS_OK, err->text[0] = 0;
+}
 
 #endif

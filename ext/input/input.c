@@ -11,17 +11,30 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+#define HUGE_PAGE ((size_t)2 << 20)
+
+/* Chunks that stand side by side are put into a window's rows one after the other: each row is then on a page of its own, and
+ * with small pages the processor spends an eighth of the time looking them up (300,000 x 960 in chunks of 2,344 x 15). */
+static void *alloc_vectors(size_t n_bytes) {
+  void *p;
+  if (n_bytes < 2 * HUGE_PAGE) return malloc(n_bytes);
+  n_bytes = (n_bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  p = aligned_alloc(HUGE_PAGE, n_bytes);
+  if (p) madvise(p, n_bytes, MADV_HUGEPAGE);
+  return p;
+}
 
 vs_rc input_rows_reserve(input_rows *r, size_t n, uint32_t dim, size_t elem_bytes, size_t n_columns, vs_err *err) {
   if (n <= r->cap) return VS_OK;
   input_rows_free(r);
-  r->vectors = malloc(n * dim * elem_bytes);
+  r->vectors = alloc_vectors(n * dim * elem_bytes);
   r->ids = calloc(n, sizeof *r->ids);
   r->columns = calloc(n * n_columns + 1, sizeof *r->columns);
   r->faults = calloc(n, 1);
@@ -75,57 +88,6 @@ const char *input_show(char out[INPUT_SHOW], const char *text, size_t n) {
   if (i < n) memcpy(out + at, "...", 3), at += 3;
   out[at] = 0;
   return out;
-}
-
-input_fault input_check_row(float *row, uint32_t dim) {
-  uint32_t bad = 0;
-  for (uint32_t j = 0; j < dim; j++) {
-    uint32_t bits;
-    memcpy(&bits, row + j, 4);
-    bad |= (bits & 0x7f800000u) == 0x7f800000u;
-  }
-  if (!bad) return INPUT_FINE;
-  memset(row, 0, (size_t)dim * 4);
-  return INPUT_NAN;
-}
-
-input_fault input_narrow_row(const void *in, float *out, uint32_t n) {
-  input_fault fault = INPUT_FINE;
-  for (uint32_t j = 0; j < n; j++) {
-    double d;
-    float f;
-    memcpy(&d, (const char *)in + (size_t)j * 8, 8); /* before the store: out may lie on in */
-    f = (float)d;
-    if (!isfinite(d)) fault = INPUT_NAN;
-    else if (isinf(f) && !fault) fault = INPUT_OVERFLOW;
-    memcpy((char *)out + (size_t)j * 4, &f, 4);
-  }
-  if (fault) memset(out, 0, (size_t)n * 4);
-  return fault;
-}
-
-/* A normal half: exponent and fraction move to a float's place, the bias grows by 112. A subnormal one gets an implicit
- * one by the same move, which is then subtracted: no denormal arithmetic, which hosts that set FTZ/DAZ would lose. */
-static inline uint32_t half_bits(uint32_t h) {
-  uint32_t mag = (h & 0x7fff) << 13, bits = mag + (113u << 23), small;
-  float f;
-  memcpy(&f, &bits, 4);
-  f -= 0x1p-14f;
-  memcpy(&small, &f, 4);
-  bits = (h & 0x7c00) == 0 ? small : (h & 0x7c00) == 0x7c00 ? mag | 0x7f800000u : mag + (112u << 23);
-  return bits | (h & 0x8000) << 16;
-}
-
-void input_widen_half(const void *in, float *out, size_t n) {
-  enum { BLOCK = 256 };
-  for (size_t at = 0; at < n; at += BLOCK) {
-    size_t m = n - at < BLOCK ? n - at : BLOCK;
-    uint16_t h[BLOCK];
-    uint32_t f[BLOCK];
-    memcpy(h, (const char *)in + at * 2, m * 2);
-    for (size_t i = 0; i < m; i++) f[i] = half_bits(h[i]);
-    memcpy(out + at, f, m * 4);
-  }
 }
 
 vs_rc input_pread(int fd, const char *path, void *buf, size_t n, uint64_t off, vs_err *err) {

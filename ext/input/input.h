@@ -17,6 +17,7 @@ typedef struct input_options {
   const char *const *columns;    /* HDF5: names of 1-D datasets with metadata, n_columns of them */
   size_t n_columns;
   uint32_t dim;                  /* .f32: required; other formats: 0, or must agree */
+  int threads;                   /* 0: vs_threads(); 1: everything on the caller's thread, nothing is read ahead */
 } input_options;
 
 typedef enum input_id_kind { INPUT_ID_ROW, INPUT_ID_INT, INPUT_ID_TEXT } input_id_kind;
@@ -59,8 +60,13 @@ struct input {
   input_id_kind id_kind;
   const input_type *column_types; /* n_columns */
   size_t n_columns;
-  vs_rc (*read)(input *, size_t max_rows, input_batch *, vs_err *); /* in order; batch memory is owned by the input */
+  uint64_t loaded_end; /* rows before this one are loaded or being loaded */
+  /* In order; batch memory is owned by the input. Batches of up to 1 MiB of vectors end before max_rows only where the rows end
+   * or cannot be read further; larger ones end where it suits the input. */
+  vs_rc (*read)(input *, size_t max_rows, input_batch *, vs_err *);
   vs_rc (*seek)(input *, uint64_t row, vs_err *);                   /* the next read starts at this row, <= n_rows */
+  /* Begins to load what the next read will ask for; NULL: the input does not read ahead. */
+  void (*start)(input *, size_t max_rows);
   void (*close)(input *);
 };
 
@@ -73,8 +79,9 @@ static inline void input_close(input *in) {
 /* The number of rows and the dimension without reading data: what `pack` needs. */
 vs_rc input_shape(const char *path, const input_options *opt, uint64_t *n_rows, uint32_t *dim, vs_err *err) VS_WARN_UNUSED;
 
-/* For programs, before the first call: no clean-up by libhdf5 at exit. It loops, and says so on stderr, over what a damaged file
- * left open inside it; inputs are only read, so nothing needs flushing. Not for libraries: the host may write HDF5 itself. */
+/* For programs, before the first call: no clean-up by libhdf5 at exit. It loops, and says so on stderr, over what a damaged
+ * file left open inside it; inputs are only read, so nothing needs flushing. Not for libraries: the host may write HDF5
+ * itself. */
 void input_skip_exit_cleanup(void);
 
 #endif

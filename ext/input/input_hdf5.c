@@ -10,10 +10,13 @@
  * "none" for row numbers. Row numbers are never assumed (ann-benchmarks aside): a file that lost its ids would load with
  * wrong ones. When several names of the table are present the file is refused and the user chooses.
  *
- * Reading: rows are decoded into a window, whole chunks where they are compressed, and handed out in slices of what the
- * caller asks for. A window has at most INPUT_WINDOW_BYTES and INPUT_WINDOW_ROWS, whatever the file claims; libhdf5's cache
- * adds one row of chunks (64 MiB at most). The window is never larger than needed for one call, so that a caller who seeks
- * about reads little.
+ * Reading: rows are decoded into windows (input_ahead.c), whole chunks where there are chunks, and handed out in slices of what
+ * the caller asks for. The first window is no larger than needed for one call, so that a caller who seeks about reads little.
+ *
+ * Memory of an open file, whatever it claims: two windows of at most INPUT_WINDOW_BYTES and INPUT_WINDOW_ROWS each (32 MiB;
+ * twice that for doubles that libhdf5 converts), texts of variable length, 32 MiB for each window and series; for the vectors
+ * what input_hdf5_chunks.c needs (<= 48 + 64 MiB unless a single chunk is larger), for ids and each column one decoded chunk;
+ * libhdf5's own cache, one row of chunks (64 MiB at most), where only libhdf5 can decode.
  *
  * Not read: compound tables, integers as vectors, virtual datasets, external links and storage.
  */
@@ -31,15 +34,29 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static H5E_auto2_t host_print; /* guarded by lock, as its data */
 static void *host_print_data;
 
+/* A child must not inherit libhdf5 with one of our threads inside it. */
+static void fork_prepare(void) { pthread_mutex_lock(&lock); }
+static void fork_parent(void) { pthread_mutex_unlock(&lock); }
+static void fork_child(void) { pthread_mutex_init(&lock, NULL); }
+static void guard_fork(void) { pthread_atfork(fork_prepare, fork_parent, fork_child); }
+static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
+
 void input_h5_lock(void) {
+  pthread_once(&fork_once, guard_fork);
   pthread_mutex_lock(&lock);
   if (H5Eget_auto2(H5E_DEFAULT, &host_print, &host_print_data) < 0) host_print = NULL, host_print_data = NULL;
   H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
 }
 
 void input_h5_unlock(void) {
+  H5Eclear2(H5E_DEFAULT); /* what lies on a thread's stack when it ends is never freed (1.10) */
   H5Eset_auto2(H5E_DEFAULT, host_print, host_print_data);
   pthread_mutex_unlock(&lock);
+}
+
+int input_h5_threadsafe(void) {
+  hbool_t safe = 0;
+  return H5is_library_threadsafe(&safe) >= 0 && safe;
 }
 
 void input_skip_exit_cleanup(void) { H5dont_atexit(); }
@@ -114,142 +131,176 @@ static vs_rc open_file(input_h5_file *f, vs_err *err) {
 /* ---- one matrix ---- */
 
 typedef struct matrix_input {
-  input base; /* first: the caller's pointer is to this */
+  input_ahead ahead; /* first */
   input_h5_file file;
   input_h5_dataset vectors;
-  input_h5_float kind;
-  hid_t mem;
+  input_h5_float number;
+  input_h5_chunks *chunks;        /* of vectors; NULL: contiguous, or read by libhdf5 */
   input_h5_series *ids, *columns; /* ids: NULL for row numbers */
   input_type *types;
-  size_t window_max; /* rows */
-  uint64_t pos;
-  uint64_t window_row; /* first row of the window */
-  size_t window_n;     /* rows in it, 0: none */
-  input_rows rows;
 } matrix_input;
 
-/* Vectors of the window, from their stored form to floats in place; faults of rows that hold no numbers. */
-static vs_rc load_vectors(matrix_input *in, uint64_t row, size_t n, vs_err *err) {
-  uint32_t dim = in->base.dim;
-  float *out = in->rows.vectors;
-  /* Halves are read into the upper half of the room and widened front to back. */
-  char *stored = in->kind == H5_FLOAT_HALF ? (char *)out + n * dim * 2 : (char *)out;
-  vs_rc rc = input_h5_read_rows(in->file.path, &in->vectors, in->mem, H5P_DEFAULT, row, n, stored, err);
-  if (rc) return rc;
-  memset(in->rows.faults, 0, n);
-  input_h5_find_holes(&in->vectors, row, n, in->rows.faults);
-  if (in->kind == H5_FLOAT_HALF) input_widen_half(stored, out, n * dim);
-  for (size_t i = 0; i < n; i++) {
-    float *at = out + i * dim;
-    input_fault fault =
-        in->kind == H5_FLOAT_DOUBLE ? input_narrow_row(stored + i * dim * 8, at, dim) : input_check_row(at, dim);
-    if (in->rows.faults[i]) memset(at, 0, (size_t)dim * 4); /* a fill value is no data */
-    else in->rows.faults[i] = (uint8_t)fault;
-  }
+/* What a window's ids and columns lie in. */
+typedef struct matrix_values {
+  size_t n;
+  input_h5_values of[]; /* ids, then the columns */
+} matrix_values;
+
+static void free_values(void *own) {
+  matrix_values *v = own;
+  for (size_t i = 0; v && i < v->n; i++) input_h5_values_free(&v->of[i]);
+  free(v);
+}
+
+static vs_rc make_values(const matrix_input *in, input_window *w, vs_err *err) {
+  size_t n = 1 + in->ahead.base.n_columns;
+  matrix_values *v;
+  if (w->own) return VS_OK;
+  v = calloc(1, sizeof *v + n * sizeof v->of[0]);
+  if (!v) return vs_nomem(err);
+  v->n = n;
+  w->own = v;
   return VS_OK;
 }
 
-static vs_rc load_values(matrix_input *in, uint64_t row, size_t n, vs_err *err) {
-  for (size_t i = 0; i < n; i++) {
-    input_value *id = in->rows.ids + i;
-    input_fault fault = INPUT_FINE;
-    if (in->ids) fault = input_h5_series_value(in->ids, i, id);
-    else *id = (input_value){.type = INPUT_INT, .i = (int64_t)(row + i)};
-    if (fault && !in->rows.faults[i]) {
-      in->rows.faults[i] = (uint8_t)fault;
-      memset(in->rows.vectors + i * in->base.dim, 0, (size_t)in->base.dim * 4);
+/* Ids and columns of rows [row, row + *n). On failure, and where texts are too long, *n says how many there are. */
+static vs_rc read_series(matrix_input *in, matrix_values *v, uint64_t row, size_t *n, vs_err *err) {
+  vs_rc rc = VS_OK;
+  if (in->ids) rc = input_h5_series_read(in->ids, &v->of[0], row, n, err);
+  for (size_t c = 0; c < in->ahead.base.n_columns && *n; c++) {
+    size_t m = *n;
+    vs_err why = {0};
+    vs_rc failed = input_h5_series_read(in->columns + c, &v->of[1 + c], row, &m, &why);
+    if (m < *n && failed) { /* an earlier row than what failed before */
+      if (err) vs_err_reset(err);
+      rc = vs_fail(err, failed, "%s", why.text);
+    } else if (m < *n) {
+      rc = VS_OK;
     }
-    for (size_t c = 0; c < in->base.n_columns; c++) {
-      fault = input_h5_series_value(in->columns + c, i, in->rows.columns + i * in->base.n_columns + c);
-      if (fault == INPUT_OVERFLOW || fault == INPUT_ID_UTF8)
-        return vs_fail(err, VS_INVALID, "%s: row %llu of '%s' %s", in->file.path, (unsigned long long)(row + i),
-                       in->columns[c].ds.shown,
-                       fault == INPUT_OVERFLOW ? "is above 2^63-1: store the column as strings"
-                                               : "is not valid UTF-8, or has an embedded NUL");
-    }
+    *n = m;
   }
-  return VS_OK;
+  return rc;
 }
 
-/* Decodes a window that has row `pos` and, if it can be, n rows from there. */
-static vs_rc load_window(matrix_input *in, size_t n, vs_err *err) {
-  uint64_t row = in->pos;
-  size_t room = in->kind == H5_FLOAT_DOUBLE ? 8 : 4;
+/* Vectors of rows [row, row + *n) and their faults. On failure *n says how many there are. */
+static vs_rc read_vectors(matrix_input *in, input_window *w, uint64_t row, size_t *n, vs_err *err) {
+  uint32_t dim = in->ahead.base.dim;
+  float *out = w->rows.vectors;
+  uint8_t *flags = w->rows.faults;
   vs_rc rc;
-  int too_big;
-  in->window_n = 0;
-  if (n > in->window_max) n = in->window_max;
-  /* Chunks that are too tall for the window and for the cache are decoded once per window: then make it a full one. */
-  if (in->vectors.filtered && in->vectors.chunk[0] > in->window_max) n = in->window_max;
-  if (n > in->base.n_rows - row) n = (size_t)(in->base.n_rows - row);
-  input_h5_align(&in->vectors, in->base.n_rows, in->window_max, &row, &n);
-  do { /* fewer rows when their strings are too long; pos stays inside */
-    too_big = 0;
-    rc = in->ids ? input_h5_series_read(in->file.path, in->ids, row, n, &too_big, err) : VS_OK;
-    for (size_t c = 0; c < in->base.n_columns && !rc && !too_big; c++)
-      rc = input_h5_series_read(in->file.path, in->columns + c, row, n, &too_big, err);
-    if (too_big) {
-      row = in->pos - row < n / 2 ? row : in->pos;
-      n /= 2;
-      if (n > in->base.n_rows - row) n = (size_t)(in->base.n_rows - row);
-    }
-  } while (too_big && !rc);
-  if (!rc) rc = input_rows_reserve(&in->rows, n, in->base.dim, room, in->base.n_columns, err);
-  if (!rc) rc = load_vectors(in, row, n, err);
-  if (!rc) rc = load_values(in, row, n, err);
-  if (rc) return rc;
-  in->window_row = row;
-  in->window_n = n;
-  return VS_OK;
-}
-
-static vs_rc matrix_read(input *base, size_t max_rows, input_batch *batch, vs_err *err) {
-  matrix_input *in = (matrix_input *)base;
-  size_t skip;
-  memset(batch, 0, sizeof *batch);
-  batch->first_row = in->pos;
-  if (!max_rows || in->pos >= base->n_rows) return VS_OK;
-  if (in->pos < in->window_row || in->pos - in->window_row >= in->window_n) {
-    vs_rc rc;
+  if (in->chunks) {
+    rc = input_h5_chunks_read(in->chunks, row, n, &in->number.stored, out, flags, err);
+  } else if (in->vectors.contiguous && in->number.plain) {
+    input_region r = {.fd = in->vectors.fd, .path = in->file.path, .off = in->vectors.data_off, .dim = dim,
+                      .num = in->number.stored, .threads = in->ahead.threads};
+    rc = input_region_read(&r, row, n, out, flags, err);
+  } else {
+    /* Halves are read into the upper half of the room. */
+    size_t bytes = input_num_bytes(in->number.as_mem);
+    const char *stored = bytes == 2 ? (char *)out + *n * dim * 2 : (char *)out;
+    memset(flags, 0, *n);
     input_h5_lock();
-    rc = load_window(in, max_rows, err);
+    rc = input_h5_read_rows(&in->vectors, in->number.mem, row, *n, (void *)stored, err);
+    if (!rc) input_h5_find_holes(&in->vectors, row, *n, flags);
     input_h5_unlock();
-    if (rc) return rc;
+    if (rc) *n = 0;
+    for (size_t i = 0; i < *n; i++)
+      flags[i] |= (uint8_t)input_to_floats(in->number.as_mem, stored + i * dim * bytes, out + i * dim, dim);
   }
-  skip = (size_t)(in->pos - in->window_row);
-  batch->n = in->window_n - skip < max_rows ? in->window_n - skip : max_rows;
-  batch->vectors = in->rows.vectors + skip * base->dim;
-  batch->ids = in->rows.ids + skip;
-  batch->columns = in->rows.columns + skip * base->n_columns;
-  batch->faults = in->rows.faults + skip;
-  in->pos += batch->n;
+  input_judge_rows(out, dim, flags, *n);
+  return rc;
+}
+
+/* Values of the rows from what was read. On failure *n says how many there are. */
+static vs_rc load_values(matrix_input *in, input_window *w, uint64_t row, size_t *n, vs_err *err) {
+  size_t n_columns = in->ahead.base.n_columns;
+  uint32_t dim = in->ahead.base.dim;
+  const matrix_values *v = w->own;
+  for (size_t i = 0; i < *n; i++) {
+    input_value *id = w->rows.ids + i;
+    input_fault fault = INPUT_FINE;
+    if (in->ids) fault = input_h5_series_value(in->ids, &v->of[0], i, id);
+    else *id = (input_value){.type = INPUT_INT, .i = (int64_t)(row + i)};
+    if (fault && !w->rows.faults[i]) {
+      w->rows.faults[i] = (uint8_t)fault;
+      memset(w->rows.vectors + i * dim, 0, (size_t)dim * 4);
+    }
+    for (size_t c = 0; c < n_columns; c++) {
+      fault = input_h5_series_value(in->columns + c, &v->of[1 + c], i, w->rows.columns + i * n_columns + c);
+      if (fault != INPUT_OVERFLOW && fault != INPUT_ID_UTF8) continue;
+      *n = i;
+      return vs_fail(err, VS_INVALID, "%s: row %llu of '%s' %s", in->file.path, (unsigned long long)(row + i),
+                     in->columns[c].ds.shown,
+                     fault == INPUT_OVERFLOW ? "is above 2^63-1: store the column as strings"
+                                             : "is not valid UTF-8, or has an embedded NUL");
+    }
+  }
   return VS_OK;
 }
 
-static vs_rc matrix_seek(input *base, uint64_t row, vs_err *err) {
-  if (row > base->n_rows)
-    return vs_fail(err, VS_INVALID, "%s: no row %llu, the file has %llu", base->path, (unsigned long long)row,
-                   (unsigned long long)base->n_rows);
-  ((matrix_input *)base)->pos = row;
+/* Rows [row, row + *n), or fewer with the reason why. */
+static vs_rc load_rows(matrix_input *in, input_window *w, uint64_t row, size_t *n, vs_err *err) {
+  size_t room = in->chunks || (in->vectors.contiguous && in->number.plain) ? 4 : input_num_bytes(in->number.as_mem);
+  vs_err why[3] = {{0}, {0}, {0}};
+  vs_rc rc[3];
+  if (room < 4) room = 4;
+  rc[0] = make_values(in, w, err);
+  if (!rc[0]) rc[0] = input_rows_reserve(&w->rows, *n, in->ahead.base.dim, room, in->ahead.base.n_columns, err);
+  if (rc[0]) {
+    *n = 0;
+    return rc[0];
+  }
+  /* Each step may end before the one before it; the last that did says why. */
+  rc[0] = read_series(in, w->own, row, n, &why[0]);
+  rc[1] = *n ? read_vectors(in, w, row, n, &why[1]) : VS_OK;
+  rc[2] = *n ? load_values(in, w, row, n, &why[2]) : VS_OK;
+  for (int i = 2; i >= 0; i--)
+    if (rc[i]) return vs_fail(err, rc[i], "%s", why[i].text);
+  return VS_OK;
+}
+
+static vs_rc matrix_load(input_ahead *a, input_window *w, uint64_t row, size_t want, vs_err *err) {
+  matrix_input *in = (matrix_input *)a;
+  uint64_t from = row;
+  size_t n = want, got;
+  vs_err why = {0};
+  vs_rc rc;
+  /* Chunks that libhdf5 decodes, and that are too tall for the window, are decoded once per window: then make it a full one. */
+  if (!in->chunks && in->vectors.filtered && in->vectors.chunk[0] > a->window_max) n = a->window_max;
+  if (n > a->base.n_rows - row) n = (size_t)(a->base.n_rows - row);
+  if (in->chunks ? input_h5_chunks_whole(in->chunks) : in->vectors.filtered)
+    input_h5_align(&in->vectors, a->base.n_rows, a->window_max, &from, &n);
+  got = n;
+  rc = load_rows(in, w, from, &got, &why);
+  if (from + got <= row && from < row) { /* something before the row that is wanted: not now */
+    vs_err_reset(&why);
+    n = got = n - (size_t)(row - from);
+    from = row;
+    rc = load_rows(in, w, from, &got, &why);
+  }
+  if (rc && !got) return vs_fail(err, rc, "%s", why.text);
+  w->row = from;
+  w->n = got;
   return VS_OK;
 }
 
 /* All but the file, with the lock held. */
 static void matrix_free(matrix_input *in) {
+  input_h5_chunks_close(in->chunks);
   if (in->ids) input_h5_series_close(in->ids);
-  for (size_t c = 0; in->columns && c < in->base.n_columns; c++) input_h5_series_close(in->columns + c);
-  if (in->mem >= 0) H5Tclose(in->mem);
+  for (size_t c = 0; in->columns && c < in->ahead.base.n_columns; c++) input_h5_series_close(in->columns + c);
+  if (in->number.mem >= 0) H5Tclose(in->number.mem);
   input_h5_dataset_close(&in->vectors);
-  input_rows_free(&in->rows);
+  if (in->file.lookup >= 0) H5Fclose(in->file.lookup);
   free(in->ids);
   free(in->columns);
   free(in->types);
-  free((char *)in->base.path);
+  free((char *)in->ahead.base.path);
   free(in);
 }
 
-static void matrix_close(input *base) {
-  matrix_input *in = (matrix_input *)base;
+static void matrix_destroy(input_ahead *a) {
+  matrix_input *in = (matrix_input *)a;
   hid_t file = in->file.id;
   input_h5_lock();
   matrix_free(in);
@@ -293,67 +344,82 @@ static vs_rc check_shape(const matrix_input *in, uint64_t n_ids, uint32_t dim, v
 }
 
 static vs_rc open_columns(matrix_input *in, const input_options *opt, vs_err *err) {
+  input *base = &in->ahead.base;
   in->columns = calloc(opt->n_columns + 1, sizeof *in->columns);
   in->types = calloc(opt->n_columns + 1, sizeof *in->types);
   if (!in->columns || !in->types) return vs_nomem(err);
-  in->base.column_types = in->types;
+  base->column_types = in->types;
   for (size_t c = 0; c < opt->n_columns; c++) {
     input_h5_series *s = in->columns + c;
-    vs_rc rc = input_h5_series_open(&in->file, opt->columns[c], 0, s, err);
+    vs_rc rc = input_h5_series_open(&in->file, opt->columns[c], 0, &in->ahead.cancel, s, err);
     if (rc) return rc;
-    in->base.n_columns = c + 1; /* what matrix_free closes */
+    base->n_columns = c + 1; /* what matrix_free closes */
     in->types[c] = input_h5_series_type(s);
-    if (s->ds.dims[0] != in->base.n_rows)
+    if (s->ds.dims[0] != base->n_rows)
       return vs_fail(err, VS_INVALID, "%s: '%s' has %llu rows but the column '%s' has %llu", in->file.path,
-                     in->vectors.shown, (unsigned long long)in->base.n_rows, s->ds.shown,
-                     (unsigned long long)s->ds.dims[0]);
+                     in->vectors.shown, (unsigned long long)base->n_rows, s->ds.shown, (unsigned long long)s->ds.dims[0]);
   }
   return VS_OK;
 }
 
 /* Rows that fit a window: vectors, ids and columns as they are stored and as they are delivered. */
 static size_t window_rows(const matrix_input *in) {
-  size_t row = (size_t)in->base.dim * (in->kind == H5_FLOAT_DOUBLE ? 8 : 4), n;
+  size_t n_columns = in->ahead.base.n_columns, row = (size_t)in->ahead.base.dim * (in->number.as_mem == INPUT_F64 ? 8 : 4), n;
   if (in->ids) row += in->ids->elem;
-  for (size_t c = 0; c < in->base.n_columns; c++) row += in->columns[c].elem;
-  row += sizeof(input_value) * (1 + in->base.n_columns);
+  for (size_t c = 0; c < n_columns; c++) row += in->columns[c].elem;
+  row += sizeof(input_value) * (1 + n_columns);
   n = INPUT_WINDOW_BYTES / row;
   return n < 1 ? 1 : n > INPUT_WINDOW_ROWS ? INPUT_WINDOW_ROWS : n;
+}
+
+/* Some ids have to be looked at before their kind is known. Reading takes the lock itself. */
+static vs_rc look_at_ids(matrix_input *in, vs_err *err) {
+  input_h5_unlock();
+  vs_rc rc = input_h5_series_exceeds(in->ids, &in->ids->as_text, err);
+  input_h5_lock();
+  return rc;
 }
 
 /* vectors and ids are names inside the file; ids NULL: row numbers. */
 static vs_rc matrix_open(const input_h5_file *f, const char *vectors, const char *ids, const input_options *opt,
                          int shape_only, input **out, vs_err *err) {
   matrix_input *in = calloc(1, sizeof *in);
+  input *base;
   vs_rc rc;
   if (!in) return vs_nomem(err);
-  in->mem = in->vectors.id = in->vectors.type = -1;
+  base = &in->ahead.base;
+  in->number.mem = in->vectors.id = in->vectors.type = -1;
   in->file = *f;
-  in->base.path = strdup(f->path);
-  rc = in->base.path ? input_h5_dataset_open(f, vectors, &in->vectors, err) : vs_nomem(err);
-  if (rc) goto fail;
-  in->file.path = in->base.path;
-  rc = input_h5_float_type(f, &in->vectors, &in->kind, &in->mem, err);
+  in->file.path = base->path = strdup(f->path);
+  rc = base->path ? input_h5_dataset_open(&in->file, vectors, &in->vectors, err) : vs_nomem(err);
+  if (!rc) rc = input_h5_float_type(&in->file, &in->vectors, &in->number, err);
   if (!rc && ids) {
     in->ids = calloc(1, sizeof *in->ids);
     if (in->ids) in->ids->mem = in->ids->ds.id = in->ids->ds.type = -1;
-    rc = in->ids ? input_h5_series_open(f, ids, 1, in->ids, err) : vs_nomem(err);
+    rc = in->ids ? input_h5_series_open(&in->file, ids, 1, &in->ahead.cancel, in->ids, err) : vs_nomem(err);
   }
   if (!rc) rc = check_shape(in, in->ids ? in->ids->ds.dims[0] : 0, opt->dim, err);
   if (rc) goto fail;
-  in->base.n_rows = in->vectors.dims[0];
-  in->base.dim = (uint32_t)in->vectors.dims[1];
+  base->n_rows = in->vectors.dims[0];
+  base->dim = (uint32_t)in->vectors.dims[1];
   rc = open_columns(in, opt, err);
-  if (!rc && in->ids && !shape_only) rc = input_h5_series_exceeds(f->path, in->ids, &in->ids->as_text, err);
+  if (!rc && in->ids && !shape_only) rc = look_at_ids(in, err);
   if (rc) goto fail;
-  in->base.id_kind = !in->ids                                      ? INPUT_ID_ROW
-                     : input_h5_series_type(in->ids) == INPUT_TEXT ? INPUT_ID_TEXT
-                                                                   : INPUT_ID_INT;
-  in->window_max = window_rows(in);
-  in->base.read = matrix_read;
-  in->base.seek = matrix_seek;
-  in->base.close = matrix_close;
-  *out = &in->base;
+  base->id_kind = !in->ids                                      ? INPUT_ID_ROW
+                  : input_h5_series_type(in->ids) == INPUT_TEXT ? INPUT_ID_TEXT
+                                                                : INPUT_ID_INT;
+  in->ahead.threads = opt->threads;
+  in->ahead.no_reader = !input_h5_threadsafe();
+  in->ahead.window_max = window_rows(in);
+  in->ahead.load = matrix_load;
+  in->ahead.free_own = free_values;
+  in->ahead.destroy = matrix_destroy;
+  input_ahead_init(&in->ahead);
+  if (in->number.plain)
+    rc = input_h5_chunks_open(&in->file, &in->vectors, in->ahead.window_max, in->ahead.threads, &in->ahead.cancel,
+                              &in->chunks, err);
+  if (rc) goto fail;
+  *out = base;
   return VS_OK;
 fail:
   matrix_free(in);
@@ -469,7 +535,7 @@ static vs_rc open_named(const input_h5_file *f, const char *group, const input_o
                    "%s: has no dataset named embedding, embeddings, vectors, vector, emb or train; one dataset "
                    "per id has its ids in the names and no metadata columns",
                    f->path);
-  return input_h5_named_open(f, group, row_ids, opt->dim, out, err);
+  return input_h5_named_open(f, group, row_ids, opt, out, err);
 }
 
 static vs_rc choose_layout(const input_h5_file *f, const input_options *opt, int shape_only, input **out,
@@ -501,7 +567,7 @@ static vs_rc choose_layout(const input_h5_file *f, const input_options *opt, int
 
 vs_rc input_hdf5_open(const char *path, uint64_t n_bytes, const input_options *opt, int shape_only, input **out,
                       vs_err *err) {
-  input_h5_file f = {.path = path, .n_bytes = n_bytes, .id = -1};
+  input_h5_file f = {.path = path, .n_bytes = n_bytes, .id = -1, .lookup = -1};
   vs_rc rc;
   *out = NULL;
   input_h5_lock();

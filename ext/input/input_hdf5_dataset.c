@@ -7,8 +7,9 @@
  *                                        for, so the layout is looked at before that
  * Missing filters are named here, because libhdf5's own error names them only for the first chunk read.
  *
- * Chunks: reading part of a filtered chunk decodes all of it, so libhdf5 gets a cache that holds one row of chunks
- * (CACHE_MAX at most); sequential reading then decodes each chunk once.
+ * Chunks with filters that only libhdf5 can undo: reading part of one decodes all of it, so libhdf5 gets a cache that holds
+ * one row of chunks (CACHE_MAX at most); sequential reading then decodes each chunk once. All others go past libhdf5's cache,
+ * see input_hdf5_chunks.c.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -213,15 +214,27 @@ static uint64_t chunks_along(const input_h5_dataset *d, int axis) {
   return d->dims[axis] ? (d->dims[axis] - 1) / d->chunk[axis] + 1 : 0;
 }
 
+static herr_t says_not_allocated(unsigned n, const H5E_error2_t *e, void *unused) {
+  (void)n, (void)unused;
+  return e->desc && strstr(e->desc, "not allocated") != NULL;
+}
+
+/* 1.10 fails for a chunk without storage, and says why; later versions say 0 bytes. */
+int input_h5_chunk_size(hid_t dataset, const hsize_t at[2], hsize_t *n_bytes) {
+  *n_bytes = 0;
+  if (H5Dget_chunk_storage_size(dataset, at, n_bytes) >= 0) return *n_bytes > 0;
+  return H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, says_not_allocated, NULL) > 0 ? 0 : -1;
+}
+
 /* The first chunk's size as the layout has it; 1 also when that chunk was never written. */
 static int chunk_size_agrees(const input_h5_dataset *d, uint64_t want) {
   hsize_t at[2] = {0, 0}, n = 0;
-  return H5Dget_chunk_storage_size(d->id, at, &n) < 0 || !n || n == want;
+  return input_h5_chunk_size(d->id, at, &n) <= 0 || n == want;
 }
 
 /* How much of the dataset's claimed extent has storage. The number of elements is known to be below 2^55 here. */
 static vs_rc check_extent(const input_h5_file *f, input_h5_dataset *d, hid_t space, int contiguous, vs_err *err) {
-  uint64_t size = H5Tget_size(d->type), n = d->dims[0] * (d->rank == 2 ? d->dims[1] : 1);
+  uint64_t size = d->elem, n = d->dims[0] * (d->rank == 2 ? d->dims[1] : 1);
   d->written = H5_WRITTEN_ALL;
   if (!n) return VS_OK;
   if (d->chunk[0]) {
@@ -252,8 +265,7 @@ static vs_rc check_extent(const input_h5_file *f, input_h5_dataset *d, hid_t spa
                         f->path, d->shown, (unsigned long long)n, (unsigned long long)size, (unsigned long long)at,
                         (unsigned long long)f->n_bytes);
     else {
-      void *fd = NULL;
-      if (H5Fget_vfd_handle(f->id, H5P_DEFAULT, &fd) >= 0 && fd) d->fd = *(int *)fd;
+      d->contiguous = d->fd >= 0;
       d->data_off = at;
     }
   } else if (H5Dget_storage_size(d->id) / size < n) { /* compact: inside the object header */
@@ -265,10 +277,14 @@ static vs_rc check_extent(const input_h5_file *f, input_h5_dataset *d, hid_t spa
 vs_rc input_h5_dataset_take(const input_h5_file *f, hid_t obj, const char *name, input_h5_dataset *d, vs_err *err) {
   hid_t space = -1;
   int contiguous;
+  void *fd = NULL;
   vs_rc rc;
   memset(d, 0, sizeof *d);
   d->id = obj;
-  d->type = d->fd = -1;
+  d->type = -1;
+  d->path = f->path;
+  d->n_bytes = f->n_bytes;
+  d->fd = H5Fget_vfd_handle(f->id, H5P_DEFAULT, &fd) >= 0 && fd ? *(int *)fd : -1;
   input_show(d->shown, name, strlen(name));
   if (H5Iget_type(obj) != H5I_DATASET) {
     rc = vs_fail(err, VS_INVALID, "%s: '%s' is a %s, not a dataset", f->path, d->shown,
@@ -284,6 +300,8 @@ vs_rc input_h5_dataset_take(const input_h5_file *f, hid_t obj, const char *name,
     goto fail;
   }
   d->class = H5Tget_class(d->type);
+  /* A string of variable length is a reference in the file, of 16 bytes, whatever its size in memory. */
+  d->elem = d->class == H5T_STRING && H5Tis_variable_str(d->type) > 0 ? 16 : H5Tget_size(d->type);
   if (H5Sget_simple_extent_type(space) == H5S_NULL) {
     rc = vs_fail(err, VS_INVALID, "%s: '%s' is empty (a null dataspace)", f->path, d->shown);
     goto fail;
@@ -297,12 +315,12 @@ vs_rc input_h5_dataset_take(const input_h5_file *f, hid_t obj, const char *name,
   if (d->rank < 1 || d->rank > 2 || (d->chunk[0] && d->rank == 2 && !d->chunk[1])) d->chunk[0] = d->chunk[1] = 0;
   else if (d->dims[0] > INPUT_ROWS_MAX || (d->rank == 2 && d->dims[1] > INPUT_ROWS_MAX) ||
            (d->rank == 2 && d->dims[0] > INPUT_DIM_MAX && d->dims[1] > INPUT_DIM_MAX) ||
-           H5Tget_size(d->type) > 1 << 20) {
+           d->elem > 1 << 20) {
     char shape[INPUT_SHOW];
     rc = vs_fail(err, VS_INVALID,
                  "%s: '%s' claims the shape %s of elements of %zu bytes: more than can be read (dimension up "
                  "to %u)",
-                 f->path, d->shown, input_h5_shape(d, shape), H5Tget_size(d->type), INPUT_DIM_MAX);
+                 f->path, d->shown, input_h5_shape(d, shape), d->elem, INPUT_DIM_MAX);
     goto fail;
   } else {
     rc = check_extent(f, d, space, contiguous, err);
@@ -327,7 +345,7 @@ vs_rc input_h5_dataset_open(const input_h5_file *f, const char *name, input_h5_d
   if (rc) return rc;
   rc = input_h5_dataset_take(f, obj, name, d, err);
   if (!rc && d->chunk[0] && d->filtered && (d->rank == 1 || d->dims[1] <= INPUT_DIM_MAX))
-    band = d->chunk[0] * H5Tget_size(d->type) * (d->rank == 2 ? d->chunk[1] * chunks_along(d, 1) : 1);
+    band = d->chunk[0] * d->elem * (d->rank == 2 ? d->chunk[1] * chunks_along(d, 1) : 1);
   /* A chunk that was never written is made up by libhdf5 when read, and from then on, while it is cached, looks as if it had
    * storage (1.10). So a dataset with holes gets no cache. */
   no_cache = !rc && d->written == H5_WRITTEN_PART;
@@ -360,10 +378,12 @@ static int is_half(hid_t type) {
          H5Tget_norm(type) == H5T_NORM_IMPLIED;
 }
 
-vs_rc input_h5_float_type(const input_h5_file *f, const input_h5_dataset *d, input_h5_float *kind, hid_t *mem,
-                          vs_err *err) {
+static int is_type(hid_t type, hid_t wanted) { return H5Tequal(type, wanted) > 0; }
+
+vs_rc input_h5_float_type(const input_h5_file *f, const input_h5_dataset *d, input_h5_float *t, vs_err *err) {
   size_t size = H5Tget_size(d->type);
-  *mem = -1;
+  t->mem = -1;
+  t->plain = 1;
   switch (d->class) {
   case H5T_FLOAT: break;
   case H5T_INTEGER:
@@ -390,77 +410,79 @@ vs_rc input_h5_float_type(const input_h5_file *f, const input_h5_dataset *d, inp
   }
   if (is_half(d->type)) {
     /* Only the byte order is left to libhdf5: its own half conversion takes some 70 ns a number (1.10). */
-    *kind = H5_FLOAT_HALF;
-    *mem = H5Tcopy(d->type);
-    if (*mem >= 0 && H5Tset_order(*mem, H5T_ORDER_LE) < 0) {
-      H5Tclose(*mem);
-      *mem = -1;
+    t->stored = H5Tget_order(d->type) == H5T_ORDER_BE ? INPUT_F16_BE : INPUT_F16;
+    t->as_mem = INPUT_F16;
+    t->mem = H5Tcopy(d->type);
+    if (t->mem >= 0 && H5Tset_order(t->mem, H5T_ORDER_LE) < 0) {
+      H5Tclose(t->mem);
+      t->mem = -1;
     }
   } else if (size <= 4) {
-    *kind = H5_FLOAT_SINGLE;
-    *mem = H5Tcopy(H5T_NATIVE_FLOAT);
+    t->plain = is_type(d->type, H5T_IEEE_F32LE) || is_type(d->type, H5T_IEEE_F32BE);
+    t->stored = is_type(d->type, H5T_IEEE_F32BE) ? INPUT_F32_BE : INPUT_F32;
+    t->as_mem = INPUT_F32;
+    t->mem = H5Tcopy(H5T_NATIVE_FLOAT);
   } else if (size <= 8) {
-    *kind = H5_FLOAT_DOUBLE;
-    *mem = H5Tcopy(H5T_NATIVE_DOUBLE);
+    t->plain = is_type(d->type, H5T_IEEE_F64LE) || is_type(d->type, H5T_IEEE_F64BE);
+    t->stored = is_type(d->type, H5T_IEEE_F64BE) ? INPUT_F64_BE : INPUT_F64;
+    t->as_mem = INPUT_F64;
+    t->mem = H5Tcopy(H5T_NATIVE_DOUBLE);
   } else {
     return vs_fail(err, VS_INVALID, "%s: '%s' holds %zu-byte floats; float16, float32 or float64 are needed", f->path,
                    d->shown, size);
   }
-  if (*mem < 0) return input_h5_fail(err, VS_NOMEM, "%s: cannot make a memory type for '%s'", f->path, d->shown);
+  if (t->mem < 0) return input_h5_fail(err, VS_NOMEM, "%s: cannot make a memory type for '%s'", f->path, d->shown);
   return VS_OK;
 }
 
 /* Contiguous data needs libhdf5 for the conversion only. Its own read trusts the layout message (1.10: a changed byte there
  * made it read outside its buffers), while offset and size were checked here. `mem` is never narrower than the file's type. */
-static vs_rc read_contiguous(const char *path, const input_h5_dataset *d, hid_t mem, uint64_t row, size_t n,
-                             void *out, vs_err *err) {
+static vs_rc read_contiguous(const input_h5_dataset *d, hid_t mem, uint64_t row, size_t n, void *out, vs_err *err) {
   size_t per_row = d->rank == 2 ? (size_t)d->dims[1] : 1, size = H5Tget_size(d->type);
-  vs_rc rc = input_pread(d->fd, path, out, n * per_row * size, d->data_off + row * per_row * size, err);
+  vs_rc rc = input_pread(d->fd, d->path, out, n * per_row * size, d->data_off + row * per_row * size, err);
   if (!rc && H5Tequal(d->type, mem) <= 0 && H5Tconvert(d->type, mem, n * per_row, out, NULL, H5P_DEFAULT) < 0)
-    rc = input_h5_fail(err, VS_CORRUPT, "%s: cannot convert rows of '%s'", path, d->shown);
+    rc = input_h5_fail(err, VS_CORRUPT, "%s: cannot convert rows of '%s'", d->path, d->shown);
   return rc;
 }
 
-vs_rc input_h5_read_rows(const char *path, const input_h5_dataset *d, hid_t mem, hid_t transfer, uint64_t row,
-                         size_t n, void *out, vs_err *err) {
+vs_rc input_h5_read_rows(const input_h5_dataset *d, hid_t mem, uint64_t row, size_t n, void *out, vs_err *err) {
   hsize_t start[2] = {row, 0}, count[2] = {n, d->rank == 2 ? d->dims[1] : 1};
   hid_t space, room;
   vs_rc rc;
   int failed;
-  if (d->fd >= 0) return read_contiguous(path, d, mem, row, n, out, err);
+  if (d->contiguous) return read_contiguous(d, mem, row, n, out, err);
   space = H5Dget_space(d->id);
   room = H5Screate_simple(d->rank, count, NULL);
   failed = space < 0 || room < 0 || H5Sselect_hyperslab(space, H5S_SELECT_SET, start, NULL, count, NULL) < 0 ||
-           H5Dread(d->id, mem, room, space, transfer, out) < 0;
+           H5Dread(d->id, mem, room, space, H5P_DEFAULT, out) < 0;
   rc = !failed ? VS_OK
-               : input_h5_fail(err, VS_CORRUPT, "%s: cannot read rows %llu to %llu of '%s'", path,
+               : input_h5_fail(err, VS_CORRUPT, "%s: cannot read rows %llu to %llu of '%s'", d->path,
                                (unsigned long long)row, (unsigned long long)(row + n - 1), d->shown);
   if (space >= 0) H5Sclose(space);
   if (room >= 0) H5Sclose(room);
   return rc;
 }
 
-void input_h5_find_holes(const input_h5_dataset *d, uint64_t row, size_t n, uint8_t *faults) {
-  if (d->written == H5_WRITTEN_NONE) memset(faults, INPUT_HOLE, n);
+void input_h5_find_holes(const input_h5_dataset *d, uint64_t row, size_t n, uint8_t *flags) {
+  if (d->written == H5_WRITTEN_NONE) memset(flags, INPUT_HAS_HOLE, n);
   if (d->written != H5_WRITTEN_PART) return;
   for (uint64_t band = row / d->chunk[0]; band <= (row + n - 1) / d->chunk[0]; band++) {
     int hole = 0;
     uint64_t first = band * d->chunk[0], end = first + d->chunk[0];
     for (uint64_t c = 0, m = d->rank == 2 ? chunks_along(d, 1) : 1; c < m && !hole; c++) {
-      hsize_t at[2] = {first, c * d->chunk[1]}, n_bytes = 0;
-      /* 1.10 fails for a chunk without storage, later versions say 0 bytes. */
-      hole = H5Dget_chunk_storage_size(d->id, at, &n_bytes) < 0 || !n_bytes;
+      hsize_t at[2] = {first, c * d->chunk[1]}, n_bytes;
+      hole = input_h5_chunk_size(d->id, at, &n_bytes) <= 0;
     }
     if (!hole) continue;
     if (first < row) first = row;
     if (end > row + n) end = row + n;
-    memset(faults + (first - row), INPUT_HOLE, (size_t)(end - first));
+    memset(flags + (first - row), INPUT_HAS_HOLE, (size_t)(end - first));
   }
 }
 
 void input_h5_align(const input_h5_dataset *d, uint64_t n_rows, size_t max_rows, uint64_t *row, size_t *n) {
   uint64_t chunk = d->chunk[0], first, end;
-  if (!chunk || !d->filtered || chunk > max_rows) return;
+  if (!chunk || chunk > max_rows) return;
   first = *row / chunk * chunk;
   end = (*row + *n + chunk - 1) / chunk * chunk;
   if (end > n_rows) end = n_rows;

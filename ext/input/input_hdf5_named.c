@@ -17,7 +17,7 @@
 #define ID_BYTES_MAX ((size_t)1 << 20)
 
 typedef struct named_input {
-  input base; /* first: the caller's pointer is to this */
+  input_ahead ahead; /* first */
   input_h5_file file;
   hid_t group;
   int row_ids;
@@ -27,11 +27,13 @@ typedef struct named_input {
   size_t n, offs_cap;
   int list_rc; /* what stopped list_child */
   char refused[INPUT_SHOW];
-  uint64_t pos;
-  input_rows rows;
-  char **ids; /* malloc'ed texts of the batch's ids, NULL where the name serves */
-  size_t ids_cap;
 } named_input;
+
+/* A window's own: malloc'ed texts of ids, NULL where the name serves. */
+typedef struct named_ids {
+  size_t cap;
+  char *text[];
+} named_ids;
 
 static const char *name_of(const named_input *in, uint64_t row) { return in->names + in->offs[row]; }
 
@@ -130,22 +132,21 @@ static vs_rc choose_dim(named_input *in, vs_err *err) {
   if (!count) return vs_nomem(err);
   for (uint64_t row = 0; row < in->n && !rc; row++) {
     input_h5_dataset d;
-    input_h5_float kind;
-    hid_t mem = -1;
+    input_h5_float number = {.mem = -1};
     uint64_t len;
     vs_err why = {0};
     rc = open_row(in, row, &d, &len, &why);
-    if (!rc) rc = input_h5_float_type(&in->file, &d, &kind, &mem, &why);
-    if (mem >= 0) H5Tclose(mem);
+    if (!rc) rc = input_h5_float_type(&in->file, &d, &number, &why);
+    if (number.mem >= 0) H5Tclose(number.mem);
     input_h5_dataset_close(&d);
     if (rc == VS_NOMEM || rc == VS_CORRUPT || rc == VS_UNSUPPORTED || (rc && row)) vs_fail(err, rc, "%s", why.text);
     else if (rc) rc = no_layout(in, why.text + strlen(in->file.path) + 2, err);
     else if (len && len <= INPUT_DIM_MAX) count[len]++;
   }
   for (uint32_t dim = 1; dim <= INPUT_DIM_MAX; dim++)
-    if (count[dim] > (in->base.dim ? count[in->base.dim] : 0)) in->base.dim = dim;
+    if (count[dim] > (in->ahead.base.dim ? count[in->ahead.base.dim] : 0)) in->ahead.base.dim = dim;
   free(count);
-  if (!rc && !in->base.dim)
+  if (!rc && !in->ahead.base.dim)
     rc = vs_fail(err, VS_INVALID, "%s: no dataset has a length between 1 and %u", in->file.path, INPUT_DIM_MAX);
   return rc;
 }
@@ -191,124 +192,140 @@ static vs_rc read_attribute(const named_input *in, const input_h5_dataset *d, ch
                        d->shown);
 }
 
-/* Reads the vector of one open dataset of the right length. */
-static vs_rc read_vector(named_input *in, const input_h5_dataset *d, float *out, uint8_t *fault, vs_err *err) {
-  uint32_t dim = in->base.dim;
-  input_h5_float kind;
-  hid_t mem;
-  vs_rc rc = input_h5_float_type(&in->file, d, &kind, &mem, err);
-  if (rc) return rc;
-  if (kind == H5_FLOAT_DOUBLE) {
-    double wide[256], *tmp = dim <= 256 ? wide : malloc((size_t)dim * 8);
-    if (!tmp) rc = vs_nomem(err);
-    else rc = input_h5_read_rows(in->file.path, d, mem, H5P_DEFAULT, 0, (size_t)d->dims[0], tmp, err);
-    if (!rc) *fault = (uint8_t)input_narrow_row(tmp, out, dim);
-    if (tmp != wide) free(tmp);
-  } else {
-    /* A half goes into the upper half of its row's room and is widened from there. */
-    char *at = kind == H5_FLOAT_HALF ? (char *)out + (size_t)dim * 2 : (char *)out;
-    rc = input_h5_read_rows(in->file.path, d, mem, H5P_DEFAULT, 0, (size_t)d->dims[0], at, err);
-    if (!rc && kind == H5_FLOAT_HALF) input_widen_half(at, out, dim);
-    if (!rc) *fault = (uint8_t)input_check_row(out, dim);
+/* The numbers of one open dataset, as they are stored or as libhdf5 converts them: *kind says which. */
+static vs_rc read_numbers(named_input *in, const input_h5_dataset *d, const input_h5_float *number, void *out, input_num *kind,
+                          vs_err *err) {
+  uint8_t flags[INPUT_DIM_MAX]; /* of what counts as a row there: a number, when the dataset has one axis */
+  size_t n = (size_t)d->dims[0];
+  input_h5_chunks *chunks = NULL;
+  vs_rc rc = VS_OK;
+  *kind = number->stored;
+  if (number->plain && d->contiguous) return input_pread(d->fd, d->path, out, in->ahead.base.dim * d->elem, d->data_off, err);
+  input_h5_lock();
+  if (number->plain) rc = input_h5_chunks_open(&in->file, d, n, 1, &in->ahead.cancel, &chunks, err);
+  if (!rc && !chunks) rc = input_h5_read_rows(d, number->mem, 0, n, out, err);
+  input_h5_unlock();
+  if (!chunks) {
+    *kind = number->as_mem;
+    return rc;
   }
-  H5Tclose(mem);
+  rc = input_h5_chunks_read(chunks, 0, &n, NULL, out, flags, err);
+  input_h5_lock();
+  input_h5_chunks_close(chunks);
+  input_h5_unlock();
   return rc;
 }
 
-/* Row number `row` into place i of the batch. */
-static vs_rc read_row(named_input *in, uint64_t row, size_t i, vs_err *err) {
-  float *out = in->rows.vectors + i * in->base.dim;
+/* Reads the vector of one open dataset of the right length; its bits to *flags. */
+static vs_rc read_vector(named_input *in, const input_h5_dataset *d, float *out, uint8_t *flags, vs_err *err) {
+  uint32_t dim = in->ahead.base.dim;
+  input_h5_float number;
+  input_num kind = INPUT_F32;
+  input_h5_lock();
+  vs_rc rc = input_h5_float_type(&in->file, d, &number, err);
+  input_h5_unlock();
+  if (rc) return rc;
+  double wide[256], *tmp = dim <= 256 ? wide : malloc((size_t)dim * 8);
+  rc = tmp ? read_numbers(in, d, &number, tmp, &kind, err) : vs_nomem(err);
+  if (!rc) *flags |= (uint8_t)input_to_floats(kind, tmp, out, dim);
+  if (tmp != wide) free(tmp);
+  input_h5_lock();
+  H5Tclose(number.mem);
+  input_h5_unlock();
+  return rc;
+}
+
+/* Row number `row` into place i of the window. */
+static vs_rc read_row(named_input *in, input_window *w, uint64_t row, size_t i, vs_err *err) {
+  uint32_t dim = in->ahead.base.dim;
+  float *out = w->rows.vectors + i * dim;
+  named_ids *ids = w->own;
   const char *text = name_of(in, row);
   input_h5_dataset d;
   uint64_t len;
   size_t n_text = strlen(text);
-  uint8_t fault = INPUT_FINE;
+  uint8_t *fault = w->rows.faults + i;
+  input_h5_lock();
   vs_rc rc = open_row(in, row, &d, &len, err);
-  if (rc) return rc;
-  if (!in->row_ids) rc = read_attribute(in, &d, &in->ids[i], &n_text, err);
-  if (!rc && in->ids[i]) text = in->ids[i];
-  in->rows.ids[i] = (input_value){.type = INPUT_TEXT, .text = text, .len = n_text};
-  if (in->row_ids) in->rows.ids[i] = (input_value){.type = INPUT_INT, .i = (int64_t)row};
-  if (!rc) {
-    if (len != in->base.dim) fault = INPUT_DIM;
-    else if (d.written != H5_WRITTEN_ALL) fault = INPUT_HOLE;
-    if (fault) memset(out, 0, (size_t)in->base.dim * 4);
-    else rc = read_vector(in, &d, out, &fault, err);
+  if (!rc && !in->row_ids) rc = read_attribute(in, &d, &ids->text[i], &n_text, err);
+  input_h5_unlock();
+  *fault = 0;
+  if (!rc && ids->text[i]) text = ids->text[i];
+  w->rows.ids[i] = (input_value){.type = INPUT_TEXT, .text = text, .len = n_text};
+  if (in->row_ids) w->rows.ids[i] = (input_value){.type = INPUT_INT, .i = (int64_t)row};
+  if (!rc && len == dim) {
+    if (d.written != H5_WRITTEN_ALL) *fault = INPUT_HAS_HOLE;
+    else rc = read_vector(in, &d, out, fault, err);
+    if (!rc) input_judge_rows(out, dim, fault, 1);
+  } else if (!rc) {
+    *fault = INPUT_DIM;
+    memset(out, 0, (size_t)dim * 4);
   }
   if (!rc && !in->row_ids && !input_utf8_ok(text, n_text)) {
-    if (!fault) fault = INPUT_ID_UTF8;
-    memset(out, 0, (size_t)in->base.dim * 4);
-    in->rows.ids[i] = (input_value){.type = INPUT_NULL};
+    if (!*fault) *fault = INPUT_ID_UTF8;
+    memset(out, 0, (size_t)dim * 4);
+    w->rows.ids[i] = (input_value){.type = INPUT_NULL};
   }
-  in->rows.faults[i] = fault;
+  input_h5_lock();
   input_h5_dataset_close(&d);
+  input_h5_unlock();
   return rc;
 }
 
-static vs_rc named_read(input *base, size_t max_rows, input_batch *batch, vs_err *err) {
-  named_input *in = (named_input *)base;
-  size_t n = INPUT_WINDOW_BYTES / ((size_t)base->dim * 4);
-  vs_rc rc = VS_OK;
-  memset(batch, 0, sizeof *batch);
-  batch->first_row = in->pos;
-  if (n > INPUT_WINDOW_ROWS) n = INPUT_WINDOW_ROWS;
-  if (n > max_rows) n = max_rows;
-  if (n > base->n_rows - in->pos) n = (size_t)(base->n_rows - in->pos);
-  if (!n) return VS_OK;
-  for (size_t i = 0; i < in->ids_cap; i++) {
-    free(in->ids[i]);
-    in->ids[i] = NULL;
+static void free_ids(void *own) {
+  named_ids *ids = own;
+  for (size_t i = 0; ids && i < ids->cap; i++) free(ids->text[i]);
+  free(ids);
+}
+
+static vs_rc reserve_ids(input_window *w, size_t n, vs_err *err) {
+  named_ids *ids = w->own;
+  if (!ids || n > ids->cap) {
+    free_ids(ids);
+    w->own = ids = calloc(1, sizeof *ids + n * sizeof ids->text[0]);
+    if (!ids) return vs_nomem(err);
+    ids->cap = n;
   }
-  if (n > in->ids_cap) {
-    free(in->ids);
-    in->ids_cap = 0;
-    in->ids = calloc(n, sizeof *in->ids);
-    if (!in->ids) return vs_nomem(err);
-    in->ids_cap = n;
+  for (size_t i = 0; i < ids->cap; i++) {
+    free(ids->text[i]);
+    ids->text[i] = NULL;
   }
-  rc = input_rows_reserve(&in->rows, n, base->dim, sizeof(float), 0, err);
-  if (rc) return rc;
-  input_h5_lock();
-  for (size_t i = 0; i < n && !rc; i++) rc = read_row(in, in->pos + i, i, err);
-  input_h5_unlock();
-  if (rc) return rc;
-  batch->n = n;
-  batch->vectors = in->rows.vectors;
-  batch->ids = in->rows.ids;
-  batch->columns = in->rows.columns;
-  batch->faults = in->rows.faults;
-  in->pos += n;
   return VS_OK;
 }
 
-static vs_rc named_seek(input *base, uint64_t row, vs_err *err) {
-  if (row > base->n_rows)
-    return vs_fail(err, VS_INVALID, "%s: no row %llu, the file has %llu", base->path, (unsigned long long)row,
-                   (unsigned long long)base->n_rows);
-  ((named_input *)base)->pos = row;
+static vs_rc named_load(input_ahead *a, input_window *w, uint64_t row, size_t want, vs_err *err) {
+  named_input *in = (named_input *)a;
+  size_t n = 0;
+  vs_err why = {0};
+  vs_rc rc = reserve_ids(w, want, err);
+  if (!rc) rc = input_rows_reserve(&w->rows, want, a->base.dim, sizeof(float), 0, err);
+  if (rc) return rc;
+  for (; n < want && !rc && !__atomic_load_n(&a->cancel, __ATOMIC_RELAXED); n += !rc) rc = read_row(in, w, row + n, n, &why);
+  if (!n) return rc ? vs_fail(err, rc, "%s", why.text) : vs_fail(err, VS_INTERRUPT, "interrupted");
+  w->row = row;
+  w->n = n;
   return VS_OK;
 }
 
+/* All but libhdf5's handles. */
 static void named_free(named_input *in) {
-  for (size_t i = 0; i < in->ids_cap; i++) free(in->ids[i]);
-  free(in->ids);
   free(in->names);
   free(in->offs);
-  input_rows_free(&in->rows);
-  free((char *)in->base.path);
+  free((char *)in->ahead.base.path);
   free(in);
 }
 
-static void named_close(input *base) {
-  named_input *in = (named_input *)base;
+static void named_destroy(input_ahead *a) {
+  named_input *in = (named_input *)a;
   input_h5_lock();
   H5Oclose(in->group);
+  if (in->file.lookup >= 0) H5Fclose(in->file.lookup);
   H5Fclose(in->file.id);
   input_h5_unlock();
   named_free(in);
 }
 
-vs_rc input_h5_named_open(const input_h5_file *f, const char *group, int row_ids, uint32_t dim, input **out,
+vs_rc input_h5_named_open(const input_h5_file *f, const char *group, int row_ids, const input_options *opt, input **out,
                           vs_err *err) {
   named_input *in = calloc(1, sizeof *in);
   vs_rc rc;
@@ -316,22 +333,26 @@ vs_rc input_h5_named_open(const input_h5_file *f, const char *group, int row_ids
   in->group = -1;
   in->row_ids = row_ids;
   in->file = *f;
-  in->base.path = strdup(f->path);
-  rc = in->base.path ? input_h5_resolve(f, group, &in->group, NULL, NULL, err) : vs_nomem(err);
+  in->file.path = in->ahead.base.path = strdup(f->path);
+  rc = in->ahead.base.path ? input_h5_resolve(f, group, &in->group, NULL, NULL, err) : vs_nomem(err);
   if (rc) goto fail;
-  in->file.path = in->base.path;
   rc = list_names(in, err);
   if (!rc && !in->n) rc = vs_fail(err, VS_INVALID, "%s: has no datasets", f->path);
   if (!rc) rc = choose_dim(in, err);
-  if (!rc && dim && dim != in->base.dim)
-    rc = vs_fail(err, VS_INVALID, "%s: has dimension %u, not %u", f->path, in->base.dim, dim);
+  if (!rc && opt->dim && opt->dim != in->ahead.base.dim)
+    rc = vs_fail(err, VS_INVALID, "%s: has dimension %u, not %u", f->path, in->ahead.base.dim, opt->dim);
   if (rc) goto fail;
-  in->base.n_rows = in->n;
-  in->base.id_kind = row_ids ? INPUT_ID_ROW : INPUT_ID_TEXT;
-  in->base.read = named_read;
-  in->base.seek = named_seek;
-  in->base.close = named_close;
-  *out = &in->base;
+  in->ahead.base.n_rows = in->n;
+  in->ahead.base.id_kind = row_ids ? INPUT_ID_ROW : INPUT_ID_TEXT;
+  in->ahead.threads = opt->threads;
+  in->ahead.no_reader = !input_h5_threadsafe();
+  in->ahead.window_max = INPUT_WINDOW_BYTES / ((size_t)in->ahead.base.dim * 4);
+  if (in->ahead.window_max > INPUT_WINDOW_ROWS) in->ahead.window_max = INPUT_WINDOW_ROWS;
+  in->ahead.load = named_load;
+  in->ahead.free_own = free_ids;
+  in->ahead.destroy = named_destroy;
+  input_ahead_init(&in->ahead);
+  *out = &in->ahead.base;
   return VS_OK;
 fail:
   if (in->group >= 0) H5Oclose(in->group);

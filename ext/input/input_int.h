@@ -15,8 +15,8 @@
 /* Rows of a window, whatever the dimension: bounds ids and columns where vectors are tiny. */
 #define INPUT_WINDOW_ROWS ((size_t)65536)
 
-/* The arrays behind an input_batch. elem_bytes is the room per vector component (4; 8 where doubles are narrowed in
- * place); everything is kept between reads. */
+/* The arrays behind an input_batch, kept between reads. elem_bytes is the room per vector component: 4, or 8 where libhdf5
+ * leaves doubles that are narrowed in place. */
 typedef struct input_rows {
   float *vectors;
   input_value *ids, *columns;
@@ -34,16 +34,71 @@ int input_utf8_ok(const char *s, size_t n);
 enum { INPUT_SHOW = 96 };
 const char *input_show(char out[INPUT_SHOW], const char *text, size_t n);
 
-/* INPUT_NAN when a component is not finite; the row is then zeroed, so that no caller computes with it by mistake. */
-input_fault input_check_row(float *row, uint32_t dim);
-/* Narrowing of n doubles; INPUT_NAN or INPUT_OVERFLOW (then out is zeroed). out may be the place of in. */
-input_fault input_narrow_row(const void *in, float *out, uint32_t n);
-/* IEEE half to float. in may be the upper half of out's own memory: it goes front to back through a small block. Kept
- * here and not taken from ext/kernels, so that vecshard_hdf5.so needs no kernel files. */
-void input_widen_half(const void *in, float *out, size_t n);
-
 /* pread until n bytes are there; a shorter file is an error that names it. */
 vs_rc input_pread(int fd, const char *path, void *buf, size_t n, uint64_t off, vs_err *err) VS_WARN_UNUSED;
+
+/* ---- input_floats.c: numbers as files hold them to floats. Kept here and not taken from ext/kernels, so that
+ * vecshard_hdf5.so needs no kernel files. ---- */
+
+typedef enum input_num { INPUT_F16, INPUT_F16_BE, INPUT_F32, INPUT_F32_BE, INPUT_F64, INPUT_F64_BE } input_num;
+size_t input_num_bytes(input_num kind);
+/* Bits: what a row's numbers are, and whether they exist. */
+enum { INPUT_HAS_NAN = 1, INPUT_HAS_OVERFLOW = 2, INPUT_HAS_HOLE = 4 };
+/* n numbers to floats; returns INPUT_HAS_NAN and INPUT_HAS_OVERFLOW bits. out may lie on in where going from front to back
+ * never writes what is yet to be read: the same place, or halves in the upper half of out's own memory. */
+unsigned input_to_floats(input_num kind, const void *in, float *out, size_t n);
+unsigned input_check_floats(const float *row, size_t n);
+/* Bits to faults, in place; rows with a fault are zeroed, so that no caller computes with them by mistake. */
+void input_judge_rows(float *rows, uint32_t dim, uint8_t *flags, size_t n);
+
+/* ---- input_region.c: rows of equal length in one piece of a file ---- */
+
+typedef struct input_region {
+  int fd;
+  const char *path;
+  uint64_t off;        /* of row 0 */
+  uint32_t dim;
+  uint32_t lead_bytes; /* before each row's numbers: 4 in .fvecs, holding dim; else 0 */
+  input_num num;
+  int threads;
+} input_region;
+/* Rows [row, row + *n) to out and their bits to flags. On failure *n says how many rows from `row` on are good. */
+vs_rc input_region_read(const input_region *r, uint64_t row, size_t *n, float *out, uint8_t *flags, vs_err *err) VS_WARN_UNUSED;
+
+/* ---- input_ahead.c: an input as windows of rows, of which the next is loaded ahead ---- */
+
+typedef struct input_window {
+  uint64_t row; /* the first one in it */
+  size_t n;     /* 0: holds nothing */
+  input_rows rows;
+  void *own;    /* the loader's: what texts of ids and columns lie in */
+} input_window;
+
+typedef struct input_ahead input_ahead;
+struct input_ahead {
+  input base; /* first: the caller's pointer is to this */
+
+  /* Set by the format before input_ahead_init. */
+  /* Fills w with rows that include `row`, and if it can be the `want` rows from there on. A failure beyond `row` is none yet:
+   * w ends before it. One load at a time, on the reader's thread or the caller's. */
+  vs_rc (*load)(input_ahead *, input_window *w, uint64_t row, size_t want, vs_err *);
+  void (*free_own)(void *own);
+  void (*destroy)(input_ahead *); /* all of the format's own, and the struct */
+  size_t window_max;              /* rows */
+  int threads;                    /* 0: vs_threads(); 1: everything on the caller's thread */
+  int no_reader;                  /* what load calls must not run beside the host's own threads */
+  int cancel;                     /* read by the loader, atomically: the load under way is not wanted any more */
+
+  /* Of input_ahead.c. */
+  uint64_t pos; /* row of the next read */
+  input_window window[2];
+  int front;  /* the one that the caller reads from; the other is the reader's */
+  int streak; /* windows one behind the other */
+  input_rows across; /* a small batch out of several windows, and what its texts lie in */
+  struct input_text_block *texts;
+  struct input_reader *reader;
+};
+void input_ahead_init(input_ahead *a);
 
 /* ---- one opener per format; fd is theirs from the call on ---- */
 vs_rc input_npy_open(const char *path, int fd, uint64_t n_bytes, const input_options *opt, input **out,
@@ -61,11 +116,10 @@ typedef struct input_raw_layout {
   uint64_t data_off; /* of row 0 */
   uint64_t n_rows;
   uint32_t dim;
-  uint32_t elem_bytes; /* 2, 4 or 8: IEEE half, single, double */
-  uint32_t lead_bytes; /* before each row's numbers: 4 in .fvecs, holding dim; else 0 */
-  int big_endian;
+  uint32_t lead_bytes;
+  input_num num;
 } input_raw_layout;
-vs_rc input_raw_open(const char *path, int fd, const input_raw_layout *layout, input **out,
+vs_rc input_raw_open(const char *path, int fd, const input_raw_layout *layout, int threads, input **out,
                      vs_err *err) VS_WARN_UNUSED;
 
 #endif

@@ -156,8 +156,9 @@ static vs_rc check_header(const char *path, const npy_header *h, const input_opt
     return vs_fail(err, VS_INVALID,
                    "%s: dtype '%s'; float16, float32 or float64 are needed: save a.astype('float32')", path,
                    input_show(shown, d, strlen(d)));
-  at->big_endian = d[0] == '>';
-  at->elem_bytes = (uint32_t)(d[2] - '0');
+  at->num = d[2] == '2' ? (d[0] == '>' ? INPUT_F16_BE : INPUT_F16)
+            : d[2] == '4' ? (d[0] == '>' ? INPUT_F32_BE : INPUT_F32)
+                          : (d[0] == '>' ? INPUT_F64_BE : INPUT_F64);
   if (h->rank != 2)
     return vs_fail(err, VS_INVALID, "%s: has %d dimension(s); a 2-D array (rows, dimension) is needed", path,
                    h->rank);
@@ -176,11 +177,11 @@ static vs_rc check_header(const char *path, const npy_header *h, const input_opt
     return vs_corrupt(err, "%s: claims %llu rows", path, (unsigned long long)h->shape[0]);
   at->n_rows = h->shape[0];
   at->dim = (uint32_t)h->shape[1];
-  if (at->n_rows * at->dim * at->elem_bytes != n_data)
+  if (at->n_rows * at->dim * input_num_bytes(at->num) != n_data)
     return vs_corrupt(err, "%s: shape (%llu, %u) of '%s' needs %llu bytes of data, the file has %llu: %s", path,
                       (unsigned long long)at->n_rows, at->dim, d,
-                      (unsigned long long)(at->n_rows * at->dim * at->elem_bytes), (unsigned long long)n_data,
-                      n_data < at->n_rows * at->dim * at->elem_bytes ? "it was cut" : "several arrays in one file?");
+                      (unsigned long long)(at->n_rows * at->dim * input_num_bytes(at->num)), (unsigned long long)n_data,
+                      n_data < at->n_rows * at->dim * input_num_bytes(at->num) ? "it was cut" : "several arrays in one file?");
   return VS_OK;
 }
 
@@ -190,7 +191,7 @@ vs_rc input_npy_open(const char *path, int fd, uint64_t n_bytes, const input_opt
   char text[HEADER_MAX + 1];
   vs_rc rc = read_header(path, fd, n_bytes, &h, text, &at.data_off, err);
   if (!rc) rc = check_header(path, &h, opt, n_bytes - at.data_off, &at, err);
-  if (!rc) return input_raw_open(path, fd, &at, out, err);
+  if (!rc) return input_raw_open(path, fd, &at, opt->threads, out, err);
   close(fd);
   return rc;
 }

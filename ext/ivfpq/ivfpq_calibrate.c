@@ -42,10 +42,6 @@ _Static_assert(COUNT(probes) < IVFPQ_PROFILE_PROBES, "room for all partitions, t
 #define SURE 2.33       /* standard errors: 99 % on one side */
 #define LUCK .5
 
-/* Nanoseconds. */
-#define ROW_NS(m) (.3 + .06 * ((m) + 2))
-#define PART_NS 60.
-#define CANDIDATE_NS(bytes) (60 + .05 * (bytes))
 
 typedef struct measure {
   ivfpq_profiler p;
@@ -243,7 +239,7 @@ static void measure_kept(measure *m, const factor_table *factor) {
 static void fill_levels(const measure *m, int curve, const factor_table *factor, ivfpq_level *out) {
   const ivfpq_params *p = &m->p.s->params;
   size_t n_probes = curve < IVFPQ_TRUE_CURVES ? m->p.n_true_probes : m->p.n_probes;
-  double cost[COUNT(levels)], candidate = CANDIDATE_NS(p->sketch_bytes ? p->sketch_bytes : p->row_bytes);
+  double cost[COUNT(levels)], candidate = IVFPQ_CANDIDATE_NS(p->sketch_bytes ? p->sketch_bytes : p->row_bytes);
   for (size_t l = 0; l < COUNT(levels); l++) cost[l] = INFINITY, out[l] = (ivfpq_level){.recall = levels[l]};
   for (int r = 0; r < IVFPQ_REACHES; r++) {
     if (r && m->reaches[curve][r] == m->reaches[curve][r - 1]) continue;
@@ -253,7 +249,7 @@ static void fill_levels(const measure *m, int curve, const factor_table *factor,
       if (o.same) break;
       for (size_t f = 0; f < COUNT(factors); f++) {
         uint32_t n = candidates_of(ivfpq_curve_k[curve], f);
-        double ns = o.rows * ROW_NS(p->m) + o.parts * PART_NS + n * candidate;
+        double ns = o.rows * IVFPQ_ROW_NS(p->m) + o.parts * IVFPQ_PART_NS + n * candidate;
         for (size_t l = 0; l < COUNT(levels) && o.sure[f] >= (double)levels[l]; l++)
           if (ns < cost[l]) cost[l] = ns, out[l] = (ivfpq_level){levels[l], m->p.probes[b], n, m->reaches[curve][r], (float)o.rows};
       }

@@ -198,6 +198,19 @@ static inline ivfpq_group_layout ivfpq_group_shape(uint32_t n, uint32_t coded_di
 #define IVFPQ_NOWHERE 1e38f /* norm2 of the lanes behind the last centroid */
 static inline uint32_t ivfpq_words(uint32_t bits) { return 1u << bits; }
 static inline uint32_t ivfpq_coded_dim(const ivfpq_params *p) { return p->m ? (uint32_t)ivfpq_round(p->dim_padded, 4) : 0; }
+/* Bytes of the slot of text ids of which the longest has so many; 0 when there are none. */
+static inline uint32_t ivfpq_id_width(uint32_t longest) {
+  return !longest ? 0 : longest > IVFPQ_ID_INLINE ? IVFPQ_ID_INLINE : longest < 8 ? 8 : (uint32_t)ivfpq_round(longest, 4);
+}
+/* Bytes of a ROWS record. */
+static inline uint64_t ivfpq_row_bytes(const ivfpq_params *p) {
+  return (uint64_t)p->dim * (p->store ? 2 : 4) + (p->id_text ? 4 + p->id_width : 8) + (p->n_columns ? 12 : 0) + 4;
+}
+/* Bytes of PARAMS between the descriptors and the check. */
+static inline uint64_t ivfpq_group_table_bytes(const ivfpq_params *p) {
+  uint64_t lanes = ivfpq_round(p->n_groups, 16);
+  return p->n_groups * sizeof(ivfpq_group) + lanes * 4 + lanes * p->dim_padded * 4 + p->calibration_bytes;
+}
 /* Sub-quantizers: two to a byte with 4 bits. */
 static inline uint32_t ivfpq_subs(uint32_t m, uint32_t bits) { return bits == 4 ? 2 * m : m; }
 

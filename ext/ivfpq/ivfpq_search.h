@@ -55,6 +55,10 @@ void ivfpq_scan_close(ivfpq_scan_state *scan); /* NULL is legal */
 vs_rc ivfpq_exact(ivfpq_segment *s, const ivfpq_query *q, const uint64_t *after, int threads, ivfpq_keys *out, ivfpq_stats *stats,
                   vs_err *err) VS_WARN_UNUSED;
 
+/* The same for n queries (q->vector is not looked at): out[i] are the rows nearest to vectors + i * dim. Each row is read once. */
+vs_rc ivfpq_exact_many(ivfpq_segment *s, const ivfpq_query *q, const float *vectors, size_t n, int threads, ivfpq_keys *out,
+                       ivfpq_stats *stats, vs_err *err) VS_WARN_UNUSED;
+
 uint32_t ivfpq_stretch_rows(const ivfpq_params *p); /* rows that it reads at once */
 
 /* The true distances of some rows, read in one round. */
@@ -65,6 +69,14 @@ vs_rc ivfpq_distance_mapped(ivfpq_segment *s, const float *query, uint32_t row, 
 
 /* The bitmap of all rows of a segment that pass the filter (by row number): for exact searches and full scans. */
 vs_rc ivfpq_filter_all(ivfpq_segment *s, const ivfpq_filter *f, uint64_t **bitmap, vs_err *err) VS_WARN_UNUSED;
+
+/* What a search reads: the centroids of all groups up to so many bytes, beyond that those of the nearest groups until there are
+ * enough; partitions in rounds of so many bytes. */
+enum { IVFPQ_ALL_GROUPS_BYTES = 32 << 20, IVFPQ_PARTS_BYTES = 64 << 20 };
+static inline uint64_t ivfpq_enough_centroids(uint32_t nlist, uint32_t nprobe) {
+  uint64_t enough = (uint64_t)nprobe * 32 + 64;
+  return enough < nlist / 2 ? nlist / 2 : enough;
+}
 
 /* Partitions to probe when nobody says how many. */
 uint32_t ivfpq_default_nprobe(uint32_t nlist);

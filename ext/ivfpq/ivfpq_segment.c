@@ -95,8 +95,7 @@ static const char *params_fault(const ivfpq_params *p) {
   if (p->id_text ? p->id_width < 8 || p->id_width > IVFPQ_ID_INLINE || p->id_width % 4 : p->id_width != 0) return "id width";
   if (p->project > 1024 || p->project % 16 || (p->project && !p->m)) return "projection";
   if (p->sketch_bytes && (!p->m || p->sketch_bytes != ivfpq_sketch_bytes(ivfpq_coded_dim(p)))) return "sketch size";
-  uint64_t row = (uint64_t)p->dim * (p->store ? 2 : 4) + (p->id_text ? 4 + p->id_width : 8) + (p->n_columns ? 12 : 0) + 4;
-  if (p->row_bytes != row) return "row size";
+  if (p->row_bytes != ivfpq_row_bytes(p)) return "row size";
   uint64_t pages[8];
   if (p->iddir_levels != ivfpq_iddir_levels(p->n_rows, pages)) return "id directory levels";
   for (size_t i = 0; i < sizeof p->reserved / sizeof *p->reserved; i++)
@@ -124,7 +123,7 @@ static vs_rc open_groups(ivfpq_segment *s, const uint8_t *p, uint64_t left, vs_e
   const ivfpq_params *h = &s->params;
   uint64_t lanes = ivfpq_round(h->n_groups, 16), bias = lanes * 4, cent = lanes * h->dim_padded * 4, next = 0;
   uint32_t coded = ivfpq_coded_dim(h);
-  if (left != (uint64_t)h->n_groups * sizeof(ivfpq_group) + bias + cent + h->calibration_bytes) return damaged(s, err, "group table size");
+  if (left != ivfpq_group_table_bytes(h)) return damaged(s, err, "group table size");
   s->groups = malloc((size_t)h->n_groups * sizeof *s->groups + 1);
   s->group_bias = malloc(bias + cent + VS_IO_PAD);
   s->first_lane = calloc(h->n_groups + 1, sizeof *s->first_lane);
@@ -719,10 +718,13 @@ vs_rc ivfpq_row_columns(ivfpq_segment *s, const uint8_t *record, ivfpq_value *va
   if (!s->params.n_columns) return VS_OK;
   memcpy(&off, slot, 8);
   if (size < 4 || off > x->size || size > x->size - off) return damaged(s, err, "a row's columns lie outside the file");
-  vs_rc rc = read_copy(s->io, x->off + off, size, (void **)buf, err);
+  vs_range r = {.off = x->off + off, .len = size};
+  vs_rc rc = s->io->stable ? vs_io_fetch(s->io, &r, 1, err) : read_copy(s->io, r.off, size, (void **)buf, err);
   if (rc) return rc;
-  if (load_u32(*buf + size - 4) != ivfpq_check32(*buf, size - 4)) rc = damaged(s, err, "checksum of a row's columns");
-  else rc = decode_columns(s, *buf, size - 4, values, err);
+  const uint8_t *bytes = s->io->stable ? r.ptr : *buf; /* a stable range need not be held */
+  if (load_u32(bytes + size - 4) != ivfpq_check32(bytes, size - 4)) rc = damaged(s, err, "checksum of a row's columns");
+  else rc = decode_columns(s, bytes, size - 4, values, err);
+  if (s->io->stable) vs_io_release(s->io, &r, 1);
   if (rc) free(*buf), *buf = NULL;
   return rc;
 }

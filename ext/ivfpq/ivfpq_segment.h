@@ -120,6 +120,15 @@ static inline void ivfpq_row_prefetch(const ivfpq_segment *s, uint32_t row) {
   const uint8_t *p = s->mapped_rows + (uint64_t)row * s->params.row_bytes;
   for (uint32_t z = 0; z < s->params.row_bytes; z += 64) __builtin_prefetch(p + z);
 }
+static inline const uint8_t *ivfpq_row_id_place(const ivfpq_segment *s, uint32_t row) {
+  return s->mapped_rows + (uint64_t)row * s->params.row_bytes + (uint64_t)s->params.dim * (s->params.store ? 2 : 4);
+}
+static inline void ivfpq_row_id_prefetch(const ivfpq_segment *s, uint32_t row) {
+  const uint8_t *p = ivfpq_row_id_place(s, row);
+  __builtin_prefetch(p);
+  if (s->params.id_text) __builtin_prefetch(p + 4 + s->params.id_width);
+  __asm__ volatile("" : : "r"(p)); /* else GCC takes this for a function without effect, and leaves it out */
+}
 vs_rc ivfpq_row_mapped(ivfpq_segment *s, uint32_t row, const uint8_t **record, vs_err *err) VS_WARN_UNUSED;
 
 static inline void ivfpq_sketch_prefetch(const ivfpq_segment *s, uint32_t row) {
@@ -142,7 +151,8 @@ typedef struct ivfpq_id {
 vs_rc ivfpq_row_id(ivfpq_segment *s, const uint8_t *record, ivfpq_id *out, vs_err *err) VS_WARN_UNUSED;
 void ivfpq_id_free(ivfpq_id *id);
 
-/* Metadata values of a row, all columns in order; *buf is malloc'ed and holds the record that the values point into. */
+/* Metadata values of a row, all columns in order. They point into *buf, which is malloc'ed, or into a mapped file: then *buf is
+ * NULL. */
 typedef struct ivfpq_value {
   int tag;          /* 0 NULL, else ivfpq_type */
   int64_t i;

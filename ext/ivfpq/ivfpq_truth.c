@@ -54,8 +54,10 @@ static size_t filter_bit(uint32_t seq) { return (size_t)((seq * 0x9e3779b97f4a7c
 
 /* ---- opening ---- */
 
-static size_t how_many(const ivfpq_model *m, size_t n_sample, uint64_t n_rows, size_t stride) {
-  double n = WORK / ((double)n_rows * m->dim + 1), most = (double)NEAR_BYTES / (double)(ROOM * stride);
+static size_t stride_of(const ivfpq_model *m) { return (sizeof(neighbour) + m->m + 7) / 8 * 8; }
+
+static size_t how_many(const ivfpq_model *m, size_t n_sample, uint64_t n_rows) {
+  double n = WORK / ((double)n_rows * m->dim + 1), most = (double)NEAR_BYTES / (double)(ROOM * stride_of(m));
   size_t q = n < QUERIES_MIN ? QUERIES_MIN : n > QUERIES_MAX ? QUERIES_MAX : (size_t)n;
   if ((double)q > most) q = (size_t)most;
   return q < n_sample / 8 ? q : n_sample / 8;
@@ -287,28 +289,82 @@ static vs_rc set_limits(ivfpq_truth *t, const float *sample, size_t n_sample, ui
   return rc;
 }
 
-vs_rc ivfpq_truth_open(const ivfpq_model *m, const float *sample, const uint64_t *seq, size_t n_sample, uint64_t n_rows,
-                       ivfpq_truth **out, vs_err *err) {
-  size_t d = m->dim_padded, stride = (sizeof(neighbour) + m->m + 7) / 8 * 8, n = how_many(m, n_sample, n_rows, stride);
-  *out = NULL;
-  if (!n) return VS_OK;
+static vs_rc new_truth(const ivfpq_model *m, size_t n, uint32_t n_deep, ivfpq_truth **out, vs_err *err) {
+  size_t d = m->dim_padded, lanes = ivfpq_round(n, 16);
   ivfpq_truth *t = calloc(1, sizeof *t);
+  *out = t;
   if (!t) return vs_nomem(err);
   pthread_mutex_init(&t->lock, NULL);
-  size_t lanes = ivfpq_round(n, 16);
-  t->m = m, t->n = n, t->coded = ivfpq_round(d, 4), t->stride = stride;
-  for (t->n_deep = IVFPQ_DEEP; t->n_deep > n_rows / DEEP_FROM; t->n_deep /= 10) {}
-  if (t->n_deep <= IVFPQ_NEAR) t->n_deep = 0;
+  t->m = m, t->n = n, t->n_deep = n_deep, t->coded = ivfpq_round(d, 4), t->stride = stride_of(m);
   t->raw = malloc(n * m->dim * sizeof *t->raw), t->x = calloc(n * d, sizeof *t->x);
   t->packed = malloc(lanes * t->coded), t->scale = calloc(lanes, sizeof *t->scale);
-  t->queries = calloc(n, sizeof *t->queries), t->near = malloc(n * ROOM * stride);
-  t->deep = malloc((n / IVFPQ_DEEP_EVERY + 1) * 2 * t->n_deep * sizeof *t->deep + 1);
-  t->scratch = malloc((4 * t->n_deep + 4 * ROOM + 64) * sizeof *t->scratch);
-  int ok = t->raw && t->x && t->packed && t->scale && t->queries && t->near && t->deep && t->scratch;
-  vs_rc rc = ok ? take_queries(t, sample, seq, n_sample, err) : vs_nomem(err);
-  if (!rc) rc = set_limits(t, sample, n_sample, n_rows, err);
-  if (rc) ivfpq_truth_close(t);
-  else *out = t;
+  t->queries = calloc(n, sizeof *t->queries), t->near = calloc(n * ROOM, t->stride);
+  t->deep = malloc((n / IVFPQ_DEEP_EVERY + 1) * 2 * n_deep * sizeof *t->deep + 1);
+  t->scratch = malloc((4 * n_deep + 4 * ROOM + 64) * sizeof *t->scratch);
+  return t->raw && t->x && t->packed && t->scale && t->queries && t->near && t->deep && t->scratch ? VS_OK : vs_nomem(err);
+}
+
+vs_rc ivfpq_truth_open(const ivfpq_model *m, const float *sample, const uint64_t *seq, size_t n_sample, uint64_t n_rows,
+                       ivfpq_truth **out, vs_err *err) {
+  size_t n = how_many(m, n_sample, n_rows);
+  uint32_t n_deep = IVFPQ_DEEP;
+  *out = NULL;
+  if (!n) return VS_OK;
+  while (n_deep > n_rows / DEEP_FROM) n_deep /= 10;
+  vs_rc rc = new_truth(m, n, n_deep > IVFPQ_NEAR ? n_deep : 0, out, err);
+  if (!rc) rc = take_queries(*out, sample, seq, n_sample, err);
+  if (!rc) rc = set_limits(*out, sample, n_sample, n_rows, err);
+  if (rc) ivfpq_truth_close(*out), *out = NULL;
+  return rc;
+}
+
+/* ---- state files ---- */
+
+void ivfpq_truth_save(const ivfpq_truth *t, ivfpq_state *s) {
+  uint64_t n = t ? t->n : 0;
+  ivfpq_state_put(s, &n, 8);
+  if (t) ivfpq_state_put(s, &t->n_deep, 4);
+  for (size_t i = 0; i < n; i++) {
+    const ivfpq_truth_query *q = &t->queries[i];
+    float limits[] = {q->near_limit, q->limit};
+    uint32_t head[] = {q->seq, q->n_near, q->n_deep};
+    ivfpq_state_put(s, head, sizeof head), ivfpq_state_put(s, limits, sizeof limits);
+    ivfpq_state_put(s, t->raw + i * t->m->dim, t->m->dim * sizeof *t->raw);
+    ivfpq_state_put(s, near_of(t, i, 0), q->n_near * t->stride);
+    if (q->deep) ivfpq_state_put(s, q->deep, q->n_deep * sizeof *q->deep);
+  }
+}
+
+static vs_rc load_query(ivfpq_truth *t, size_t i, float *raw, int8_t *bytes, ivfpq_state *s, vs_err *err) {
+  uint32_t head[3];
+  float limits[2];
+  ivfpq_state_get(s, head, sizeof head), ivfpq_state_get(s, limits, sizeof limits), ivfpq_state_get(s, raw, t->m->dim * sizeof *raw);
+  take_query(t, i, raw, head[0], bytes);
+  ivfpq_truth_query *q = &t->queries[i];
+  if (head[1] >= ROOM || (q->deep ? head[2] >= 2 * t->n_deep : head[2])) return vs_corrupt(err, "a kept query has too many neighbours");
+  q->near_limit = limits[0], q->limit = limits[1], q->n_near = head[1], q->n_deep = head[2];
+  ivfpq_state_get(s, near_of(t, i, 0), q->n_near * t->stride);
+  if (q->deep) ivfpq_state_get(s, q->deep, q->n_deep * sizeof *q->deep);
+  for (size_t j = 0; j < q->n_near; j++)
+    if (near_of(t, i, j)->centroid >= t->m->nlist) return vs_corrupt(err, "a kept neighbour is of no partition");
+  return VS_OK;
+}
+
+vs_rc ivfpq_truth_load(const ivfpq_model *m, ivfpq_state *s, ivfpq_truth **out, vs_err *err) {
+  uint64_t n;
+  uint32_t n_deep;
+  ivfpq_state_get(s, &n, 8);
+  *out = NULL;
+  if (!n) return VS_OK;
+  ivfpq_state_get(s, &n_deep, 4);
+  if (n > QUERIES_MAX || n_deep > IVFPQ_DEEP) return vs_corrupt(err, "there are too many kept queries");
+  float *raw = malloc(m->dim * sizeof *raw);
+  int8_t *bytes = calloc(n * ivfpq_round(m->dim_padded, 4) + 1, 1);
+  vs_rc rc = raw && bytes ? new_truth(m, n, n_deep, out, err) : vs_nomem(err);
+  for (size_t i = 0; i < n && !rc; i++) rc = load_query(*out, i, raw, bytes + i * (*out)->coded, s, err);
+  if (!rc) kern_pack_i8(bytes, n, (*out)->coded, (*out)->packed);
+  free(raw), free(bytes);
+  if (rc) ivfpq_truth_close(*out), *out = NULL;
   return rc;
 }
 

@@ -52,6 +52,9 @@ typedef struct ivfpq_truth {
 vs_rc ivfpq_truth_open(const ivfpq_model *m, const float *sample, const uint64_t *seq, size_t n_sample, uint64_t n_rows,
                        ivfpq_truth **out, vs_err *err) VS_WARN_UNUSED;
 void ivfpq_truth_close(ivfpq_truth *t); /* NULL is legal */
+/* What a truth (NULL is legal) has seen so far, in a state file, and back. */
+void ivfpq_truth_save(const ivfpq_truth *t, ivfpq_state *s);
+vs_rc ivfpq_truth_load(const ivfpq_model *m, ivfpq_state *s, ivfpq_truth **out, vs_err *err) VS_WARN_UNUSED;
 
 /* Shows n <= 256 rows before they are encoded (x: prepared, dim_padded apart; seq UINT64_MAX: not to be looked at), then, once they
  * are, what their codes say: threads may call it at once, what is kept does not depend on the order. */

@@ -15,11 +15,29 @@
 #endif
 #define KERN_INLINE static inline __attribute__((always_inline))
 
-/* ---- kern_scalar.c, kern_avx2.c, kern_avx512.c: the tables; ask the CPU before calling the last two */
+/* ---- the tables of kern_scalar.c, kern_avx2.c, kern_avx512.c, kern_neon.c; ask the CPU before calling any but the first */
 extern const kern kern_table_scalar;
 #if defined(__x86_64__)
 extern const kern kern_table_avx2;
 extern const kern kern_table_avx512;
+#elif defined(__aarch64__)
+extern const kern kern_table_neon;
+extern const kern kern_table_dotprod;
+#endif
+
+/* ---- kern_scalar.c: what variants without a better way use */
+uint64_t kern_scalar_select_u64(uint64_t *a, size_t n, size_t want, uint64_t *scratch);
+
+#if defined(__aarch64__)
+/* ---- kern_dotprod.c: the calls of the dotprod table that are not kern_neon.c's */
+void kern_dotprod_scores_i8(const int8_t *q, size_t n_q, size_t q_stride, size_t dim, const uint8_t *packed, size_t n_c,
+                            int32_t *out, size_t out_stride);
+int32_t kern_dotprod_dot_i8(const int8_t *q, const uint8_t *row, size_t n);
+float kern_dotprod_pq_table_raw(const int8_t *q, const uint8_t *words, const float *factor, size_t m, size_t sub_dim,
+                                float *raw, float *low);
+
+/* ---- kern_neon.c: one row of kern.pq_table_raw from its scores; returns largest - *low */
+float kern_neon_table_row(const int32_t score[256], float factor, float *raw, float *low);
 #endif
 
 /* ---- kern_dispatch.c: selection, of which only the split differs by instruction set */
@@ -28,8 +46,27 @@ extern const kern kern_table_avx512;
  * are in front. spill: n + 8 keys. */
 typedef size_t (*kern_split_fn)(uint64_t *a, size_t n, uint64_t pivot, uint64_t *spill);
 
-/* kern.select_u64 on top of one split. */
-uint64_t kern_select_by(kern_split_fn split, uint64_t *a, size_t n, size_t want, uint64_t *scratch);
+typedef void (*kern_sort_few_fn)(uint64_t *a, size_t n);
+
+/* kern.select_u64 on top of one split and one small sort, of which `few` keys are worth no split any more. */
+uint64_t kern_select_by(kern_split_fn split, kern_sort_few_fn sort_few, size_t few, uint64_t *a, size_t n, size_t want,
+                        uint64_t *scratch);
+void kern_sort_insertion(uint64_t *a, size_t n);
+
+#if defined(__x86_64__)
+/* ---- kern_nearest_avx512.c: kern_nearest by bytes; ask the CPU before calling it */
+enum { KERN_NEAREST_CHUNK = 256 };
+size_t kern_nearest512_block(size_t dim); /* bytes of 32 points */
+size_t kern_nearest512_chunk(size_t dim); /* points that the scratch holds: KERN_NEAREST_CHUNK or fewer */
+void kern_nearest512_pack(kern_nearest *m);
+void kern_nearest512_find(const kern_nearest *m, const float *x, size_t n_x, size_t stride, int exact, uint32_t *id, uint8_t *scratch);
+void kern_sum_rows512(const float *x, size_t stride, const uint32_t *row, size_t n, size_t dim, float *out);
+void kern_scale_sub512(const float *x, float scale, const float *y, size_t n, float *out);
+
+/* ---- kern_words_avx512.c: kern_words by integers; ask the CPU before calling it */
+enum { KERN_WORDS_LEVELS = 16, KERN_WORDS_MAX_DIM = 32 };
+void kern_words512_find(const kern_words *w, const float *x, size_t n, size_t stride, uint8_t *code, size_t code_stride);
+#endif
 
 /* ---- arithmetic every pq_scan agrees on */
 

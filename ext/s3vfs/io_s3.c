@@ -20,12 +20,7 @@
 #include "../base/vs_scope.h"
 #include "s3_engine.h"
 
-enum {
-  MERGE_GAP = 32 << 10,   /* ranges closer than this travel together ... */
-  MERGE_MAX = 8 << 20,    /* ... up to this size; larger ranges are split */
-  SPLIT = 4 << 20,
-  STOP_POLL_MS = 20
-};
+enum { MERGE_GAP = IO_S3_MERGE_GAP, MERGE_MAX = IO_S3_MERGE_MAX, SPLIT = IO_S3_SPLIT, STOP_POLL_MS = 20 };
 #define DEFAULT_CACHE (1ull << 30)
 #define DEFAULT_MAX_BYTES (4ull << 30)
 

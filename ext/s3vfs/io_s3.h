@@ -13,6 +13,12 @@
 #include "../base/vs_io.h"
 #include "s3_client.h"
 
+enum {
+  IO_S3_MERGE_GAP = 32 << 10, /* ranges closer than this travel together ... */
+  IO_S3_MERGE_MAX = 8 << 20,  /* ... up to this size; larger ranges are split in pieces of ... */
+  IO_S3_SPLIT = 4 << 20
+};
+
 typedef struct io_s3_known {
   uint64_t size;        /* UINT64_MAX: unknown */
   const char *etag;     /* NULL: taken from the first answer */

@@ -62,9 +62,9 @@ int shard_stamp_take(const char *path, shard_stamp *out) {
 }
 
 int shard_stamp_holds(const char *path, const shard_stamp *then) {
-  shard_stamp now;
-  return then->settled && shard_stamp_take(path, &now) && now.device == then->device && now.inode == then->inode &&
-         now.mtime_ns == then->mtime_ns;
+  struct stat st;
+  return then->settled && !stat(path, &st) && st.st_dev == then->device && st.st_ino == then->inode &&
+         st.st_mtim.tv_sec * 1000000000ll + st.st_mtim.tv_nsec == then->mtime_ns;
 }
 
 static void free_handle(handle *h) {

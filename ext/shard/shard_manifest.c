@@ -258,7 +258,9 @@ static const char head_sql[] =
     VALUE("?1", "$.version") ", " VALUE("?1", "$.shard") ", " VALUE("?1", "$.dim") ", " VALUE("?1", "$.metric") ", "
     ARRAY("?1", "$.vectors") ", " VALUE("?1", "$.vectors[0].name") ", " VALUE("?1", "$.vectors[0].dim") ", "
     VALUE("?1", "$.vectors[0].metric") ", " VALUE("?1", "$.vectors[0].store") ", " VALUE("?1", "$.id.name") ", "
-    VALUE("?1", "$.id.type") ", " ARRAY("?1", "$.columns") ", " ARRAY("?1", "$.segments");
+    VALUE("?1", "$.id.type") ", " ARRAY("?1", "$.columns") ", " ARRAY("?1", "$.segments") ", "
+    VALUE("?1", "$.built") ", " VALUE("?1", "$.built.rows") ", " VALUE("?1", "$.built.skipped") ", "
+    VALUE("?1", "$.built.duplicates") ", " VALUE("?1", "$.built.files") ", " VALUE("?1", "$.built.options");
 /* The columns of head_sql. */
 enum {
   H_FORMAT = 0,
@@ -276,7 +278,13 @@ enum {
   H_ID_NAME = 24,
   H_ID_TYPE = 26,
   H_COLUMNS = 28,
-  H_SEGMENTS = 30
+  H_SEGMENTS = 30,
+  H_BUILT = 32,
+  H_BUILT_ROWS = 34,
+  H_BUILT_SKIPPED = 36,
+  H_BUILT_DUPLICATES = 38,
+  H_BUILT_FILES = 40,
+  H_BUILT_OPTIONS = 42
 };
 enum { MAX_FEATURES = 1000, MAX_DIM = 16384 };
 
@@ -317,6 +325,24 @@ static void read_head(reader *r, sqlite3_stmt *s, shard_manifest *m) {
   if (!r->rc && !sqlite3_stricmp(m->id_name, m->vector_name)) bad(r, "two columns have one name");
 }
 
+static void hash_of(reader *r, sqlite3_stmt *s, int col, char out[33], const char *what) {
+  if (r->rc || sqlite3_column_type(s, col) == SQLITE_NULL) return;
+  const char *text = text_of(r, s, col, 32, what);
+  if (text && !valid_hex(text, "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx")) bad(r, what);
+  if (!r->rc) strcpy(out, text);
+}
+
+static void read_origin(reader *r, sqlite3_stmt *s, shard_origin *o) {
+  if (r->rc || sqlite3_column_type(s, H_BUILT) == SQLITE_NULL) return;
+  if (!has_type(s, H_BUILT, "object")) bad(r, "$.built");
+  o->known = 1;
+  o->n_rows = int_of(r, s, H_BUILT_ROWS, 0, INT64_MAX, "$.built.rows");
+  o->n_skipped = int_of(r, s, H_BUILT_SKIPPED, 0, o->n_rows, "$.built.skipped");
+  o->n_duplicates = int_of(r, s, H_BUILT_DUPLICATES, 0, o->n_rows - o->n_skipped, "$.built.duplicates");
+  hash_of(r, s, H_BUILT_FILES, o->files, "$.built.files");
+  hash_of(r, s, H_BUILT_OPTIONS, o->options, "$.built.options");
+}
+
 static void read_all(reader *r, shard_manifest *m) {
   sqlite3_stmt *s = query(r, "SELECT json_valid(?1) AND json_type(?1) = 'object'");
   if (s && (!next_row(r, s, "not JSON") || sqlite3_column_int(s, 0) != 1)) bad(r, "not JSON");
@@ -328,6 +354,7 @@ static void read_all(reader *r, shard_manifest *m) {
   }
   read_format(r, s);
   read_head(r, s, m);
+  read_origin(r, s, &m->origin);
   size_t n_columns = length_of(r, s, H_COLUMNS, SHARD_MAX_COLUMNS, "$.columns");
   size_t n_segments = length_of(r, s, H_SEGMENTS, SHARD_MAX_SEGMENTS, "$.segments");
   sqlite3_finalize(s);
@@ -362,9 +389,10 @@ vs_rc shard_manifest_parse(const char *json, size_t n_bytes, const char *name, s
 
 /* ---- writing ---- */
 
+/* The patch leaves out what is null: hashes that are not there, and "built" as a whole. */
 static const char print_sql[] =
-    "SELECT json_object('format', ?1, 'required', json_array(), 'optional', json_array(), 'version', ?2, 'shard', ?3, "
-    "'dim', ?4, "
+    "SELECT json_patch(json_object('format', ?1, 'required', json_array(), 'optional', json_array(), 'version', ?2, "
+    "'shard', ?3, 'dim', ?4, "
     "'metric', ?5, 'vectors', json_array(json_object('name', ?6, 'dim', ?4, 'metric', ?5, 'store', ?7)), "
     "'id', json_object('name', ?8, 'type', ?9), "
     "'columns', json((SELECT json_group_array(json_object('name', name, 'type', type, 'filter', json(filter), 'index', "
@@ -372,7 +400,9 @@ static const char print_sql[] =
     "FROM (SELECT * FROM c ORDER BY rowid))), "
     "'segments', json((SELECT json_group_array(json_object('file', file, 'bytes', bytes, 'checksum', checksum, 'rows', "
     "rows)) "
-    "FROM (SELECT * FROM s ORDER BY rowid))))";
+    "FROM (SELECT * FROM s ORDER BY rowid)))), "
+    "json_object('built', json(CASE WHEN ?10 IS NOT NULL THEN "
+    "json_object('rows', ?10, 'skipped', ?11, 'duplicates', ?12, 'files', ?13, 'options', ?14) END)))";
 
 /* A bind that failed for want of memory would print null: its code must not get lost. */
 static int bind_text(sqlite3_stmt *s, int at, const char *text) {
@@ -427,6 +457,16 @@ static int bind_head(sqlite3_stmt *s, const shard_manifest *m) {
   return rc;
 }
 
+static int bind_origin(sqlite3_stmt *s, const shard_origin *o) {
+  if (!o->known) return 0;
+  int rc = sqlite3_bind_int64(s, 10, (sqlite3_int64)o->n_rows);
+  if (!rc) rc = sqlite3_bind_int64(s, 11, (sqlite3_int64)o->n_skipped);
+  if (!rc) rc = sqlite3_bind_int64(s, 12, (sqlite3_int64)o->n_duplicates);
+  if (!rc && *o->files) rc = bind_text(s, 13, o->files);
+  if (!rc && *o->options) rc = bind_text(s, 14, o->options);
+  return rc;
+}
+
 /* What must hold before names are looked up in tables and versions go into signed integers. */
 static vs_rc check_enums(const shard_manifest *m, vs_err *err) {
   int good =
@@ -451,6 +491,7 @@ vs_rc shard_manifest_print(const shard_manifest *m, char **json, vs_err *err) {
   if (!rc) rc = insert_segments(db, m);
   if (!rc) rc = sqlite3_prepare_v2(db, print_sql, -1, &s, NULL);
   if (!rc) rc = bind_head(s, m);
+  if (!rc) rc = bind_origin(s, &m->origin);
   const char *text = !rc && sqlite3_step(s) == SQLITE_ROW ? (const char *)sqlite3_column_text(s, 0) : NULL;
   if (!text) result = sql_failed(db, "printing a manifest", err);
   else if (!(*json = strdup(text))) result = vs_nomem(err);

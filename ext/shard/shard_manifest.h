@@ -8,7 +8,10 @@
  *  "vectors":[{"name":"embedding","dim":960,"metric":"cosine","store":"f32"}],
  *  "id":{"name":"id","type":"text"},
  *  "columns":[{"name":"organism","type":"text","filter":true,"index":false}],
- *  "segments":[{"file":"seg-<hash>.ivf","bytes":n,"checksum":"<32 hex>","rows":n}]}
+ *  "segments":[{"file":"seg-<hash>.ivf","bytes":n,"checksum":"<32 hex>","rows":n}],
+ *  "built":{"rows":n,"skipped":n,"duplicates":n,"files":"<32 hex>","options":"<32 hex>"}}
+ *
+ * "built" is for those who check a database against the plan it was built from (tool/plan.h); it may be missing.
  *
  * JSON is read through SQLite's own functions on a private in-memory connection; every value is checked here, once.
  */
@@ -38,6 +41,14 @@ typedef struct shard_segment_ref {
   char checksum[33];         /* 32 lower-case hex digits: XXH3-128 of the file */
 } shard_segment_ref;
 
+/* What a build made the shard from. */
+typedef struct shard_origin {
+  uint64_t n_rows;              /* in the input */
+  uint64_t n_skipped, n_duplicates; /* of which not in the shard: bad rows, and all but one of an id */
+  char files[33], options[33];  /* 32 hex digits over a plan's bucket, and over what else the build was told; "": no plan */
+  int known;                    /* 0: the manifest does not say; the rest is 0 then */
+} shard_origin;
+
 typedef struct shard_manifest {
   uint64_t version;          /* >= 1 */
   char uuid[37];
@@ -51,6 +62,7 @@ typedef struct shard_manifest {
   shard_column *columns;
   shard_segment_ref *segments;
   uint64_t n_rows;           /* the sum over the segments */
+  shard_origin origin;
 } shard_manifest;
 
 /* Frees what is inside; the struct itself is the caller's. Legal on a zeroed struct. */

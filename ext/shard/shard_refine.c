@@ -18,9 +18,10 @@
 #include "../kernels/kern.h"
 
 enum {
-  SPARE = 8,            /* candidates beyond k from which on sketches pay */
   SLICE = 256,          /* rows per task */
-  FEW = 48,             /* hits that an insertion sort puts in order faster than qsort */
+  SKETCH_SLICE = 1024,  /* the same for sketches: each task prepares the query */
+  FEW = 48,             /* hits that an insertion sort puts in order faster than others */
+  MANY = SHARD_MANY,
   AHEAD_BYTES = 4096    /* of stored vectors asked for before they are needed */
 };
 
@@ -32,11 +33,7 @@ int shard_hit_order(const void *pa, const void *pb) {
   return a->row < b->row ? -1 : a->row > b->row;
 }
 
-void shard_hits_sort(shard_hit *hits, size_t n) {
-  if (n > FEW) {
-    qsort(hits, n, sizeof *hits, shard_hit_order);
-    return;
-  }
+static void sort_few(shard_hit *hits, size_t n) {
   for (size_t i = 1; i < n; i++) {
     shard_hit h = hits[i];
     size_t at = i;
@@ -45,7 +42,7 @@ void shard_hits_sort(shard_hit *hits, size_t n) {
   }
 }
 
-static int storage_order(const void *pa, const void *pb) {
+int shard_storage_order(const void *pa, const void *pb) {
   const shard_hit *a = pa, *b = pb;
   if (a->shard != b->shard) return a->shard < b->shard ? -1 : 1;
   if (a->segment != b->segment) return a->segment < b->segment ? -1 : 1;
@@ -54,16 +51,112 @@ static int storage_order(const void *pa, const void *pb) {
 
 static ivfpq_segment *segment_of(const shard_search *q, const shard_hit *h) { return q->shards[h->shard]->segments[h->segment]; }
 
-/* ---- one slice ---- */
+static int same_segment(const shard_hit *a, const shard_hit *b) { return a->shard == b->shard && a->segment == b->segment; }
+
+/* Hits from h on, of n, that lie in one segment. */
+static size_t stretch(const shard_hit *h, size_t n) {
+  size_t m = 1;
+  while (m < n && same_segment(h, h + m)) m++;
+  return m;
+}
+
+vs_rc shard_hits_nearest(shard_hit *hits, size_t *n, uint64_t k, ivfpq_keys *work, vs_err *err) {
+  vs_rc rc = ivfpq_keys_room(work, *n, err);
+  if (rc) return rc;
+  uint64_t *key = work->key;
+  for (size_t i = 0; i < *n; i++) key[i] = kern_key(hits[i].distance, (uint32_t)i);
+  if (*n > k) kern_get()->select_u64(key, *n, (size_t)k, work->scratch), *n = (size_t)k;
+  kern_sort_u64(key, *n, work->scratch);
+  shard_hit *sorted = (shard_hit *)work->scratch; /* a hit is as large as two keys */
+  for (size_t i = 0; i < *n; i++) sorted[i] = hits[kern_key_number(key[i])];
+  memcpy(hits, sorted, *n * sizeof *hits);
+  return VS_OK;
+}
+
+/* Rows of one segment, ascending; returns how many, which is n unless a damaged file names a row twice. A good part of the rows of a
+ * segment is marked in a bitmap, and read off it. */
+static size_t order_rows(shard_hit *h, size_t n, ivfpq_keys *work) {
+  uint32_t first = UINT32_MAX, last = 0;
+  for (size_t i = 0; i < n; i++) {
+    if (h[i].row < first) first = h[i].row;
+    if (h[i].row > last) last = h[i].row;
+  }
+  size_t words = (last - first) / 64 + 1, m = 0;
+  if (words > 2 * n) {
+    for (size_t i = 0; i < n; i++) work->key[i] = h[i].row;
+    kern_sort_u64(work->key, n, work->scratch);
+    for (size_t i = 0; i < n; i++) h[i].row = (uint32_t)work->key[i];
+    return n;
+  }
+  uint64_t *bits = work->scratch; /* room for 2 n keys */
+  memset(bits, 0, words * sizeof *bits);
+  for (size_t i = 0; i < n; i++) bits[(h[i].row - first) / 64] |= 1ull << (h[i].row - first) % 64;
+  for (size_t w = 0; w < words; w++)
+    for (uint64_t left = bits[w]; left; left &= left - 1) h[m++].row = first + (uint32_t)w * 64 + (uint32_t)__builtin_ctzll(left);
+  return m;
+}
+
+/* Files are then read from front to back, and ties come as they are to be returned. The estimates are lost. Segments mostly come
+ * in order already, each with all of its hits. */
+static vs_rc order_by_storage(shard_hit *hits, size_t *n_hits, ivfpq_keys *work, vs_err *err) {
+  size_t n = *n_hits, kept = 0;
+  vs_rc rc = ivfpq_keys_room(work, n, err);
+  if (rc) return rc;
+  for (size_t i = 1; i < n; i++)
+    if (hits[i].shard < hits[i - 1].shard || (hits[i].shard == hits[i - 1].shard && hits[i].segment < hits[i - 1].segment)) {
+      qsort(hits, n, sizeof *hits, shard_storage_order);
+      return VS_OK;
+    }
+  for (size_t at = 0, m; at < n; at += m) {
+    m = stretch(hits + at, n - at);
+    size_t ordered = order_rows(hits + at, m, work);
+    if (kept < at) memmove(hits + kept, hits + at, ordered * sizeof *hits);
+    kept += ordered;
+  }
+  *n_hits = kept;
+  return VS_OK;
+}
+
+/* ---- slices ---- */
 
 typedef struct job {
   const shard_refine *r;
+  vs_rc (*run)(struct job *, size_t at, size_t n, vs_err *);
   shard_hit *hits;    /* estimates become distances */
-  size_t n;
+  size_t n, slice;
   vs_rc rc;
   vs_err err;
   pthread_mutex_t lock;
 } job;
+
+static vs_rc run_slice(job *j, size_t i, vs_err *err) {
+  size_t at = i * j->slice, n = j->n - at < j->slice ? j->n - at : j->slice;
+  vs_rc rc = j->run(j, at, n, err);
+  return !rc && n == j->slice && j->r->stop(j->r->stop_ctx) ? vs_fail(err, VS_INTERRUPT, "interrupted") : rc;
+}
+
+static void slice_task(void *ctx, size_t i) {
+  job *j = ctx;
+  vs_err err;
+  vs_err_reset(&err);
+  vs_rc rc = run_slice(j, i, &err);
+  if (!rc) return;
+  pthread_mutex_lock(&j->lock);
+  if (!j->rc) j->rc = rc, j->err = err;
+  pthread_mutex_unlock(&j->lock);
+}
+
+static vs_rc run_job(job *j, vs_err *err) {
+  if (!j->n) return VS_OK;
+  if (j->n <= j->slice) return run_slice(j, 0, err);
+  j->rc = VS_OK;
+  pthread_mutex_init(&j->lock, NULL);
+  vs_pool_run((j->n + j->slice - 1) / j->slice, j->r->q->threads, slice_task, j);
+  pthread_mutex_destroy(&j->lock);
+  return j->rc ? vs_fail(err, j->rc, "%s", j->err.text) : VS_OK;
+}
+
+/* ---- comparing ---- */
 
 /* Rows whose bytes lie at fixed addresses, each asked for a little before it is needed. */
 static vs_rc compare_mapped(const shard_search *q, shard_hit *hits, size_t n, vs_err *err) {
@@ -81,10 +174,11 @@ static vs_rc compare_read(const shard_search *q, shard_hit *hits, size_t n, vs_e
   uint32_t rows[SLICE];
   float distance[SLICE];
   vs_rc rc = VS_OK;
-  qsort(hits, n, sizeof *hits, storage_order);
+  qsort(hits, n, sizeof *hits, shard_storage_order);
   for (size_t at = 0, m; at < n && !rc; at += m) {
     const shard_hit *h = hits + at;
-    for (m = 0; at + m < n && h[m].shard == h->shard && h[m].segment == h->segment; m++) rows[m] = h[m].row;
+    m = stretch(h, n - at);
+    for (size_t i = 0; i < m; i++) rows[i] = h[i].row;
     rc = ivfpq_distances(segment_of(q, h), q->query, rows, m, distance, err);
     for (size_t i = 0; i < m && !rc; i++) hits[at + i].distance = distance[i];
   }
@@ -93,39 +187,24 @@ static vs_rc compare_read(const shard_search *q, shard_hit *hits, size_t n, vs_e
 
 static int all_mapped(const shard_search *q, const shard_hit *hits, size_t n) {
   for (size_t i = 0; i < n; i++)
-    if (!ivfpq_rows_mapped(segment_of(q, &hits[i]))) return 0;
+    if (!(i && same_segment(&hits[i - 1], &hits[i])) && !ivfpq_rows_mapped(segment_of(q, &hits[i]))) return 0;
   return 1;
 }
 
-static vs_rc compare(const shard_refine *r, shard_hit *hits, size_t n, vs_err *err) {
-  vs_rc rc = all_mapped(r->q, hits, n) ? compare_mapped(r->q, hits, n, err) : compare_read(r->q, hits, n, err);
-  return !rc && n == SLICE && r->stop(r->stop_ctx) ? vs_fail(err, VS_INTERRUPT, "interrupted") : rc;
-}
-
-static void compare_slice(void *ctx, size_t i) {
-  job *j = ctx;
-  vs_err err = {0};
-  size_t at = i * SLICE, n = j->n - at < SLICE ? j->n - at : SLICE;
-  vs_rc rc = compare(j->r, j->hits + at, n, &err);
-  if (!rc) return;
-  pthread_mutex_lock(&j->lock);
-  if (!j->rc) j->rc = rc, j->err = err;
-  pthread_mutex_unlock(&j->lock);
+static vs_rc compare(job *j, size_t at, size_t n, vs_err *err) {
+  const shard_search *q = j->r->q;
+  return all_mapped(q, j->hits + at, n) ? compare_mapped(q, j->hits + at, n, err) : compare_read(q, j->hits + at, n, err);
 }
 
 static vs_rc compare_all(const shard_refine *r, shard_hit *hits, size_t n, vs_err *err) {
-  if (n <= SLICE) return compare(r, hits, n, err);
-  job j = {.r = r, .hits = hits, .n = n, .lock = PTHREAD_MUTEX_INITIALIZER};
-  vs_pool_run((n + SLICE - 1) / SLICE, r->q->threads, compare_slice, &j);
-  return j.rc ? vs_fail(err, j.rc, "%s", j.err.text) : VS_OK;
+  job j;
+  j.r = r, j.run = compare, j.hits = hits, j.n = n, j.slice = SLICE;
+  return run_job(&j, err);
 }
 
 /* ---- rows in stores ---- */
 
-typedef struct held { shard_hit *hits; ivfpq_row *rows; size_t n; } held;
-
-/* Starts reading all rows that lie in stores; what is compared later is found in the cache. */
-static vs_rc hold_remote(const shard_search *q, const shard_hit *hits, size_t n, held *h, vs_err *err) {
+vs_rc shard_hold(const shard_search *q, const shard_hit *hits, size_t n, shard_held *h, vs_err *err) {
   int any = 0;
   for (size_t i = 0; i < n && !any; i++) any = !segment_of(q, &hits[i])->io->local;
   if (!any) return VS_OK;
@@ -134,12 +213,13 @@ static vs_rc hold_remote(const shard_search *q, const shard_hit *hits, size_t n,
   vs_rc rc = rows && h->hits && h->rows ? VS_OK : vs_nomem(err);
   if (!rc) {
     memcpy(h->hits, hits, n * sizeof *hits);
-    qsort(h->hits, n, sizeof *hits, storage_order);
+    qsort(h->hits, n, sizeof *hits, shard_storage_order);
     h->n = n;
   }
   for (size_t at = 0, m; at < n && !rc; at += m) {
     const shard_hit *first = h->hits + at;
-    for (m = 0; at + m < n && first[m].shard == first->shard && first[m].segment == first->segment; m++) rows[m] = first[m].row;
+    m = stretch(first, n - at);
+    for (size_t i = 0; i < m; i++) rows[i] = first[i].row;
     ivfpq_segment *s = segment_of(q, first);
     if (!s->io->local) rc = ivfpq_rows_begin(s, rows, m, h->rows + at, err);
   }
@@ -147,7 +227,7 @@ static vs_rc hold_remote(const shard_search *q, const shard_hit *hits, size_t n,
   return rc;
 }
 
-static void release_remote(const shard_search *q, held *h) {
+void shard_release(const shard_search *q, shard_held *h) {
   for (size_t i = 0; i < h->n; i++)
     if (h->rows[i].range.len) ivfpq_rows_release(segment_of(q, &h->hits[i]), &h->rows[i], 1);
   free(h->hits), free(h->rows);
@@ -157,17 +237,25 @@ static void release_remote(const shard_search *q, held *h) {
 
 static int all_sketched(const shard_search *q, const shard_hit *hits, size_t n) {
   for (size_t i = 0; i < n; i++)
-    if (!ivfpq_sketches_mapped(segment_of(q, &hits[i]))) return 0;
+    if (!(i && same_segment(&hits[i - 1], &hits[i])) && !ivfpq_sketches_mapped(segment_of(q, &hits[i]))) return 0;
   return 1;
 }
 
-/* est and width of every hit; hits of a segment lie together. */
-static vs_rc sketch_hits(const shard_search *q, const shard_hit *hits, size_t n, uint32_t *rows, float *est, float *width, vs_err *err) {
+/* How near every hit may be (its `distance`), and how far (its key); hits of a segment lie together. */
+static vs_rc bound(job *j, size_t at, size_t n, vs_err *err) {
+  uint32_t rows[SKETCH_SLICE];
+  float est[SKETCH_SLICE], width[SKETCH_SLICE];
+  uint64_t *key = j->r->work->key;
   vs_rc rc = VS_OK;
-  for (size_t at = 0, m; at < n && !rc; at += m) {
-    const shard_hit *h = hits + at;
-    for (m = 0; at + m < n && h[m].shard == h->shard && h[m].segment == h->segment; m++) rows[m] = h[m].row;
-    rc = ivfpq_sketch_estimate(segment_of(q, h), q->query, rows, m, est + at, width + at, err);
+  for (size_t end = at + n, m; at < end && !rc; at += m) {
+    shard_hit *h = j->hits + at;
+    m = stretch(h, end - at);
+    for (size_t i = 0; i < m; i++) rows[i] = h[i].row;
+    rc = ivfpq_sketch_estimate(segment_of(j->r->q, h), j->r->q->query, rows, m, est, width, err);
+    for (size_t i = 0; i < m && !rc; i++) {
+      h[i].distance = est[i] - width[i];
+      key[at + i] = kern_key(est[i] + width[i], (uint32_t)(at + i));
+    }
   }
   return rc;
 }
@@ -176,48 +264,49 @@ static vs_rc sketch_hits(const shard_search *q, const shard_hit *hits, size_t n,
 static vs_rc drop_far(const shard_refine *r, shard_hit *hits, size_t *n_hits, vs_err *err) {
   size_t n = *n_hits, kept = 0;
   int one = r->q->n_shards == 1 && r->q->shards[0]->manifest.n_segments == 1;
-  if (n <= r->k + SPARE || !all_sketched(r->q, hits, n)) return VS_OK;
-  if (!one) qsort(hits, n, sizeof *hits, storage_order);
-  uint64_t *key = malloc((3 * n + 32) * sizeof *key + n * (sizeof(uint32_t) + 2 * sizeof(float)));
-  if (!key) return vs_nomem(err);
-  float *est = (float *)(key + 3 * n + 32), *width = est + n;
-  vs_rc rc = sketch_hits(r->q, hits, n, (uint32_t *)(width + n), est, width, err);
-  for (size_t i = 0; i < n && !rc; i++) key[i] = kern_key(est[i] + width[i], (uint32_t)i);
-  if (!rc) {
-    float border = kern_key_value(kern_get()->select_u64(key, n, (size_t)r->k, key + n));
-    for (size_t i = 0; i < n; i++)
-      if (est[i] - width[i] <= border) hits[kept++] = hits[i];
-    *n_hits = kept;
-  }
-  free(key);
-  return rc;
+  if (n <= r->k + SHARD_SPARE || !all_sketched(r->q, hits, n)) return VS_OK;
+  if (!one && n < MANY) qsort(hits, n, sizeof *hits, shard_storage_order);
+  vs_rc rc = ivfpq_keys_room(r->work, n, err);
+  job j;
+  j.r = r, j.run = bound, j.hits = hits, j.n = n, j.slice = SKETCH_SLICE;
+  if (!rc) rc = run_job(&j, err);
+  if (rc) return rc;
+  float border = kern_key_value(kern_get()->select_u64(r->work->key, n, (size_t)r->k, r->work->scratch));
+  for (size_t i = 0; i < n; i++)
+    if (hits[i].distance <= border) hits[kept++] = hits[i];
+  *n_hits = kept;
+  return VS_OK;
 }
 
 /* ---- the whole ---- */
 
-/* Leaves the k nearest in order. Only they are sorted, and what ties with the last of them: ties are decided by storage order. */
-static vs_rc keep_nearest(const shard_refine *r, shard_hit *hits, size_t *n_hits, vs_err *err) {
+/* Only they are sorted, and what ties with the last of them: ties are decided by storage order. */
+vs_rc shard_keep_nearest(const shard_refine *r, shard_hit *hits, size_t *n_hits, vs_err *err) {
   size_t n = *n_hits, m = 0;
   if (n > r->k) {
-    uint64_t *key = malloc((3 * n + 32) * sizeof *key);
-    if (!key) return vs_nomem(err);
+    vs_rc rc = ivfpq_keys_room(r->work, n, err);
+    if (rc) return rc;
+    uint64_t *key = r->work->key;
     for (size_t i = 0; i < n; i++) key[i] = kern_key(hits[i].distance, (uint32_t)i);
-    float border = kern_key_value(kern_get()->select_u64(key, n, (size_t)r->k, key + n));
+    float border = kern_key_value(kern_get()->select_u64(key, n, (size_t)r->k, r->work->scratch));
     for (size_t i = 0; i < n; i++)
       if (!(hits[i].distance > border)) hits[m++] = hits[i];
-    free(key);
     n = m, *n_hits = (size_t)r->k;
   }
-  shard_hits_sort(hits, n);
+  if (n <= FEW) sort_few(hits, n);
+  else qsort(hits, n, sizeof *hits, shard_hit_order);
   return VS_OK;
 }
 
 vs_rc shard_refine_run(const shard_refine *r, shard_hit *hits, size_t *n, uint64_t *refined, vs_err *err) {
-  held h = {0};
-  vs_rc rc = drop_far(r, hits, n, err);
-  if (!rc) rc = hold_remote(r->q, hits, *n, &h, err);
+  shard_held h = {0};
+  int many = *n >= MANY;
+  vs_rc rc = many ? order_by_storage(hits, n, r->work, err) : VS_OK;
+  if (!rc) rc = drop_far(r, hits, n, err);
+  if (!rc) rc = shard_hold(r->q, hits, *n, &h, err);
   if (!rc) rc = compare_all(r, hits, *n, err);
-  release_remote(r->q, &h);
+  shard_release(r->q, &h);
   *refined = *n;
-  return rc ? rc : keep_nearest(r, hits, n, err);
+  if (rc) return rc;
+  return many ? shard_hits_nearest(hits, n, r->k, r->work, err) : shard_keep_nearest(r, hits, n, err);
 }

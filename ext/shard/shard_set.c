@@ -292,11 +292,16 @@ vs_rc shard_set_open(const char *source, shard_set *out, vs_err *err) {
 }
 
 int shard_set_is_fresh(const shard_set *set) {
-  for (size_t i = 0; i < set->n_folders; i++)
-    if (!set->folders[i].checked_ms && !shard_stamp_holds(set->folders[i].path, &set->folders[i].stamp)) return 0;
-  for (size_t i = 0; i < set->n; i++)
-    if (!s3_is_uri(set->shards[i]->path) && !shard_is_fresh(set->shards[i])) return 0;
-  return shard_remote_fresh(set->shards, set->n, set->folders, set->n_folders);
+  int any_remote = 0;
+  for (size_t i = 0; i < set->n_folders; i++) {
+    if (set->folders[i].checked_ms) any_remote = 1;
+    else if (!shard_stamp_holds(set->folders[i].path, &set->folders[i].stamp)) return 0;
+  }
+  for (size_t i = 0; i < set->n; i++) {
+    if (s3_is_uri(set->shards[i]->path)) any_remote = 1;
+    else if (!shard_is_fresh(set->shards[i])) return 0;
+  }
+  return !any_remote || shard_remote_fresh(set->shards, set->n, set->folders, set->n_folders);
 }
 
 void shard_set_reset(shard_set *set) {

@@ -14,4 +14,8 @@ typedef struct shard_spend {
 shard_spend shard_spend_plan(const shard_search *q, uint64_t k, uint64_t n_rows, ivfpq_segment *const *segments, size_t n,
                              ivfpq_setting *out);
 
+/* The defaults: candidates of a search for the k nearest of n_rows, partitions of a segment. -1: not given. */
+uint64_t shard_spend_candidates(uint64_t k, int64_t refine, uint64_t n_rows);
+uint32_t shard_spend_nprobe(uint64_t k, int64_t nprobe, uint32_t nlist);
+
 #endif

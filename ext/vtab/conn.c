@@ -290,7 +290,7 @@ vs_rc conn_each_open(conn *c, const char *source, shard_set *out, vs_err *err) {
 
 static int64_t now_ms(void) {
   struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
+  clock_gettime(CLOCK_MONOTONIC_COARSE, &t); /* a few ms off, and several times cheaper */
   return t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 

@@ -1,5 +1,6 @@
 /* results.c - values of a stored row as SQL results. */
 #include <stdlib.h>
+#include <string.h>
 
 #include "../kernels/kern.h"
 #include "modules.h"
@@ -7,9 +8,14 @@ SQLITE_EXTENSION_INIT3
 
 int result_id(sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *record, vs_err *err) {
   ivfpq_id id;
+  if (!s->params.id_text) {
+    sqlite3_int64 number;
+    memcpy(&number, record + ivfpq_vector_bytes(s), sizeof number);
+    sqlite3_result_int64(ctx, number);
+    return 1;
+  }
   if (ivfpq_row_id(s, record, &id, err)) return 0;
-  if (id.is_text) sqlite3_result_text64(ctx, id.text, id.len, SQLITE_TRANSIENT, SQLITE_UTF8);
-  else sqlite3_result_int64(ctx, id.i);
+  sqlite3_result_text64(ctx, id.text, id.len, SQLITE_TRANSIENT, SQLITE_UTF8);
   ivfpq_id_free(&id);
   return 1;
 }
@@ -31,21 +37,26 @@ int result_vector(sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *record)
   return 1;
 }
 
-int result_column(sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *record, uint32_t c, vs_err *err) {
-  uint8_t *buf;
-  ivfpq_value *values = malloc((s->params.n_columns + 1) * sizeof *values);
-  if (!values) {
-    vs_nomem(err);
-    return 0;
-  }
-  if (ivfpq_row_columns(s, record, values, &buf, err)) {
-    free(values);
-    return 0;
-  }
-  const ivfpq_value *v = &values[c];
+void row_values_reset(row_values *v) {
+  free(v->values), free(v->buf);
+  *v = (row_values){0};
+}
+
+/* Every segment of a shard, and every shard that a table may name, has the columns of the first. */
+static vs_rc decode(ivfpq_segment *s, const uint8_t *record, row_values *kept, vs_err *err) {
+  if (kept->valid) return VS_OK;
+  if (!kept->values && !(kept->values = malloc((s->params.n_columns + 1) * sizeof *kept->values))) return vs_nomem(err);
+  free(kept->buf), kept->buf = NULL;
+  vs_rc rc = ivfpq_row_columns(s, record, kept->values, &kept->buf, err);
+  kept->valid = !rc;
+  return rc;
+}
+
+int result_column(sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *record, uint32_t c, row_values *kept, vs_err *err) {
+  if (decode(s, record, kept, err)) return 0;
+  const ivfpq_value *v = &kept->values[c];
   if (v->tag == IVFPQ_INTEGER) sqlite3_result_int64(ctx, v->i);
   else if (v->tag == IVFPQ_REAL) sqlite3_result_double(ctx, v->r);
   else if (v->tag == IVFPQ_TEXT) sqlite3_result_text64(ctx, v->text, v->len, SQLITE_TRANSIENT, SQLITE_UTF8);
-  free(values), free(buf);
   return 1;
 }

@@ -59,9 +59,8 @@ void statement_trace_begin(statement *s) { memset(&s->c->trace, 0, sizeof s->c->
 
 void statement_trace_search(statement *s, const shard_stats *x) {
   conn_trace *scan = &s->c->trace.phases[PHASE_SCAN], *refine = &s->c->trace.phases[PHASE_REFINE];
-  book(s);
   scan->partitions += x->partitions, scan->rows += x->rows, refine->rows += x->refined;
-  /* the refining was booked on the phase of this time */
+  /* the refining is booked on the phase of this time, or will be when that ends */
   conn_trace *mixed = &s->c->trace.phases[s->phase];
   mixed->requests -= x->refine.requests, mixed->retries -= x->refine.retries, mixed->rounds -= x->refine.rounds;
   mixed->bytes -= x->refine.bytes, mixed->hits -= x->refine.hits, mixed->us -= x->refine_us;

@@ -11,12 +11,15 @@ SQLITE_EXTENSION_INIT3
 enum {
   FIRST_BATCH = 16,    /* LIMIT 10 is the common case: hardly dearer than k = 10 */
   WIDEN = 4,
-  MOST = 1 << 20,      /* rows in one batch, and of the first phase: bounds the memory of a query without end */
-  APPROXIMATE_PART = 8 /* up to this part of the rows an approximate search reads less than brute force */
+  MOST = STREAM_MOST,  /* rows in one batch, and of the first phase */
+  APPROXIMATE_PART = 8, /* up to this part of the rows an approximate search reads less than brute force */
+  PREFETCH = 12,       /* rows between asking for a row's bytes and handing it out */
+  IDS_FROM = 1024,     /* results from which on it pays to read ids together */
+  IDS_AT_ONCE = 1 << 16
 };
 
 static shard_search search_of(stream *s, uint64_t k) {
-  return (shard_search){.shards = s->shards, .n_shards = s->n_shards, .query = s->query, .dim = s->opt.dim, .k = k,
+  return (shard_search){.shards = s->shards, .n_shards = s->n_shards, .query = s->opt.query, .dim = s->opt.dim, .k = k,
                         .nprobe = s->opt.nprobe, .refine = s->opt.refine, .recall = s->opt.recall, .exact = s->opt.exact,
                         .filters = s->filters, .threads = s->opt.threads};
 }
@@ -31,6 +34,7 @@ static int search_order(const shard_hit *a, const shard_hit *b) {
 static vs_rc run(stream *s, const shard_search *q, vs_err *err) {
   shard_stats stats;
   ahead_reset(&s->ahead);
+  s->ids_first = s->ids_end = 0, s->no_ids = 0;
   free(s->hits), s->hits = NULL;
   s->at = s->n = 0;
   vs_rc rc = shard_search_run(q, &s->hits, &s->n, &stats, err);
@@ -170,7 +174,7 @@ static vs_rc add_named(stream *s, const filter_value *v, uint32_t shard_no, size
   else if (v->type != SQLITE_TEXT && v->type != SQLITE_INTEGER) return VS_OK;
   vs_rc rc = shard_find(sh, &id, &h.segment, &h.row, &found, err);
   if (!rc && found) rc = filter_row(s->opt.filter, sh->segments[h.segment], h.row, &found, err);
-  if (!rc && found) rc = ivfpq_distances(sh->segments[h.segment], s->query, &h.row, 1, &h.distance, err);
+  if (!rc && found) rc = ivfpq_distances(sh->segments[h.segment], s->opt.query, &h.row, 1, &h.distance, err);
   if (rc || !found) return rc;
   if (s->n == *room) {
     shard_hit *grown = realloc(s->hits, (*room * 2 + 16) * sizeof *grown);
@@ -214,10 +218,6 @@ vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_sh
   s->shards = shards, s->n_shards = n_shards, s->opt = *opt;
   s->statement = owner;
   for (size_t i = 0; i < n_shards; i++) s->n_rows += shards[i]->manifest.n_rows;
-  s->query = malloc(opt->dim * sizeof *s->query + 1);
-  if (!s->query) return vs_nomem(err);
-  memcpy(s->query, opt->query, opt->dim * sizeof *s->query);
-  s->opt.query = s->query;
   if (opt->recall >= 1 && opt->nprobe < 0 && opt->refine < 0) s->opt.exact = 1;
   const filter_term *ids = opt->filter ? filter_by_id(opt->filter) : NULL;
   if (ids) return search_named(s, ids, err);
@@ -228,6 +228,8 @@ vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_sh
   if (opt->has_k && opt->k > s->n_rows) s->opt.k = s->n_rows;
   s->done = opt->has_k && s->opt.k <= MOST;
   if (s->done) return opt->floor.given && s->opt.k ? search_k_beyond(s, err) : search_k(s, err);
+  if (!(s->query = malloc(opt->dim * sizeof *s->query + 1))) return vs_nomem(err);
+  s->opt.query = memcpy(s->query, opt->query, opt->dim * sizeof *s->query);
   s->left = opt->has_k ? s->opt.k : UINT64_MAX;
   s->batch = opt->has_k ? MOST : FIRST_BATCH;
   if (opt->has_k) s->opt.exact = 1;
@@ -238,6 +240,75 @@ vs_rc stream_next(stream *s, vs_err *err) {
   drop_row(s);
   s->at++;
   return s->at < s->n || s->done ? VS_OK : next_batch(s, err);
+}
+
+/* Results lie all over the file: each would be waited for. */
+static void prefetch(const stream *s, size_t at) {
+  if (at >= s->n || s->want == STREAM_NOTHING) return;
+  const shard_hit *h = &s->hits[at];
+  const ivfpq_segment *segment = s->shards[h->shard]->segments[h->segment];
+  if (!ivfpq_rows_mapped(segment)) return;
+  if (s->want == STREAM_VECTOR) ivfpq_row_prefetch(segment, h->row);
+  else ivfpq_row_id_prefetch(segment, h->row);
+}
+
+int stream_step(stream *s) {
+  if (s->has_row || (s->at + 1 >= s->n && !s->done)) return 0;
+  s->at++;
+  prefetch(s, s->at + PREFETCH);
+  return 1;
+}
+
+int stream_row_at_hand(stream *s, stream_want want, ivfpq_segment **segment, const uint8_t **record, vs_rc *rc, vs_err *err) {
+  const shard_hit *h = stream_hit(s);
+  *segment = s->shards[h->shard]->segments[h->segment];
+  if (!ivfpq_rows_mapped(*segment)) return 0;
+  if (s->want < want) {
+    s->want = want;
+    for (size_t i = 1; i <= PREFETCH; i++) prefetch(s, s->at + i);
+  }
+  *rc = ivfpq_row_mapped(*segment, h->row, record, err);
+  return 1;
+}
+
+/* Results come by distance, so that each id lies in another page of memory than the one before, and is waited for although it was
+ * asked for ahead (80 ns on a set of 512 MB, 170 on one of 1.1 GB). Page after page they take a third of that, sorting included.
+ * 0: something stands against it; reading row by row will tell. */
+static int gather_ids(stream *s) {
+  enum { PLACE = 16, PAGE = 12 }; /* a key is an address and, in its low bits, a place in the list */
+  size_t n = s->n - s->at < IDS_AT_ONCE ? s->n - s->at : IDS_AT_ONCE;
+  const shard_hit *h = s->hits + s->at;
+  if (n < IDS_FROM) return 0;
+  uint64_t *key = malloc(2 * n * sizeof *key);
+  if (!s->ids) s->ids = malloc(IDS_AT_ONCE * sizeof *s->ids);
+  int ok = key && s->ids;
+  for (size_t i = 0; i < n && ok; i++) {
+    const ivfpq_segment *segment = s->shards[h[i].shard]->segments[h[i].segment];
+    uint64_t at = ivfpq_rows_mapped(segment) && !segment->params.id_text ? (uint64_t)(uintptr_t)ivfpq_row_id_place(segment, h[i].row) : 0;
+    ok = at && at >> 48 == 0;
+    key[i] = at << PLACE | i;
+  }
+  if (ok) kern_sort_u64_from(key, n, PLACE + PAGE, key + n);
+  for (size_t i = 0; i < n && ok; i++) {
+    const shard_hit *row = &h[key[i] & (IDS_AT_ONCE - 1)];
+    const uint8_t *unused;
+    if (i + PREFETCH < n) __builtin_prefetch((const void *)(uintptr_t)(key[i + PREFETCH] >> PLACE));
+    ok = !ivfpq_row_mapped(s->shards[row->shard]->segments[row->segment], row->row, &unused, NULL);
+    if (ok) memcpy(&s->ids[row - h], (const void *)(uintptr_t)(key[i] >> PLACE), sizeof *s->ids);
+  }
+  free(key);
+  if (ok) s->ids_first = s->at, s->ids_end = s->at + n;
+  return ok;
+}
+
+int stream_id_at_hand(stream *s, sqlite3_int64 *id) {
+  if (s->at - s->ids_first >= s->ids_end - s->ids_first) {
+    if (s->no_ids || s->n - s->at < IDS_FROM || s->want == STREAM_VECTOR) return 0;
+    s->no_ids = !gather_ids(s);
+    if (s->no_ids) return 0;
+  }
+  *id = s->ids[s->at - s->ids_first];
+  return 1;
 }
 
 static const shard_hit *hit_at(void *ctx, size_t i) { return &((stream *)ctx)->hits[i]; }
@@ -259,6 +330,6 @@ vs_rc stream_row(stream *s, int with_columns, ivfpq_segment **segment, const uin
 void stream_reset(stream *s) {
   drop_row(s);
   ahead_reset(&s->ahead);
-  free(s->hits), free(s->query), free(s->filters), free(s->seen);
+  free(s->hits), free(s->query), free(s->filters), free(s->seen), free(s->ids);
   memset(s, 0, sizeof *s);
 }

@@ -22,6 +22,8 @@
 #include "filter.h"
 #include "statement.h"
 
+enum { STREAM_MOST = 1 << 20 }; /* rows that one search is asked for: bounds the memory of a query without end */
+
 /* A bound of distance. open: rows at that distance are not meant. */
 typedef struct stream_bound { int given, open; double at; } stream_bound;
 
@@ -38,11 +40,14 @@ typedef struct stream_options {
   int threads;
 } stream_options;
 
+/* Of the rows that come next, what to have in the processor's caches in time. */
+typedef enum stream_want { STREAM_NOTHING, STREAM_ID, STREAM_VECTOR } stream_want;
+
 typedef struct stream {
   shard *const *shards;
   size_t n_shards;
   stream_options opt;
-  float *query;           /* own copy */
+  float *query;           /* own copy, for batches to come */
   const ivfpq_filter **filters;
   statement *statement;   /* entered by the caller of every function here */
   uint64_t n_rows;
@@ -58,20 +63,32 @@ typedef struct stream {
   int done;               /* no batch will follow */
   shard_hit *seen;        /* rows of the first phase, by storage order */
   size_t n_seen;
-  /* the current row, read on demand */
+  /* the current row, read on demand; rows of a mapped file are addressed and never held */
   ivfpq_segment *segment;
   ivfpq_row row;
   int has_row;
+  stream_want want;       /* what was asked of rows so far */
+  sqlite3_int64 *ids;     /* of results from ids_first to ids_end, read together; NULL: none */
+  size_t ids_first, ids_end;
+  int no_ids;             /* these results' ids are read one by one */
   ahead ahead;
 } stream;
 
-/* shards and the owner must outlive the stream. Searches at once; at the end when stream_eof. */
+/* shards and the owner must outlive the stream; the query is copied where it is needed later. Searches at once; at the end when
+ * stream_eof. */
 vs_rc stream_open(stream *s, statement *owner, shard *const *shards, size_t n_shards, const stream_options *opt, vs_err *err) VS_WARN_UNUSED;
 vs_rc stream_next(stream *s, vs_err *err) VS_WARN_UNUSED;
 static inline int stream_eof(const stream *s) { return s->at >= s->n; }
 static inline const shard_hit *stream_hit(const stream *s) { return &s->hits[s->at]; }
 /* The record of the current row, until the next call of stream_next; its metadata columns will be wanted, too. */
 vs_rc stream_row(stream *s, int with_columns, ivfpq_segment **segment, const uint8_t **record, vs_err *err) VS_WARN_UNUSED;
+
+/* The same where there is nothing to wait for, to compute or to count, and so no statement to be entered: most calls for results
+ * of a mapped file. 0: it has to be done by the other function. */
+int stream_step(stream *s);
+int stream_row_at_hand(stream *s, stream_want want, ivfpq_segment **segment, const uint8_t **record, vs_rc *rc, vs_err *err);
+/* The current row's id, where it is a number, lies in a mapped file and there are many results; 0: read the row. */
+int stream_id_at_hand(stream *s, sqlite3_int64 *id);
 void stream_reset(stream *s); /* legal on a zeroed stream */
 
 #endif

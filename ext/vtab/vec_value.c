@@ -28,7 +28,7 @@ static int is_packed(const void *p, size_t n) {
   return n >= 4 && n % 4 == VEC_PACK_LENGTH_MOD_4 && !memcmp(p, VEC_PACK_MAGIC, 4);
 }
 
-static vs_rc from_blob(sqlite3_value *v, float **vec, uint32_t *dim, vs_err *err) {
+static vs_rc from_blob(sqlite3_value *v, const float **vec, uint32_t *dim, float **owned, int copy, vs_err *err) {
   const void *p = sqlite3_value_blob(v);
   size_t n = (size_t)sqlite3_value_bytes(v);
   if (p && is_packed(p, n))
@@ -37,18 +37,17 @@ static vs_rc from_blob(sqlite3_value *v, float **vec, uint32_t *dim, vs_err *err
     return vs_fail(err, VS_INVALID, "a vector BLOB has 4 bytes per element; this one has %zu bytes", n);
   if (n / 4 > VEC_MAX_DIM)
     return vs_fail(err, VS_INVALID, "a vector has at most %d elements, this one has %zu", VEC_MAX_DIM, n / 4);
-  float *copy = sqlite3_malloc64(n);
-  if (!copy || !p) {
-    sqlite3_free(copy);
-    return vs_nomem(err);
+  if (!p) return vs_nomem(err);
+  if (copy || (uintptr_t)p % sizeof(float)) {
+    if (!(*owned = sqlite3_malloc64(n))) return vs_nomem(err);
+    p = memcpy(*owned, p, n);
   }
-  memcpy(copy, p, n);
-  size_t bad = first_not_finite(copy, n / 4);
+  size_t bad = first_not_finite(p, n / 4);
   if (bad < n / 4) {
-    sqlite3_free(copy);
+    sqlite3_free(*owned), *owned = NULL;
     return vs_fail(err, VS_INVALID, "the vector has NaN or Inf at element %zu", bad);
   }
-  *vec = copy, *dim = (uint32_t)(n / 4);
+  *vec = p, *dim = (uint32_t)(n / 4);
   return VS_OK;
 }
 
@@ -127,14 +126,27 @@ static vs_rc from_text(sqlite3_value *v, float **vec, uint32_t *dim, vs_err *err
   return rc;
 }
 
-vs_rc vec_from_value(sqlite3_value *v, float **vec, uint32_t *dim, vs_err *err) {
-  *vec = NULL, *dim = 0;
+static vs_rc from_value(sqlite3_value *v, const float **vec, uint32_t *dim, float **owned, int copy, vs_err *err) {
+  vs_rc rc;
+  *vec = *owned = NULL, *dim = 0;
   switch (sqlite3_value_type(v)) {
     case SQLITE_NULL: return VS_OK;
-    case SQLITE_BLOB: return from_blob(v, vec, dim, err);
-    case SQLITE_TEXT: return from_text(v, vec, dim, err);
+    case SQLITE_BLOB: return from_blob(v, vec, dim, owned, copy, err);
+    case SQLITE_TEXT:
+      rc = from_text(v, owned, dim, err);
+      *vec = *owned;
+      return rc;
     default: return vs_fail(err, VS_INVALID, "a vector is a float32 BLOB or JSON text, not a number");
   }
+}
+
+vs_rc vec_from_value(sqlite3_value *v, float **vec, uint32_t *dim, vs_err *err) {
+  const float *same;
+  return from_value(v, &same, dim, vec, 1, err);
+}
+
+vs_rc vec_borrow(sqlite3_value *v, const float **vec, uint32_t *dim, float **owned, vs_err *err) {
+  return from_value(v, vec, dim, owned, 0, err);
 }
 
 /* ---- batches ---- */

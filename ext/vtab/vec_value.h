@@ -27,6 +27,10 @@ typedef enum vec_key { VEC_KEY_NULL, VEC_KEY_INT, VEC_KEY_REAL, VEC_KEY_TEXT, VE
 /* *vec is sqlite3_malloc'ed, the caller's to sqlite3_free; NULL for SQL NULL and on failure. */
 vs_rc vec_from_value(sqlite3_value *v, float **vec, uint32_t *dim, vs_err *err) VS_WARN_UNUSED;
 
+/* The same without a copy where the value is a BLOB that can be read where it lies: *vec is valid as long as the value is, and as
+ * *owned, which the caller frees with sqlite3_free and which is NULL where nothing was copied. */
+vs_rc vec_borrow(sqlite3_value *v, const float **vec, uint32_t *dim, float **owned, vs_err *err) VS_WARN_UNUSED;
+
 /* The float a text stands for, whatever the host's locale. */
 float vec_parse_float(const char *text);
 

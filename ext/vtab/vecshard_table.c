@@ -48,6 +48,7 @@ typedef struct cursor {
   int kind;            /* PLAN_... */
   plan_search plan;
   stream hits;
+  row_values values;     /* of the current row */
   uint32_t segment, row; /* scan and look-up */
   ivfpq_row stretch;     /* records read for them: stretch_rows from stretch_first on */
   uint32_t stretch_segment, stretch_first, stretch_rows;
@@ -360,10 +361,8 @@ static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
 /* ---- cursors ---- */
 
 static int x_open(sqlite3_vtab *v, sqlite3_vtab_cursor **out) {
-  cursor *c = sqlite3_malloc64(sizeof *c);
-  (void)v;
+  cursor *c = calloc(1, sizeof *c);
   if (!c) return SQLITE_NOMEM;
-  memset(c, 0, sizeof *c);
   statement_open(&c->statement, table_of(v)->c);
   *out = &c->base;
   return SQLITE_OK;
@@ -374,6 +373,7 @@ static void drop_stretch(cursor *c);
 static void cursor_reset(cursor *c) {
   drop_stretch(c);
   stream_reset(&c->hits);
+  row_values_reset(&c->values);
   plan_search_reset(&c->plan);
   shard_close(c->s);
   c->s = NULL;
@@ -383,14 +383,15 @@ static void cursor_reset(cursor *c) {
 static int x_close(sqlite3_vtab_cursor *v) {
   cursor_reset((cursor *)v);
   statement_close(&((cursor *)v)->statement);
-  sqlite3_free(v);
+  free(v);
   return SQLITE_OK;
 }
 
 static vs_rc start_search(cursor *c, table *t, vs_err *err) {
-  float *query = NULL;
+  const float *query;
+  float *owned;
   uint32_t dim;
-  vs_rc rc = vec_from_value(c->plan.query, &query, &dim, err);
+  vs_rc rc = vec_borrow(c->plan.query, &query, &dim, &owned, err);
   if (!rc && query) {
     stream_options o = {.query = query, .dim = dim, .has_k = c->plan.has_k, .k = c->plan.k, .nprobe = c->plan.nprobe,
                         .refine = c->plan.refine, .recall = c->plan.recall, .exact = c->plan.exact, .filter = &c->plan.filter, .floor = c->plan.floor,
@@ -398,7 +399,7 @@ static vs_rc start_search(cursor *c, table *t, vs_err *err) {
     if (dim != t->m.dim) rc = vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", dim, t->entry.name, t->m.dim);
     if (!rc) rc = stream_open(&c->hits, &c->statement, &c->s, 1, &o, err);
   }
-  sqlite3_free(query);
+  sqlite3_free(owned);
   c->eof = !rc && stream_eof(&c->hits);
   return rc;
 }
@@ -444,7 +445,8 @@ static void settle_scan(cursor *c) {
 static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, int argc, sqlite3_value **argv) {
   cursor *c = (cursor *)v;
   table *t = table_of(v->pVtab);
-  vs_err err = {0};
+  vs_err err;
+  vs_err_reset(&err);
   cursor_reset(c);
   c->kind = idx_num & PLAN_KIND;
   c->segment = c->row = 0;
@@ -463,20 +465,26 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 
+static int next_batch(cursor *c) {
+  vs_err err = {0};
+  statement_enter(&c->statement, PHASE_SCAN);
+  vs_rc rc = stream_next(&c->hits, &err);
+  statement_leave(&c->statement);
+  return rc ? conn_error(&err, &c->base.pVtab->zErrMsg) : SQLITE_OK;
+}
+
 static int x_next(sqlite3_vtab_cursor *v) {
   cursor *c = (cursor *)v;
-  vs_err err = {0};
-  if (c->kind == PLAN_SCAN) {
+  int rc = SQLITE_OK;
+  c->values.valid = 0;
+  if (c->kind == PLAN_SEARCH) {
+    if (!stream_step(&c->hits)) rc = next_batch(c);
+    c->eof = stream_eof(&c->hits);
+  } else if (c->kind == PLAN_SCAN) {
     c->row++;
     settle_scan(c);
-  } else if (c->kind == PLAN_SEARCH) {
-    statement_enter(&c->statement, PHASE_SCAN);
-    vs_rc rc = stream_next(&c->hits, &err);
-    statement_leave(&c->statement);
-    if (rc) return conn_error(&err, &v->pVtab->zErrMsg);
-    c->eof = stream_eof(&c->hits);
   } else c->eof = 1;
-  return SQLITE_OK;
+  return rc;
 }
 
 static int x_eof(sqlite3_vtab_cursor *v) { return ((cursor *)v)->eof; }
@@ -484,8 +492,7 @@ static int x_eof(sqlite3_vtab_cursor *v) { return ((cursor *)v)->eof; }
 static vs_rc stored_column(cursor *c, sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *record, int column, vs_err *err) {
   int ok = column == 0   ? result_id(ctx, s, record, err)
            : column == 1 ? result_vector(ctx, s, record)
-                         : result_column(ctx, s, record, (uint32_t)(column - 2), err);
-  (void)c;
+                         : result_column(ctx, s, record, (uint32_t)(column - 2), &c->values, err);
   return ok ? VS_OK : err->rc;
 }
 
@@ -540,27 +547,46 @@ static vs_rc scan_row(cursor *c, int with_columns, const uint8_t **record, vs_er
   return with_columns || s->params.id_text ? stretch_columns(c, err) : VS_OK;
 }
 
+/* The current row where reading it is no work, as in a mapped file; 0: it has to be fetched, by a statement. */
+static int row_at_hand(cursor *c, stream_want want, ivfpq_segment **s, const uint8_t **record, vs_rc *rc, vs_err *err) {
+  if (c->kind == PLAN_SEARCH) return stream_row_at_hand(&c->hits, want, s, record, rc, err);
+  *s = c->s->segments[c->segment];
+  if (!ivfpq_rows_mapped(*s)) return 0;
+  *rc = ivfpq_row_mapped(*s, c->row, record, err);
+  return 1;
+}
+
+static vs_rc fetch_row(cursor *c, int with_columns, ivfpq_segment **s, const uint8_t **record, vs_err *err) {
+  if (c->kind == PLAN_SEARCH) return stream_row(&c->hits, with_columns, s, record, err);
+  *s = c->s->segments[c->segment];
+  return scan_row(c, with_columns, record, err);
+}
+
 static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
   cursor *c = (cursor *)v;
-  table *t = table_of(v->pVtab);
-  vs_err err = {0};
+  int hidden = hidden_of(table_of(v->pVtab), column);
+  ivfpq_segment *s;
+  const uint8_t *record;
+  vs_err err;
   vs_rc rc;
-  if (hidden_of(t, column) >= 0) {
-    hidden_column(c, ctx, hidden_of(t, column));
+  if (hidden >= 0) {
+    hidden_column(c, ctx, hidden);
     return SQLITE_OK;
   }
-  statement_enter(&c->statement, PHASE_ROWS);
-  if (c->kind == PLAN_SEARCH) {
-    ivfpq_segment *s;
-    const uint8_t *record;
-    rc = stream_row(&c->hits, column > 1, &s, &record, &err);
+  sqlite3_int64 id;
+  if (column == 0 && c->kind == PLAN_SEARCH && stream_id_at_hand(&c->hits, &id)) {
+    sqlite3_result_int64(ctx, id);
+    return SQLITE_OK;
+  }
+  vs_err_reset(&err);
+  if (row_at_hand(c, column == 1 ? STREAM_VECTOR : STREAM_ID, &s, &record, &rc, &err)) {
     if (!rc) rc = stored_column(c, ctx, s, record, column, &err);
   } else {
-    const uint8_t *record;
-    rc = scan_row(c, column > 1, &record, &err);
-    if (!rc) rc = stored_column(c, ctx, c->s->segments[c->segment], record, column, &err);
+    statement_enter(&c->statement, PHASE_ROWS);
+    rc = fetch_row(c, column > 1, &s, &record, &err);
+    if (!rc) rc = stored_column(c, ctx, s, record, column, &err);
+    statement_leave(&c->statement);
   }
-  statement_leave(&c->statement);
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 
@@ -570,16 +596,20 @@ static int x_rowid(sqlite3_vtab_cursor *v, sqlite3_int64 *rowid) {
   uint32_t segment = c->kind == PLAN_SEARCH ? stream_hit(&c->hits)->segment : c->segment;
   uint32_t number = c->kind == PLAN_SEARCH ? stream_hit(&c->hits)->row : c->row;
   *rowid = (sqlite3_int64)((uint64_t)segment << 32 | number);
-  if (t->m.id_text) return SQLITE_OK;
-  vs_err err = {0};
+  if (t->m.id_text || (c->kind == PLAN_SEARCH && stream_id_at_hand(&c->hits, rowid))) return SQLITE_OK;
+  vs_err err;
+  vs_rc rc;
   ivfpq_id id;
-  ivfpq_segment *s = c->s->segments[segment];
-  statement_enter(&c->statement, PHASE_ROWS);
+  ivfpq_segment *s;
   const uint8_t *record;
-  vs_rc rc = c->kind == PLAN_SEARCH ? stream_row(&c->hits, 0, &s, &record, &err) : scan_row(c, 0, &record, &err);
+  vs_err_reset(&err);
+  if (!row_at_hand(c, STREAM_ID, &s, &record, &rc, &err)) {
+    statement_enter(&c->statement, PHASE_ROWS);
+    rc = fetch_row(c, 0, &s, &record, &err);
+    statement_leave(&c->statement);
+  }
   if (!rc) rc = ivfpq_row_id(s, record, &id, &err);
   if (!rc) *rowid = id.i;
-  statement_leave(&c->statement);
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 
