@@ -116,6 +116,8 @@ static double l3_plain(void) { return read_in_order(memory, MIDDLE); }
 static double l2_plain(void) { return read_in_order(memory, SMALL); }
 static double rows_512_plain(void) { return read_rows(512); }
 static double rows_4096_plain(void) { return read_rows(4096); }
+static const ways plain = {.fma = fma_plain, .dram = dram_plain, .l3 = l3_plain, .l2 = l2_plain, .rows_512 = rows_512_plain,
+                           .rows_4096 = rows_4096_plain};
 
 #if defined(__x86_64__)
 TARGET("avx2,fma") static double fma_avx2(void) { return fma_chains(6); }
@@ -200,7 +202,7 @@ static int may_use_tiles(void) {
 }
 
 static ways choose(void) {
-  ways w = {.fma = fma_plain, .dram = dram_plain, .l3 = l3_plain, .l2 = l2_plain, .rows_512 = rows_512_plain, .rows_4096 = rows_4096_plain};
+  ways w = plain;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     w.fma = fma_avx2, w.dram = dram_avx2, w.l3 = l3_avx2, w.l2 = l2_avx2, w.rows_512 = rows_512_avx2, w.rows_4096 = rows_4096_avx2;
   if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
@@ -212,9 +214,7 @@ static ways choose(void) {
   return w;
 }
 #else
-static ways choose(void) {
-  return (ways){.fma = fma_plain, .dram = dram_plain, .l3 = l3_plain, .l2 = l2_plain, .rows_512 = rows_512_plain, .rows_4096 = rows_4096_plain};
-}
+static ways choose(void) { return plain; }
 #endif
 
 int main(void) {
