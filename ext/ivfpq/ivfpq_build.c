@@ -153,7 +153,7 @@ static vs_rc train(builder *b) {
                      .ctx = b->opt->ctx, .progress = b->opt->progress};
     rc = ivfpq_model_learn(m, &p, padded, b->err);
   }
-  if (!rc && b->opt->open) rc = ivfpq_truth_open(m, raw, seq, n, &b->truth, b->err);
+  if (!rc && b->opt->open) rc = ivfpq_truth_open(m, raw, seq, n, b->in->n_rows, &b->truth, b->err);
   free(raw), free(padded), free(seq);
   return rc;
 }
@@ -310,7 +310,7 @@ static vs_rc encode_rows(encode_job *e, size_t at, size_t n, vs_err *err) {
   for (size_t i = 0; i < n; i++) seen[i] = e->why[at + i] ? UINT64_MAX : e->seq[at + i]; /* no neighbour of any row */
   vs_rc rc = truth ? ivfpq_truth_see(truth, x, n, seen, &near, err) : VS_OK;
   if (!rc) ivfpq_model_encode(m, x, n, e->centroid + at, e->codes + at * m->m, e->terms + at, e->err2 + at);
-  if (near) rc = ivfpq_truth_add(truth, near, e->codes + at * m->m, e->centroid + at, e->terms + at, e->err2 + at, err);
+  if (near) ivfpq_truth_add(truth, near, e->codes + at * m->m, e->centroid + at, e->terms + at, e->err2 + at);
   return rc;
 }
 

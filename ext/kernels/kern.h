@@ -15,6 +15,7 @@
 
 /* A partition's codes are cut into blocks of KERN_BLOCK rows, a block into groups of KERN_GROUP rows; see kern_code_offset. */
 enum { KERN_BLOCK = 256, KERN_GROUP = 64, KERN_LANES = 16 };
+enum { KERN_FEW = 64 }; /* keys that are sorted by comparing each with each */
 
 typedef struct kern {
   const char *name; /* "scalar", "avx2", "avx512", "neon", "dotprod" (NEON with the instructions of that name) */
@@ -87,6 +88,9 @@ typedef struct kern {
    * May read up to 64 bytes behind the codes and behind the terms. */
   size_t (*pq_scan)(const uint8_t *codes, size_t m, const uint16_t *terms, size_t n_rows, const uint8_t *table,
                     uint16_t term_mul, uint32_t threshold, uint32_t *out_row, uint16_t *out_sum);
+
+  /* Sorts n <= KERN_FEW keys, ascending. */
+  void (*sort_few_u64)(uint64_t *a, size_t n);
 
   /* Reorders a[0..n) so that its `want` smallest keys come first, in any order; a stays a permutation of itself. scratch has
    * room for 2*(n+8) keys. Expected O(n), never worse than O(n log n). Returns the largest of them (0 when want is 0; the

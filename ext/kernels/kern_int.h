@@ -46,8 +46,12 @@ float kern_neon_table_row(const int32_t score[256], float factor, float *raw, fl
  * are in front. spill: n + 8 keys. */
 typedef size_t (*kern_split_fn)(uint64_t *a, size_t n, uint64_t pivot, uint64_t *spill);
 
-/* kern.select_u64 on top of one split. */
-uint64_t kern_select_by(kern_split_fn split, uint64_t *a, size_t n, size_t want, uint64_t *scratch);
+typedef void (*kern_sort_few_fn)(uint64_t *a, size_t n);
+
+/* kern.select_u64 on top of one split and one small sort, of which `few` keys are worth no split any more. */
+uint64_t kern_select_by(kern_split_fn split, kern_sort_few_fn sort_few, size_t few, uint64_t *a, size_t n, size_t want,
+                        uint64_t *scratch);
+void kern_sort_insertion(uint64_t *a, size_t n);
 
 #if defined(__x86_64__)
 /* ---- kern_nearest_avx512.c: kern_nearest by bytes; ask the CPU before calling it */
