@@ -146,6 +146,10 @@ static void select_u64(const kern *k) {
   memcpy(scratch, many_keys, KEYS * sizeof *scratch);
   sink = (double)k->select_u64(scratch, KEYS, WANT, scratch + KEYS);
 }
+static void sort_few_u64(const kern *k) {
+  memcpy(scratch, many_keys, KERN_FEW * sizeof *scratch);
+  k->sort_few_u64(scratch, KERN_FEW);
+}
 static void sort_u64(const kern *k) {
   (void)k;
   memcpy(scratch, many_keys, KEYS * sizeof *scratch);
@@ -204,6 +208,7 @@ static const kernel_case cases[] = {
     {"pq_scan", "512 x 16", "lookup", (double)PART * M_SLIM, 0, pq_scan_slim},
     {"pq_scan", "1048576 x 60", "lookup", (double)BIG_ROWS * M_WIDE, (double)BIG_ROWS * (M_WIDE + 2), pq_scan_memory},
     {"select_u64", "1000 of 100000", "byte", 8.0 * KEYS, 0, select_u64},
+    {"sort_few_u64", "64", "byte", 8.0 * KERN_FEW, 0, sort_few_u64},
 };
 static const kernel_case whole_cases[] = {
     {"kern_sort_u64", "100000", "byte", 8.0 * KEYS, 0, sort_u64},
