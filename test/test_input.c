@@ -615,6 +615,29 @@ static void test_other_files(void **state) {
   refused(path, &(input_options){.embedding_dataset = "stored", .id_dataset = "none"}, "external storage");
 }
 
+/* What the same process has open for writing is not all in the file yet. */
+static void test_open_for_writing(void **state) {
+  const char *path = in_dir("writer.h5");
+  (void)state;
+  for (int strong = 0; strong < 2; strong++) {
+    h5_maker m = begin(path);
+    put_matrix(&m, "embedding", H5T_IEEE_F32LE, 6, 4, 6);
+    end(&m);
+    hid_t access = H5Pcreate(H5P_FILE_ACCESS);
+    H5Pset_fclose_degree(access, strong ? H5F_CLOSE_STRONG : H5F_CLOSE_WEAK);
+    hid_t file = H5Fopen(path, H5F_ACC_RDWR, access);
+    assert_true(file >= 0);
+    refused(path, &row_numbers, "close it there first");
+    H5Fclose(file);
+    file = H5Fopen(path, H5F_ACC_RDONLY, access);
+    if (strong) check_all_ways(path, &row_numbers, 6, 4);
+    else refused(path, &row_numbers, "close it there first");
+    H5Fclose(file);
+    H5Pclose(access);
+    check_all_ways(path, &row_numbers, 6, 4);
+  }
+}
+
 /* ---- HDF5: one dataset per id ---- */
 
 static void put_named(h5_maker *m, const char *name, const char *original, hsize_t len, float first) {
@@ -810,7 +833,8 @@ static void test_chunks_are_decoded_once(void **state) {
   input_close(in);
 }
 
-/* Chunks side by side, taller than a window: the band is held. */
+/* Chunks side by side, taller than a window: the band is held, in memory or in a temporary file, or, where there is room for
+ * neither, decoded again for each window. */
 static void test_tall_bands(void **state) {
   hsize_t chunk[2] = {70000, 40};
   hid_t half = half_type(H5T_ORDER_BE);
@@ -822,17 +846,27 @@ static void test_tall_bands(void **state) {
   put_matrix(&m, "embedding", H5T_IEEE_F32LE, 100000, 64, 100000);
   put_matrix(&m, "half", half, 80000, 64, 80000);
   end(&m);
-  for (int threads = 1; threads < 4; threads += 2) {
-    input *in = open_ok(path, &(input_options){.id_dataset = "none", .threads = threads});
-    n_chunk_reads = 0;
-    check_rows(in, 0, 9999);
-    assert_int_equal(n_chunk_reads, 4);
-    check_rows(in, 69990, 3000);
-    input_close(in);
-    in = open_ok(path, &(input_options){.id_dataset = "none", .embedding_dataset = "half", .threads = threads});
-    check_rows(in, 0, 50000);
-    input_close(in);
-  }
+  size_t usual = input_h5_band_max;
+  char *tmpdir = getenv("TMPDIR") ? strdup(getenv("TMPDIR")) : NULL;
+  for (int kind = 0; kind < 3; kind++)
+    for (int threads = 1; threads < 4; threads += 2) {
+      if (kind) input_h5_band_max = 1 << 20;
+      if (kind == 2) setenv("TMPDIR", in_dir("no/such/folder"), 1);
+      input *in = open_ok(path, &(input_options){.id_dataset = "none", .threads = threads});
+      n_chunk_reads = 0;
+      check_rows(in, 0, 9999);
+      if (kind < 2) assert_int_equal(n_chunk_reads, 4);
+      else assert_true(n_chunk_reads > 4);
+      check_rows(in, 69990, 3000);
+      input_close(in);
+      in = open_ok(path, &(input_options){.id_dataset = "none", .embedding_dataset = "half", .threads = threads});
+      check_rows(in, 0, 50000);
+      input_close(in);
+    }
+  input_h5_band_max = usual;
+  if (tmpdir) setenv("TMPDIR", tmpdir, 1);
+  else unsetenv("TMPDIR");
+  free(tmpdir);
   H5Tclose(half);
 }
 
@@ -1700,26 +1734,25 @@ static int remove_dir(void **state) {
 int main(void) {
   input_skip_exit_cleanup();
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_text_helpers), cmocka_unit_test(test_storage_kinds),
-      cmocka_unit_test(test_tall_chunks),  cmocka_unit_test(test_values_that_do_not_fit),
-      cmocka_unit_test(test_holes),        cmocka_unit_test(test_holes_beside),
-      cmocka_unit_test(test_claims),
-      cmocka_unit_test(test_integer_ids),  cmocka_unit_test(test_string_ids),
-      cmocka_unit_test(test_long_ids),     cmocka_unit_test(test_id_choices),
-      cmocka_unit_test(test_columns),     cmocka_unit_test(test_batches_across_windows),
-           cmocka_unit_test(test_links),
-      cmocka_unit_test(test_other_files),  cmocka_unit_test(test_named),
-      cmocka_unit_test(test_named_storage),
-      cmocka_unit_test(test_filters),      cmocka_unit_test(test_chunks_are_decoded_once),
-      cmocka_unit_test(test_tall_bands),   cmocka_unit_test(test_damaged_chunks),
-      cmocka_unit_test(test_shrinking_files), cmocka_unit_test(test_unshuffle),
-      cmocka_unit_test(test_numbers),      cmocka_unit_test(test_many_strings),
-      cmocka_unit_test(test_id_holes),     cmocka_unit_test(test_ahead_order),
-      cmocka_unit_test(test_ahead_of_jumps), cmocka_unit_test(test_ahead_errors),
-      cmocka_unit_test(test_ahead_stop),   cmocka_unit_test(test_ahead_cancel),
-      cmocka_unit_test(test_fork),         cmocka_unit_test(test_several_files),
-      cmocka_unit_test(test_npy),          cmocka_unit_test(test_raw),
-      cmocka_unit_test(test_not_vectors),  cmocka_unit_test(test_damage),
+      cmocka_unit_test(test_text_helpers),                cmocka_unit_test(test_storage_kinds),
+      cmocka_unit_test(test_tall_chunks),                 cmocka_unit_test(test_values_that_do_not_fit),
+      cmocka_unit_test(test_holes),                       cmocka_unit_test(test_holes_beside),
+      cmocka_unit_test(test_claims),                      cmocka_unit_test(test_integer_ids),
+      cmocka_unit_test(test_string_ids),                  cmocka_unit_test(test_long_ids),
+      cmocka_unit_test(test_id_choices),                  cmocka_unit_test(test_columns),
+      cmocka_unit_test(test_batches_across_windows),      cmocka_unit_test(test_links),
+      cmocka_unit_test(test_other_files),                 cmocka_unit_test(test_open_for_writing),
+      cmocka_unit_test(test_named),                       cmocka_unit_test(test_named_storage),
+      cmocka_unit_test(test_filters),                     cmocka_unit_test(test_chunks_are_decoded_once),
+      cmocka_unit_test(test_tall_bands),                  cmocka_unit_test(test_damaged_chunks),
+      cmocka_unit_test(test_shrinking_files),             cmocka_unit_test(test_unshuffle),
+      cmocka_unit_test(test_numbers),                     cmocka_unit_test(test_many_strings),
+      cmocka_unit_test(test_id_holes),                    cmocka_unit_test(test_ahead_order),
+      cmocka_unit_test(test_ahead_of_jumps),              cmocka_unit_test(test_ahead_errors),
+      cmocka_unit_test(test_ahead_stop),                  cmocka_unit_test(test_ahead_cancel),
+      cmocka_unit_test(test_fork),                        cmocka_unit_test(test_several_files),
+      cmocka_unit_test(test_npy),                         cmocka_unit_test(test_raw),
+      cmocka_unit_test(test_not_vectors),                 cmocka_unit_test(test_damage),
   };
   return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }

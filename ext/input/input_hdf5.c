@@ -100,6 +100,9 @@ static vs_rc explain_open(const input_h5_file *f, vs_err *err) {
                    f->path);
   if (stack_says("unable to lock file"))
     return input_h5_fail(err, VS_IO, "%s: is locked by a program that has it open for writing", f->path);
+  if (stack_says("close degree"))
+    return vs_fail(err, VS_INVALID, "%s: this process has the file open, for writing or in another way: close it there first",
+                   f->path);
   if (stack_says("truncated file"))
     return input_h5_fail(err, VS_CORRUPT, "%s: was cut at %llu bytes (an interrupted copy?)", f->path,
                          (unsigned long long)f->n_bytes);
@@ -109,6 +112,7 @@ static vs_rc explain_open(const input_h5_file *f, vs_err *err) {
 
 static vs_rc open_file(input_h5_file *f, vs_err *err) {
   hid_t access = H5Pcreate(H5P_FILE_ACCESS);
+  unsigned intent = 0;
   vs_rc rc;
   if (access < 0) return vs_nomem(err);
   /* STRONG: closing the file closes whatever an error path left open; h5py uses it as well, and libhdf5 wants agreement
@@ -125,6 +129,9 @@ static vs_rc open_file(input_h5_file *f, vs_err *err) {
   /* The texts first: the next call into libhdf5 clears its error stack. */
   rc = f->id >= 0 ? VS_OK : explain_open(f, err);
   H5Pclose(access);
+  /* libhdf5 shares a file within a process, with what it has not written yet; we read what is written. */
+  if (!rc && (H5Fget_intent(f->id, &intent) < 0 || intent & H5F_ACC_RDWR))
+    rc = vs_fail(err, VS_INVALID, "%s: this process has the file open for writing: close it there first", f->path);
   return rc;
 }
 
@@ -265,10 +272,11 @@ static vs_rc matrix_load(input_ahead *a, input_window *w, uint64_t row, size_t w
   size_t n = want, got;
   vs_err why = {0};
   vs_rc rc;
-  /* Chunks that libhdf5 decodes, and that are too tall for the window, are decoded once per window: then make it a full one. */
-  if (!in->chunks && in->vectors.filtered && in->vectors.chunk[0] > a->window_max) n = a->window_max;
+  int whole = in->chunks ? input_h5_chunks_whole(in->chunks) : in->vectors.filtered;
+  /* Chunks that are too tall for the window, and not held either, are decoded once per window: then make it a full one. */
+  if (whole && in->vectors.chunk[0] > a->window_max) n = a->window_max;
   if (n > a->base.n_rows - row) n = (size_t)(a->base.n_rows - row);
-  if (in->chunks ? input_h5_chunks_whole(in->chunks) : in->vectors.filtered)
+  if (whole)
     input_h5_align(&in->vectors, a->base.n_rows, a->window_max, &from, &n);
   got = n;
   rc = load_rows(in, w, from, &got, &why);

@@ -9,11 +9,13 @@
  *             whole bands (input_h5_align), so that no chunk is decoded twice.
  *   held      one decoded band is kept as it was stored, and rows are taken out of it: for bands taller than a window, and for
  *             ids and columns, whose chunks end elsewhere than those of the vectors.
- * A band too large to be held (BAND_MAX) whose chunks stand side by side is read straight, its chunks again for each window;
- * one that is a single chunk is held whatever its size: the chunk has to be decoded whole anyway.
+ * A band larger than input_h5_band_max is held in an unnamed temporary file, so that it does not count as memory; h5py makes
+ * such bands (75 MB) of a compressed matrix of 10,000,000 x 960 when nobody names a chunk shape. One that is a single chunk is
+ * held in memory whatever its size: the chunk has to be decoded whole anyway. Where no temporary file of that size can be had
+ * the band is read straight, its chunks again for each window.
  *
  * Memory, beside the caller's rows: <= SCRATCH_MAX for chunks being decoded, or three times one chunk if that is more; the
- * band held, <= BAND_MAX or one chunk; 128 KiB of places. A filtered chunk has <= CHUNK_BYTES_MAX (512 MiB).
+ * band held, <= input_h5_band_max or one chunk; 128 KiB of places. A filtered chunk has <= CHUNK_BYTES_MAX (512 MiB).
  *
  * Damage: of several damaged chunks the first in file order is reported, whatever the number of threads, and the rows before
  * its band are delivered.
@@ -22,12 +24,15 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "../base/vs_pool.h"
 #include "input_hdf5_int.h"
 
 #define SCRATCH_MAX ((size_t)48 << 20)
-#define BAND_MAX ((size_t)64 << 20)
+#define SPOOL_MAX ((uint64_t)2 << 30) /* of the temporary file */
+size_t input_h5_band_max = (size_t)64 << 20;
 #define CHUNK_BYTES_MAX ((uint64_t)512 << 20)
 #define TASK_BYTES ((size_t)256 << 10) /* of small chunks are decoded by one task */
 enum {
@@ -56,6 +61,7 @@ struct input_h5_chunks {
   scratch_node *idle;
   int hold;
   unsigned char *band;   /* held: decoded, as stored */
+  size_t band_mapped;    /* its bytes, when it lies in a temporary file */
   uint64_t band_no;      /* UINT64_MAX: none */
   uint8_t band_flags;
 };
@@ -65,6 +71,8 @@ static uint64_t width_of(const input_h5_dataset *d) { return d->rank == 2 ? d->d
 static uint64_t chunk_width(const input_h5_dataset *d) { return d->rank == 2 ? d->chunk[1] : 1; }
 
 int input_h5_chunks_whole(const input_h5_chunks *c) { return !c->hold && c->filters.n; }
+
+static uint64_t band_bytes(const input_h5_chunks *c) { return c->filters.chunk_bytes * c->across; }
 
 /* 1 with the filters and what else the creation properties say, when everything is of a kind that is read here. */
 static int can_read(const input_h5_dataset *d, input_h5_filters *filters, int *plain_edges) {
@@ -102,7 +110,7 @@ vs_rc input_h5_chunks_open(input_h5_file *f, const input_h5_dataset *d, size_t w
   c->d = d, c->places = places, c->filters = filters, c->cancel = cancel, c->plain_edges = plain_edges;
   c->across = (width_of(d) - 1) / chunk_width(d) + 1;
   c->band_no = UINT64_MAX;
-  c->hold = filters.n && d->chunk[0] > window_rows && (c->across == 1 || filters.chunk_bytes <= BAND_MAX / c->across);
+  c->hold = filters.n && d->chunk[0] > window_rows && (c->across == 1 || c->across <= SPOOL_MAX / filters.chunk_bytes);
   c->gang = c->across > 1 ? (LINE - 1) / ((size_t)chunk_width(d) * d->elem) + 1 : 1;
   if (c->gang > GANG) c->gang = GANG;
   while (c->gang > 1 && c->gang * filters.chunk_bytes > STRIP_MAX) c->gang--;
@@ -122,7 +130,8 @@ void input_h5_chunks_close(input_h5_chunks *c) {
   pthread_mutex_destroy(&c->m);
   H5Oclose(c->places);
   free(c->place);
-  free(c->band);
+  if (c->band_mapped) munmap(c->band, c->band_mapped);
+  else free(c->band);
   free(c);
 }
 
@@ -390,20 +399,44 @@ static vs_rc decode_rows(decode_job *j, size_t *n, vs_err *err) {
 
 /* ---- the band held ---- */
 
+/* n_bytes of an unnamed file, whose place on the disk is taken, so that writing to them cannot fail (SIGBUS). NULL: no such
+ * file. */
+static unsigned char *map_file(size_t n_bytes) {
+  const char *dir = getenv("TMPDIR");
+  void *p = MAP_FAILED;
+  int fd = open(dir && *dir ? dir : "/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (fd < 0) return NULL;
+  if (!posix_fallocate(fd, 0, (off_t)n_bytes)) p = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  close(fd);
+  return p == MAP_FAILED ? NULL : p;
+}
+
+/* Room for a band; c->hold is 0 afterwards when it is not to be held. */
+static vs_rc make_room(input_h5_chunks *c, vs_err *err) {
+  uint64_t n_bytes = (uint64_t)c->d->chunk[0] * width_of(c->d) * c->d->elem;
+  if (c->band) return VS_OK;
+  if (c->across == 1 || band_bytes(c) <= input_h5_band_max) {
+    c->band = malloc((size_t)n_bytes);
+    return c->band ? VS_OK : vs_nomem(err);
+  }
+  c->band = map_file((size_t)n_bytes);
+  if (c->band) c->band_mapped = (size_t)n_bytes;
+  else c->hold = 0;
+  return VS_OK;
+}
+
 static vs_rc hold_band(input_h5_chunks *c, uint64_t band, vs_err *err) {
   const input_h5_dataset *d = c->d;
-  size_t n_bytes = (size_t)d->chunk[0] * (size_t)width_of(d) * d->elem, n;
   uint64_t first = band * d->chunk[0], left = rows_of(d) - first;
+  size_t n;
   if (c->band_no == band) return VS_OK;
   c->band_no = UINT64_MAX;
-  if (!c->band && !(c->band = malloc(n_bytes))) return vs_nomem(err);
   c->band_flags = 0;
   decode_job j = {.c = c, .row = first, .n = (size_t)(left < d->chunk[0] ? left : d->chunk[0]), .room = (size_t)d->chunk[0],
                   .out = c->band, .out_elem = d->elem, .flags = &c->band_flags};
   vs_rc rc = decode_rows(&j, &n, err);
-  if (rc) return rc;
-  c->band_no = band;
-  return VS_OK;
+  if (!rc) c->band_no = band;
+  return rc;
 }
 
 typedef struct take_job {
@@ -449,7 +482,11 @@ vs_rc input_h5_chunks_read(input_h5_chunks *c, uint64_t row, size_t *n, const in
                            vs_err *err) {
   memset(flags, 0, *n);
   if (!*n) return VS_OK;
-  if (c->hold) return read_held(c, row, n, num, out, flags, err);
+  if (c->hold) {
+    vs_rc rc = make_room(c, err);
+    if (rc) *n = 0;
+    if (rc || c->hold) return rc ? rc : read_held(c, row, n, num, out, flags, err);
+  }
   decode_job j = {.c = c, .row = row, .n = *n, .room = *n, .num = num, .out = out, .out_elem = num ? 4 : c->d->elem,
                   .flags = flags, .flag_step = 1};
   return decode_rows(&j, n, err);

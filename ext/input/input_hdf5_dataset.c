@@ -302,6 +302,10 @@ vs_rc input_h5_dataset_take(const input_h5_file *f, hid_t obj, const char *name,
   d->class = H5Tget_class(d->type);
   /* A string of variable length is a reference in the file, of 16 bytes, whatever its size in memory. */
   d->elem = d->class == H5T_STRING && H5Tis_variable_str(d->type) > 0 ? 16 : H5Tget_size(d->type);
+  if (!d->elem) {
+    rc = vs_corrupt(err, "%s: '%s' has elements of 0 bytes", f->path, d->shown);
+    goto fail;
+  }
   if (H5Sget_simple_extent_type(space) == H5S_NULL) {
     rc = vs_fail(err, VS_INVALID, "%s: '%s' is empty (a null dataspace)", f->path, d->shown);
     goto fail;

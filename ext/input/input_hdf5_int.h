@@ -140,6 +140,7 @@ typedef struct input_h5_chunks input_h5_chunks;
 vs_rc input_h5_chunks_open(input_h5_file *f, const input_h5_dataset *d, size_t window_rows, int threads, const int *cancel,
                            input_h5_chunks **out, vs_err *err) VS_WARN_UNUSED;
 void input_h5_chunks_close(input_h5_chunks *c);
+extern size_t input_h5_band_max; /* bytes of a band that is held in memory; 64 MiB, less in tests */
 /* 1: whole bands should be asked for. */
 int input_h5_chunks_whole(const input_h5_chunks *c);
 /* Rows [row, row + *n) to out, as stored or (num) as floats, and their bits to flags. On failure *n says how many rows from
