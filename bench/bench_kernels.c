@@ -150,6 +150,11 @@ static void sort_few_u64(const kern *k) {
   memcpy(scratch, many_keys, KERN_FEW * sizeof *scratch);
   k->sort_few_u64(scratch, KERN_FEW);
 }
+static void sort_u64_from(const kern *k) {
+  (void)k;
+  memcpy(scratch, many_keys, KEYS * sizeof *scratch);
+  kern_sort_u64_from(scratch, KEYS, 32, scratch + KEYS);
+}
 static void sort_u64(const kern *k) {
   (void)k;
   memcpy(scratch, many_keys, KEYS * sizeof *scratch);
@@ -212,6 +217,7 @@ static const kernel_case cases[] = {
 };
 static const kernel_case whole_cases[] = {
     {"kern_sort_u64", "100000", "byte", 8.0 * KEYS, 0, sort_u64},
+    {"kern_sort_u64_from", "100000, by the high half", "byte", 8.0 * KEYS, 0, sort_u64_from},
     {"kern_nearest_find", "1024 x 960 x 1024", "op", PRODUCT(KERN_NEAREST_ROWS, ROWS), 0, nearest_exact},
     {"kern_nearest_find", "the same, to train", "op", PRODUCT(KERN_NEAREST_ROWS, ROWS), 0, nearest_to_train},
     {"kern_words_find", "1024 x 60 x 256 x 16", "flop", 2.0 * KERN_NEAREST_ROWS * M_WIDE * 256 * SUB_DIM, 0, nearest_words},
