@@ -5,8 +5,9 @@
  *   fma_f32      floating point operations: multiply and add in registers, the widest vectors there are
  *   dot_i8       operations: products of u8 and s8 summed in 32 bits (VNNI)
  *   lookup_u8    bytes looked up in a table of 256 bytes that lies in registers (VBMI: two vpermi2b and a blend per 64)
- *   tile_bf16    operations: tile products of 16 x 32 by 32 x 16 (AMX)
+ *   tile_i8      operations: tile products of 16 x 64 by 64 x 16 bytes (AMX)
  *   read_dram    bytes read in order from an array that no cache holds
+ *   read_l3      the same from 16 MiB
  *   read_l2      the same from 512 KiB
  *   rows_512, rows_4096   bytes of rows of that size, read in random order, the next ones prefetched: what refining does
  *
@@ -29,7 +30,7 @@
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef uint64_t u64x8 __attribute__((vector_size(64)));
 
-enum { TURNS = 5, ROUND = 10000, SMALL = 1 << 19, AHEAD = 6, ROWS = 20000 };
+enum { TURNS = 5, ROUND = 10000, SMALL = 1 << 19, MIDDLE = 1 << 24, AHEAD = 6, ROWS = 20000 };
 static const double TURN_S = 0.05;
 static const size_t BIG = (size_t)1 << 30;
 
@@ -107,17 +108,21 @@ INLINE double read_rows(const size_t row_bytes) {
 }
 
 typedef double work(void);
-typedef struct ways { work *fma, *dot_i8, *lookup, *tile, *dram, *l2, *rows_512, *rows_4096; } ways;
+typedef struct ways { work *fma, *dot_i8, *lookup, *tile, *dram, *l3, *l2, *rows_512, *rows_4096; } ways;
 
 static double fma_plain(void) { return fma_chains(5); }
 static double dram_plain(void) { return read_piece(); }
+static double l3_plain(void) { return read_in_order(memory, MIDDLE); }
 static double l2_plain(void) { return read_in_order(memory, SMALL); }
 static double rows_512_plain(void) { return read_rows(512); }
 static double rows_4096_plain(void) { return read_rows(4096); }
+static const ways plain = {.fma = fma_plain, .dram = dram_plain, .l3 = l3_plain, .l2 = l2_plain, .rows_512 = rows_512_plain,
+                           .rows_4096 = rows_4096_plain};
 
 #if defined(__x86_64__)
 TARGET("avx2,fma") static double fma_avx2(void) { return fma_chains(6); }
 TARGET("avx2,fma") static double dram_avx2(void) { return read_piece(); }
+TARGET("avx2,fma") static double l3_avx2(void) { return read_in_order(memory, MIDDLE); }
 TARGET("avx2,fma") static double l2_avx2(void) { return read_in_order(memory, SMALL); }
 TARGET("avx2,fma") static double rows_512_avx2(void) { return read_rows(512); }
 TARGET("avx2,fma") static double rows_4096_avx2(void) { return read_rows(4096); }
@@ -125,6 +130,7 @@ TARGET("avx2,fma") static double rows_4096_avx2(void) { return read_rows(4096); 
 #define WIDE "avx512f,avx512bw,avx512vl,prefer-vector-width=512"
 TARGET(WIDE) static double fma_avx512(void) { return fma_chains(12); }
 TARGET(WIDE) static double dram_avx512(void) { return read_piece(); }
+TARGET(WIDE) static double l3_avx512(void) { return read_in_order(memory, MIDDLE); }
 TARGET(WIDE) static double l2_avx512(void) { return read_in_order(memory, SMALL); }
 TARGET(WIDE) static double rows_512_avx512(void) { return read_rows(512); }
 TARGET(WIDE) static double rows_4096_avx512(void) { return read_rows(4096); }
@@ -164,7 +170,7 @@ TARGET("avx512f,avx512bw,avx512vbmi") static double lookup_vbmi(void) {
 }
 
 typedef struct tile_config { uint8_t palette, start, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } tile_config;
-TARGET("amx-tile,amx-bf16") static double tile_amx(void) {
+TARGET("amx-tile,amx-int8") static double tile_amx(void) {
   tile_config how = {.palette = 1};
   for (int i = 0; i < 8; i++) how.row_bytes[i] = 64, how.rows[i] = 16;
   __asm__ volatile("" : : "r"(&how) : "memory"); /* the intrinsic names 8 bytes of it only */
@@ -179,37 +185,36 @@ TARGET("amx-tile,amx-bf16") static double tile_amx(void) {
     _tile_loadd(5, a + 1024, 64);
     _tile_loadd(6, a + 2048, 64);
     _tile_loadd(7, a + 3072, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
   }
   _tile_release();
-  return 4 * 16 * 16 * 32 * 2.0 * (ROUND / 10);
+  return 4 * 16 * 16 * 64 * 2.0 * (ROUND / 10);
 }
 
 /* Linux gives the tile registers to a process that asks: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA). */
 static int may_use_tiles(void) {
   unsigned a = 7, b, c = 0, d;
   __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  return (d >> 24 & 1) && (d >> 22 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return (d >> 24 & 1) && (d >> 25 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 }
 
 static ways choose(void) {
-  ways w = {.fma = fma_plain, .dram = dram_plain, .l2 = l2_plain, .rows_512 = rows_512_plain, .rows_4096 = rows_4096_plain};
+  ways w = plain;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    w.fma = fma_avx2, w.dram = dram_avx2, w.l2 = l2_avx2, w.rows_512 = rows_512_avx2, w.rows_4096 = rows_4096_avx2;
+    w.fma = fma_avx2, w.dram = dram_avx2, w.l3 = l3_avx2, w.l2 = l2_avx2, w.rows_512 = rows_512_avx2, w.rows_4096 = rows_4096_avx2;
   if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-    w.fma = fma_avx512, w.dram = dram_avx512, w.l2 = l2_avx512, w.rows_512 = rows_512_avx512, w.rows_4096 = rows_4096_avx512;
+    w = (ways){.fma = fma_avx512, .dram = dram_avx512, .l3 = l3_avx512, .l2 = l2_avx512, .rows_512 = rows_512_avx512,
+               .rows_4096 = rows_4096_avx512};
   if (__builtin_cpu_supports("avx512vnni")) w.dot_i8 = dot_i8_vnni;
   if (__builtin_cpu_supports("avx512vbmi")) w.lookup = lookup_vbmi;
   if (may_use_tiles()) w.tile = tile_amx;
   return w;
 }
 #else
-static ways choose(void) {
-  return (ways){.fma = fma_plain, .dram = dram_plain, .l2 = l2_plain, .rows_512 = rows_512_plain, .rows_4096 = rows_4096_plain};
-}
+static ways choose(void) { return plain; }
 #endif
 
 int main(void) {
@@ -221,8 +226,8 @@ int main(void) {
   }
   madvise(memory, BIG, MADV_HUGEPAGE);
   for (size_t i = 0; i < BIG; i += 8) *(uint64_t *)(memory + i) = i * 0x9e3779b97f4a7c15u;
-  printf("{\"fma_f32\":%.4g,\"dot_i8\":%.4g,\"lookup_u8\":%.4g,\"tile_bf16\":%.4g,\"read_dram\":%.4g,\"read_l2\":%.4g,\"rows_512\":%.4g,"
-         "\"rows_4096\":%.4g}\n", rate(w.fma), rate(w.dot_i8), rate(w.lookup), rate(w.tile), rate(w.dram), rate(w.l2), rate(w.rows_512),
-         rate(w.rows_4096));
+  printf("{\"fma_f32\":%.4g,\"dot_i8\":%.4g,\"lookup_u8\":%.4g,\"tile_i8\":%.4g,\"read_dram\":%.4g,\"read_l3\":%.4g,"
+         "\"read_l2\":%.4g,\"rows_512\":%.4g,\"rows_4096\":%.4g}\n", rate(w.fma), rate(w.dot_i8), rate(w.lookup), rate(w.tile),
+         rate(w.dram), rate(w.l3), rate(w.l2), rate(w.rows_512), rate(w.rows_4096));
   return 0;
 }

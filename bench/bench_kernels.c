@@ -3,6 +3,9 @@
  *   bench_kernels             one line of JSON per kernel and shape:
  *                             {"kernel","shape","unit","work","bytes","ns":{"scalar":...,"avx2":...}}
  *
+ * What stands beside the table of variants (nearest rows, nearest words) is timed as the process runs it, and once more as "amx" where
+ * the system gives tiles to a process that asks.
+ *
  * ns is CPU time per call, the best of some turns. work counts `unit`s per call: flop (fp32 operations, a multiply and an add are
  * two), op (the same of bytes), lookup (bytes looked up in a table), or byte; bytes is what a call reads when that comes from
  * memory, else 0. A kernel that is added is one function and one row of the table here.
@@ -30,8 +33,13 @@ static uint16_t *halves, *terms, *sums;
 static int8_t *query_bytes;
 static uint8_t *packed_bytes, *row_bytes, *words, *table, *codes;
 static int32_t *scores;
-static uint32_t *numbers;
+static uint32_t *numbers, some_rows[FEW];
 static uint64_t *keys, *many_keys, *scratch;
+static kern_nearest nearest_matrix;
+static kern_words word_matrix;
+static void *nearest_memory, *nearest_scratch, *word_memory;
+static uint8_t *found_codes;
+static float *many_rows;
 static volatile double sink;
 
 static double cpu_s(void) {
@@ -86,9 +94,23 @@ static void prepare(void) {
   codes = random_bytes((size_t)BIG_ROWS * M_WIDE), terms = random_bytes(BIG_ROWS * sizeof *terms);
   sums = room(BIG_ROWS * sizeof *sums), numbers = room(BIG_ROWS * sizeof *numbers);
   for (uint32_t i = 0; i < BIG_ROWS; i++) numbers[i] = i, sums[i] = (uint16_t)(rnd() >> 40);
+  for (size_t i = 0; i < FEW; i++) some_rows[i] = (uint32_t)(rnd() >> 40) % ROWS;
   keys = room((LONG + 16) * sizeof *keys), many_keys = room(KEYS * sizeof *many_keys);
   scratch = room((3 * KEYS + 64) * sizeof *scratch);
   for (size_t i = 0; i < KEYS; i++) many_keys[i] = kern_key((float)(rnd() >> 40), (uint32_t)i);
+}
+
+/* What the nearest ones are prepared for depends on whether tiles are used: again after they were granted. */
+static void prepare_nearest(void) {
+  if (!many_rows) {
+    many_rows = random_floats((size_t)KERN_NEAREST_ROWS * DIM);
+    nearest_memory = room(kern_nearest_bytes(ROWS, DIM)), word_memory = room(kern_words_bytes(M_WIDE, 256, SUB_DIM));
+    found_codes = room((size_t)KERN_NEAREST_ROWS * M_WIDE);
+  }
+  kern_nearest_init(&nearest_matrix, rows, ROWS, DIM, nearest_memory);
+  free(nearest_scratch);
+  nearest_scratch = room(kern_nearest_scratch(&nearest_matrix));
+  kern_words_init(&word_matrix, rows, M_WIDE, 256, SUB_DIM, word_memory);
 }
 
 /* ---- one call each ---- */
@@ -124,10 +146,35 @@ static void select_u64(const kern *k) {
   memcpy(scratch, many_keys, KEYS * sizeof *scratch);
   sink = (double)k->select_u64(scratch, KEYS, WANT, scratch + KEYS);
 }
+static void sort_few_u64(const kern *k) {
+  memcpy(scratch, many_keys, KERN_FEW * sizeof *scratch);
+  k->sort_few_u64(scratch, KERN_FEW);
+}
 static void sort_u64(const kern *k) {
   (void)k;
   memcpy(scratch, many_keys, KEYS * sizeof *scratch);
   kern_sort_u64(scratch, KEYS, scratch + KEYS);
+}
+
+static void nearest_exact(const kern *k) {
+  (void)k;
+  kern_nearest_find(&nearest_matrix, many_rows, KERN_NEAREST_ROWS, DIM, 1, numbers, nearest_scratch);
+}
+static void nearest_to_train(const kern *k) {
+  (void)k;
+  kern_nearest_find(&nearest_matrix, many_rows, KERN_NEAREST_ROWS, DIM, 0, numbers, nearest_scratch);
+}
+static void nearest_words(const kern *k) {
+  (void)k;
+  kern_words_find(&word_matrix, many_rows, KERN_NEAREST_ROWS, DIM, found_codes, M_WIDE);
+}
+static void sum_rows(const kern *k) {
+  (void)k;
+  kern_sum_rows_f32(rows, DIM, some_rows, FEW, DIM, out);
+}
+static void scale_sub(const kern *k) {
+  (void)k;
+  kern_scale_sub_f32(rows, 0.5f, queries, DIM, out);
 }
 
 typedef struct kernel_case {
@@ -161,8 +208,17 @@ static const kernel_case cases[] = {
     {"pq_scan", "512 x 16", "lookup", (double)PART * M_SLIM, 0, pq_scan_slim},
     {"pq_scan", "1048576 x 60", "lookup", (double)BIG_ROWS * M_WIDE, (double)BIG_ROWS * (M_WIDE + 2), pq_scan_memory},
     {"select_u64", "1000 of 100000", "byte", 8.0 * KEYS, 0, select_u64},
-    {"kern_sort_u64", "100000", "byte", 8.0 * KEYS, 0, sort_u64},
+    {"sort_few_u64", "64", "byte", 8.0 * KERN_FEW, 0, sort_few_u64},
 };
+static const kernel_case whole_cases[] = {
+    {"kern_sort_u64", "100000", "byte", 8.0 * KEYS, 0, sort_u64},
+    {"kern_nearest_find", "1024 x 960 x 1024", "op", PRODUCT(KERN_NEAREST_ROWS, ROWS), 0, nearest_exact},
+    {"kern_nearest_find", "the same, to train", "op", PRODUCT(KERN_NEAREST_ROWS, ROWS), 0, nearest_to_train},
+    {"kern_words_find", "1024 x 60 x 256 x 16", "flop", 2.0 * KERN_NEAREST_ROWS * M_WIDE * 256 * SUB_DIM, 0, nearest_words},
+    {"kern_sum_rows_f32", "64 x 960", "byte", 4.0 * FEW * DIM, 0, sum_rows},
+    {"kern_scale_sub_f32", "960", "byte", 8.0 * DIM, 0, scale_sub},
+};
+enum { N_CASES = sizeof cases / sizeof *cases, N_WHOLE = sizeof whole_cases / sizeof *whole_cases };
 
 static double ns_per_call(const kernel_case *c, const kern *k) {
   double best = 1e30, begun = cpu_s();
@@ -180,22 +236,35 @@ static double ns_per_call(const kernel_case *c, const kern *k) {
   return best * 1e9;
 }
 
+static void print_case(const kernel_case *c) {
+  printf("{\"kernel\":\"%s\",\"shape\":\"%s\",\"unit\":\"%s\",\"work\":%.0f,\"bytes\":%.0f,\"ns\":{", c->kernel, c->shape,
+         c->unit, c->work, c->bytes);
+}
+
 int main(void) {
   static const char *const variants[] = {"scalar", "neon", "dotprod", "avx2", "avx512"};
+  double without[N_WHOLE];
   prepare();
-  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-    const kernel_case *c = &cases[i];
+  for (size_t i = 0; i < N_CASES; i++) {
     const char *comma = "";
-    printf("{\"kernel\":\"%s\",\"shape\":\"%s\",\"unit\":\"%s\",\"work\":%.0f,\"bytes\":%.0f,\"ns\":{", c->kernel, c->shape,
-           c->unit, c->work, c->bytes);
+    print_case(&cases[i]);
     for (size_t v = 0; v < sizeof variants / sizeof *variants; v++) {
       const kern *k = kern_variant(variants[v]);
-      if (!k || strcmp(k->name, variants[v])) continue;
-      printf("%s\"%s\":%.2f", comma, k->name, ns_per_call(c, k));
+      if (!k) continue;
+      printf("%s\"%s\":%.2f", comma, k->name, ns_per_call(&cases[i], k));
       comma = ",";
     }
     printf("}}\n");
-    fflush(stdout);
+  }
+  prepare_nearest();
+  for (size_t i = 0; i < N_WHOLE; i++) without[i] = ns_per_call(&whole_cases[i], NULL);
+  int tiles = kern_amx_request();
+  prepare_nearest();
+  for (size_t i = 0; i < N_WHOLE; i++) {
+    print_case(&whole_cases[i]);
+    printf("\"%s\":%.2f", kern_get()->name, without[i]);
+    if (tiles) printf(",\"amx\":%.2f", ns_per_call(&whole_cases[i], NULL));
+    printf("}}\n");
   }
   return 0;
 }

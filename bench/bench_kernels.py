@@ -24,6 +24,8 @@ def numpy_times():
     xi, qi = xb.astype(np.float32), qb.astype(np.float32)  # numpy multiplies bytes without BLAS: floats are its fast way
     many_keys = g.integers(0, 1 << 62, keys, dtype=np.uint64)
 
+    many_rows, bias, some = g.standard_normal((1024, dim), dtype=np.float32), -(x ** 2).sum(1) / 2, g.integers(0, rows, few)
+
     def l2sq():
         d = v - x[0]
         return d @ d
@@ -41,6 +43,9 @@ def numpy_times():
         ("scores_i8", "64 x 960 x 1024"): lambda: qi @ xi.T,
         ("select_u64", "1000 of 100000"): lambda: np.argpartition(many_keys, want)[:want],
         ("kern_sort_u64", "100000"): lambda: np.sort(many_keys),
+        ("kern_nearest_find", "1024 x 960 x 1024"): lambda: (many_rows @ x.T + bias).argmax(1),
+        ("kern_sum_rows_f32", "64 x 960"): lambda: x[some].sum(0),
+        ("kern_scale_sub_f32", "960"): lambda: x[0] * np.float32(0.5) - v,
     }
     out = []
     for (kernel, shape), call in tests.items():
@@ -71,10 +76,11 @@ def measured(folder):
     for line in lines:
         k = json.loads(line)
         variant, ns = min(k["ns"].items(), key=lambda item: item[1])
-        bound = k["work"] / ceilings[CEILING[k["unit"]]] if ceilings[CEILING[k["unit"]]] else 0
-        what = CEILING[k["unit"]]
-        if k["bytes"] and k["bytes"] / ceilings["read_dram"] > bound:
-            bound, what = k["bytes"] / ceilings["read_dram"], "read_dram"
+        what = "tile_i8" if variant == "amx" and k["unit"] == "op" else CEILING[k["unit"]]
+        bound = k["work"] / ceilings[what] if ceilings[what] else 0
+        memory = "read_dram" if k["bytes"] > 32 << 20 else "read_l3"
+        if k["bytes"] / ceilings[memory] > bound:
+            bound, what = k["bytes"] / ceilings[memory], memory
         k.update(best=variant, per_s=k["work"] / ns * 1e9, ceiling=what, of_ceiling=1e9 * bound / ns if bound else None,
                  numpy_ns=numpy_ns.get((k["kernel"], k["shape"])))
         kernels.append(k)
@@ -83,7 +89,7 @@ def measured(folder):
 
 def table(found):
     """Header and rows for bench_report.columns."""
-    variants = [v for v in ("scalar", "neon", "dotprod", "avx2", "avx512") if any(v in k["ns"] for k in found["kernels"])]
+    variants = [v for v in ("scalar", "neon", "dotprod", "avx2", "avx512", "amx") if any(v in k["ns"] for k in found["kernels"])]
     head = ["kernel", "shape"] + ["%s ns" % v for v in variants] + ["speed", "of", "ceiling", "numpy ns", "times numpy"]
     rows = []
     for k in found["kernels"]:

@@ -119,7 +119,7 @@ def kernels(found):
     c = found["ceilings"]
     head, rows = bench_kernels.table(found)
     lines = ["kernels, one core: the time of a call, its speed, and that as a part of what the machine can do"]
-    lines.append("  ceilings: fp32 %.0f GFLOP/s, bytes %.0f Gop/s, look-ups %.1f G/s, tiles %.0f GFLOP/s, memory %.1f GB/s, "
-                 "second cache %.0f GB/s, random rows of 512 bytes %.1f GB/s, of 4,096 %.1f GB/s" % tuple(c[n] / 1e9 for n in (
-                     "fma_f32", "dot_i8", "lookup_u8", "tile_bf16", "read_dram", "read_l2", "rows_512", "rows_4096")))
+    lines.append("  ceilings: fp32 %.0f GFLOP/s, bytes %.0f Gop/s, look-ups %.1f G/s, tiles of bytes %.0f Gop/s, memory %.1f GB/s, "
+                 "third cache %.0f GB/s, second %.0f GB/s, random rows of 512 bytes %.1f GB/s, of 4,096 %.1f GB/s" % tuple(c[n] / 1e9 for n in (
+                     "fma_f32", "dot_i8", "lookup_u8", "tile_i8", "read_dram", "read_l3", "read_l2", "rows_512", "rows_4096")))
     return "\n".join(lines + [columns(head, rows)])

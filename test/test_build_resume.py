@@ -110,6 +110,7 @@ def test_goes_on_after_the_segment(data, tmp_path):
         f.seek(1000)
         byte = f.read(1)
         f.seek(1000), f.write(bytes([byte[0] ^ 1]))
+    (out / ".manifest-18446744073709551614.tmp-1-abcdef").write_text("of a commit that was killed")
     kept = str(tmp_path / "kept")
     shutil.copytree(out, kept)
     assert "going on after encoding" in build(d, out, "--resume").stderr, "a damaged segment is written again"
@@ -150,10 +151,13 @@ def test_without_resume_what_is_left_goes(data, tmp_path):
     left = hidden(out)
     assert len(left) == 1
     p = start(d, out)
-    r = build(d, out, want=1) if p.poll() is None else None
-    assert p.wait() == 0 and left[0] in p.stderr.read()
-    if r:
-        assert "another build is at work" in r.stderr
+    assert left[0] in p.stderr.readline()
+    p.send_signal(signal.SIGSTOP)  # it holds the lock
+    try:
+        assert "another build is at work" in build(d, out, "--resume", want=1).stderr
+    finally:
+        p.send_signal(signal.SIGCONT)
+    assert p.wait() == 0
     assert contents(out) == whole and hidden(out) == []
 
 

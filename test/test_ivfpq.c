@@ -866,7 +866,8 @@ static void test_calibration(void **state) {
         double recall = setting_recall(s, t, N, N + HELD_OUT, ks[a], &x, &seen), cost = seen + 10 * (double)x.n_candidates;
         assert_true(cost > .5 * before); /* more recall is not cheaper, but for what measuring adds */
         before = cost;
-        if (recall < wanted[b] - .03)
+        double error = sqrt(wanted[b] * (1 - wanted[b]) / (HELD_OUT * (ks[a] < 4 ? ks[a] : 4))); /* of so few queries */
+        if (recall < wanted[b] - .01 - 2.5 * error)
           fail_msg("metric %d: recall@%d %.2f was promised with nprobe %u, %d candidates, reach %g: it is %.4f", metric, (int)ks[a],
                    wanted[b], x.nprobe, (int)x.n_candidates, x.reach, recall);
       }
@@ -1745,7 +1746,7 @@ static void test_forged_calibration(void **state) {
       {REACH(1, reach), inf, WRONG}, {REACH(1, reach), minus, WRONG}, {REACH(1, nprobe), zero, WRONG}, {REACH(1, nprobe), huge, WRONG},
       {offsetof(ivfpq_calibration, n_reach), huge, WRONG}, {offsetof(ivfpq_calibration, n_levels), huge, WRONG},
       {offsetof(ivfpq_calibration, n_levels), zero, WRONG}, {offsetof(ivfpq_calibration, k), zero, WRONG},
-      {offsetof(ivfpq_calibration, k) + 4, huge, WRONG}, {offsetof(ivfpq_calibration, k) + 8, huge, FINE},
+      {offsetof(ivfpq_calibration, k) + 4, huge, WRONG}, {offsetof(ivfpq_calibration, k) + 4 * (IVFPQ_CURVES - 1), huge, FINE},
       {LEVEL(2, nprobe), huge, FINE}, {LEVEL(2, n_candidates), huge, FINE}, {LEVEL(c.n_levels + 1, nprobe), huge, FINE}};
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     memcpy(at + cases[i].off, &cases[i].value, 4);

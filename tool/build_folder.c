@@ -115,6 +115,8 @@ vs_rc build_folder_open(build_folder *f, const char *tmpdir, const char *out, co
 
 uint64_t build_folder_bytes(const build_folder *f) { return f->path ? each_file(f->lock, bytes_of) : 0; }
 
+int build_folder_has(const build_folder *f, const char *name) { return f->path && !faccessat(f->lock, name, F_OK, AT_SYMLINK_NOFOLLOW); }
+
 void build_folder_close(build_folder *f, int keep) {
   if (!f->path) return;
   if (keep && each_file(f->lock, is_state)) tool_note("kept %s: the same command goes on from there", f->path);

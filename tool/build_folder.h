@@ -19,6 +19,7 @@ typedef struct build_folder {
 vs_rc build_folder_open(build_folder *f, const char *tmpdir, const char *out, const char *key, int *resume, vs_err *err) VS_WARN_UNUSED;
 /* Bytes of the files in it. */
 uint64_t build_folder_bytes(const build_folder *f);
+int build_folder_has(const build_folder *f, const char *name);
 /* keep: leave the folder when a stage was finished in it, and say so; else it is removed. */
 void build_folder_close(build_folder *f, int keep);
 /* What a killed build of `out` left, once there is a shard. */

@@ -220,7 +220,8 @@ static void remove_leftovers(const build_job *j) {
   for (struct dirent *e; d && (e = readdir(d));) {
     size_t len = strlen(e->d_name);
     if (j->o.resume && !strcmp(e->d_name, segment_temporary)) continue; /* perhaps finished: the builder knows */
-    if (len > 9 && !strncmp(e->d_name, ".seg-", 5) && !strcmp(e->d_name + len - 4, ".tmp"))
+    int segment = len > 9 && !strncmp(e->d_name, ".seg-", 5) && !strcmp(e->d_name + len - 4, ".tmp");
+    if (segment || (!strncmp(e->d_name, ".manifest-", 10) && strstr(e->d_name, ".tmp-")))
       unlinkat(folder, e->d_name, 0);
   }
   if (d) closedir(d);
@@ -243,9 +244,7 @@ static vs_rc lock_folder(build_job *j, vs_err *err) {
   int failed = flock(j->lock, LOCK_EX | LOCK_NB);
   if (failed && errno != EWOULDBLOCK) return VS_OK; /* a file system without locks: go on without */
   if (failed && !j->bucket) return vs_fail(err, VS_EXISTS, "%s: another build is at work in this folder", j->folder);
-  vs_rc rc = failed ? wait_for_lock(j, err) : VS_OK;
-  if (!rc) remove_leftovers(j);
-  return rc;
+  return failed ? wait_for_lock(j, err) : VS_OK;
 }
 
 /* Is there the very shard that this build would make? Then there is nothing to do; any other is in the way. */
@@ -320,15 +319,24 @@ static vs_rc make_key(build_job *j, vs_err *err) {
   return rc;
 }
 
+/* A segment is of use to a later build once its stage is finished. */
+static void drop_unfinished_segment(const build_job *j) {
+  char *path = tool_format("%s/%s", j->folder, segment_temporary);
+  if (!build_folder_has(&j->work, "segment.state")) unlink(path);
+  free(path);
+}
+
 /* The working folder, and room for everything. */
 static vs_rc prepare_work(build_job *j, vs_err *err) {
   char shard[32], temp[32];
   int resume = j->o.resume;
+  remove_leftovers(j); /* this is no shard, so nobody else commits here */
   j->build.tmpdir = temporary_folder(j);
   vs_rc rc = make_key(j, err);
   if (!rc) rc = build_folder_open(&j->work, j->build.tmpdir, j->folder, j->key, &resume, err);
   if (rc) return rc;
   j->build.keep = j->work.path, j->build.key = j->key, j->build.resume = resume, j->build.keep_rows = j->o.resume;
+  drop_unfinished_segment(j);
   uint64_t n_temp = ivfpq_temp_bytes(j->in, &j->build), have = build_folder_bytes(&j->work);
   progress_plan(j->in->n_rows, (uint64_t)j->in->dim * 4);
   progress_say("%llu rows: about %s for the shard, %s of temporary files in %s", (unsigned long long)j->in->n_rows,
@@ -467,6 +475,7 @@ static vs_rc build_shard(build_job *j, vs_err *err) {
   if ((rc = check_rows(j, err))) return rc;
   fill_build(j);
   if ((rc = prepare_folder(j, err)) || j->already) return rc;
+  kern_amx_request(); /* this process is ours: it may keep the larger state that tiles need */
   char *temporary = tool_format("%s/%s", j->folder, segment_temporary);
   rc = ivfpq_build(j->in, &j->build, temporary, &j->result, err);
   if (rc) {
@@ -530,6 +539,7 @@ static void print_result(const build_job *j, double seconds) {
 static void reset(build_job *j, vs_rc rc) {
   if (j->temporary) unlink(j->temporary);
   free(j->temporary);
+  if (rc && j->work.path) drop_unfinished_segment(j);
   build_folder_close(&j->work, rc && j->o.resume);
   free(j->key);
   if (rc && j->folder) output_drop_folder(j->folder, j->n_made);

@@ -8,8 +8,8 @@
 # the check and publishing. --help lists the options; everything behind -- goes to `vecshard build`.
 #
 # What it relies on, and what it does not:
-# - A task is idempotent: a bucket that is built is left alone within a second, a build that died begins anew, and of two
-#   builds of one bucket the second waits for the first. So Slurm may run a task twice: after a node died, or after the
+# - A task is idempotent: a bucket that is built is left alone within a second, a build that died goes on where its
+#   temporary files are seen, or begins anew, and of two builds of one bucket the second waits for the first. So Slurm may run a task twice: after a node died, or after the
 #   controller did (it forgets what ended last).
 # - A failed try is repeated inside the task. Slurm's own RequeueExit would cancel the jobs that wait for the array.
 # - The check waits for the end of the array, not for its success: it compares what is there with the plan, whatever the tasks
@@ -125,8 +125,8 @@ task() {
   memory=$(build_memory)
   exec >>"$logs/bucket$bucket.log" 2>&1
   [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || say "started again by Slurm, time $SLURM_RESTART_COUNT"
-  with_tries "$VECSHARD" build --plan "$plan" --bucket "$bucket" --out "$out" --threads "$threads" ${memory:+"$memory"} \
-    ${options[@]+"${options[@]}"}
+  with_tries "$VECSHARD" build --resume --plan "$plan" --bucket "$bucket" --out "$out" --threads "$threads" \
+    ${memory:+"$memory"} ${options[@]+"${options[@]}"}
 }
 
 check() {

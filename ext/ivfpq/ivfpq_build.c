@@ -41,6 +41,7 @@ enum {
   SAMPLE_STRETCH = 16,         /* rows read in a row while sampling: a chunked file is inflated once at most */
   BATCH_BYTES = 16 << 20,
   ENCODE_SLICE = 256,
+  ASSIGN_SLICE = KERN_NEAREST_ROWS,
   MAX_ROW_TEXT = 1 << 30       /* bytes of column text in one row: record sizes are 32 bits wide */
 };
 #define DEFAULT_MEMORY ((uint64_t)1 << 30)
@@ -152,7 +153,7 @@ static vs_rc train(builder *b) {
                      .ctx = b->opt->ctx, .progress = b->opt->progress};
     rc = ivfpq_model_learn(m, &p, padded, b->err);
   }
-  if (!rc && b->opt->open) rc = ivfpq_truth_open(m, raw, seq, n, &b->truth, b->err);
+  if (!rc && b->opt->open) rc = ivfpq_truth_open(m, raw, seq, n, b->in->n_rows, &b->truth, b->err);
   free(raw), free(padded), free(seq);
   return rc;
 }
@@ -299,28 +300,33 @@ static void look_at_row(encode_job *e, size_t i) {
   e->seq[i] = batch->first_row + i;
 }
 
-static void encode_slice(void *ctx, size_t s) {
-  encode_job *e = ctx;
+/* Prepared rows at..at+n that know their partitions -> codes, and what the truth wants of them. */
+static vs_rc encode_rows(encode_job *e, size_t at, size_t n, vs_err *err) {
   const ivfpq_model *m = &e->b->model;
   ivfpq_truth *truth = e->b->truth;
   ivfpq_near *near = NULL;
   uint64_t seen[ENCODE_SLICE];
-  vs_err err = {0};
-  vs_rc rc = VS_OK;
-  size_t at = s * ENCODE_SLICE, n = e->batch->n - at < ENCODE_SLICE ? e->batch->n - at : ENCODE_SLICE;
-  for (size_t i = 0; i < n; i++) {
-    look_at_row(e, at + i);
-    seen[i] = e->why[at + i] ? UINT64_MAX : e->seq[at + i]; /* no neighbour of any row */
-  }
-  if (!m->m) return;
   float *x = e->x + at * m->dim_padded;
+  for (size_t i = 0; i < n; i++) seen[i] = e->why[at + i] ? UINT64_MAX : e->seq[at + i]; /* no neighbour of any row */
+  vs_rc rc = truth ? ivfpq_truth_see(truth, x, n, seen, &near, err) : VS_OK;
+  if (!rc) ivfpq_model_encode(m, x, n, e->centroid + at, e->codes + at * m->m, e->terms + at, e->err2 + at);
+  if (near) ivfpq_truth_add(truth, near, e->codes + at * m->m, e->centroid + at, e->terms + at, e->err2 + at);
+  return rc;
+}
+
+static void encode_slice(void *ctx, size_t s) {
+  encode_job *e = ctx;
+  const ivfpq_model *m = &e->b->model;
+  vs_err err = {0};
+  size_t at = s * ASSIGN_SLICE, n = e->batch->n - at < ASSIGN_SLICE ? e->batch->n - at : ASSIGN_SLICE;
+  float *x = e->x + at * m->dim_padded;
+  for (size_t i = 0; i < n; i++) look_at_row(e, at + i);
+  if (!m->m) return;
   for (size_t i = 0; i < n; i++) ivfpq_model_prepare(m, e->batch->vectors + (at + i) * m->dim, x + i * m->dim_padded);
-  kern_get()->argmax_f32(x, n, m->dim_padded, m->dim_padded, m->packed, m->bias, m->nlist, e->centroid + at, NULL);
-  if (truth) rc = ivfpq_truth_see(truth, x, n, seen, &near, &err);
-  ivfpq_model_encode(m, x, n, e->centroid + at, e->codes + at * m->m, e->terms + at, e->err2 + at);
-  if (near) rc = ivfpq_truth_add(truth, near, e->codes + at * m->m, e->centroid + at, e->terms + at, e->err2 + at, &err);
-  widen_terms(e, at, at + n);
+  vs_rc rc = ivfpq_model_assign(m, x, n, e->centroid + at, &err);
+  for (size_t i = 0; i < n && !rc; i += ENCODE_SLICE) rc = encode_rows(e, at + i, n - i < ENCODE_SLICE ? n - i : ENCODE_SLICE, &err);
   if (rc) encode_failed(e, rc, &err);
+  else widen_terms(e, at, at + n);
 }
 
 static void fill_slice(void *ctx, size_t s) {
@@ -334,7 +340,7 @@ static vs_rc stream_batch(encode_job *e, const input_batch *batch) {
   size_t slices = (batch->n + ENCODE_SLICE - 1) / ENCODE_SLICE, n = 0;
   uint64_t ids = 0, columns = 0;
   e->batch = batch;
-  vs_pool_run(slices, b->threads, encode_slice, e);
+  vs_pool_run((batch->n + ASSIGN_SLICE - 1) / ASSIGN_SLICE, b->threads, encode_slice, e);
   vs_rc rc = e->rc;
   for (size_t i = 0; i < batch->n; i++)
     if (!e->why[i]) n++, ids += id_size(&batch->ids[i]), columns += e->column_bytes[i];

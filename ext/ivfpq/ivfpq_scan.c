@@ -10,9 +10,8 @@
  * dimensions: recall equal in the third digit). Where a projection holds the centroids' energy, all of them are ranked in
  * its few dimensions and the leaders once more in full.
  *
- * When to stop. Partitions come nearest first. One whose centroid is farther than `reach` times the k-th best estimate so far
- * ends the scan (query-aware pruning as in SPANN, Chen et al. 2021, but against estimates): about half of the partitions of an
- * average query are never touched.
+ * When to stop. Partitions come nearest first. One that lies beyond `reach` of the k-th best estimate so far ends the scan: about half
+ * of the partitions of an average query are never touched.
  *
  * A scan's memory is kept in the segment for the next scan: allocating it costs as much as ranking.
  */
@@ -95,7 +94,7 @@ scan *ivfpq_scan_take(ivfpq_segment *s) {
 static void scan_give_back(scan *c) {
   scan *none = NULL;
   ivfpq_segment *s = c->s;
-  s->free_spare = scan_free;
+  __atomic_store_n(&s->free_spare, scan_free, __ATOMIC_RELAXED);
   if (!__atomic_compare_exchange_n((scan **)&s->spare, &none, c, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) scan_free(c);
 }
 
@@ -295,14 +294,13 @@ static uint32_t threshold_of(const scan *c, float base) {
 static void cut_when_full(scan *c) {
   uint64_t want = c->q->n_candidates;
   if (c->out->n < want + (want > 256 ? want : 256)) return;
-  c->worst = ivfpq_keys_cut(c->out, want);
+  uint64_t kth = c->worst = ivfpq_keys_cut(c->out, want);
   if (!(c->q->reach > 0)) return;
-  if (c->q->k >= want) {
-    c->kth = c->worst;
-    return;
+  if (c->q->k < want) {
+    memcpy(c->out->scratch, c->out->key, want * sizeof *c->out->key);
+    kth = kern_get()->select_u64(c->out->scratch, want, c->q->k, c->out->scratch + want);
   }
-  memcpy(c->out->scratch, c->out->key, want * sizeof *c->out->key);
-  c->kth = kern_get()->select_u64(c->out->scratch, want, c->q->k, c->out->scratch + want);
+  c->limit = ivfpq_table_reach(c->s, &c->table, c->q->reach, kern_key_value(kth));
 }
 
 static vs_rc take_survivors(scan *c, size_t n, uint32_t first_row, const uint64_t *bitmap, uint32_t at, float base, vs_err *err) {
@@ -317,7 +315,7 @@ static vs_rc take_survivors(scan *c, size_t n, uint32_t first_row, const uint64_
   }
   kern_get()->keys_u16(c->out_sum, c->out_row, n, base, c->table.step, first_row + at, c->out->key + c->out->n);
   c->out->n += n;
-  if (!c->q->probe) cut_when_full(c);
+  cut_when_full(c);
   return VS_OK;
 }
 
@@ -342,6 +340,7 @@ static vs_rc scan_part(scan *c, const ivfpq_part *part, float coarse, vs_err *er
     bitmap = c->bitmap;
   } else c->seen += n;
   c->stats->partitions++, c->stats->rows += n;
+  if (c->q->visit && c->q->visit(c->q->visit_ctx, part, coarse)) c->arrived = 1;
   for (uint32_t at = 0; at < n && !rc; at += SCAN_ROWS) {
     uint32_t m = n - at < SCAN_ROWS ? n - at : SCAN_ROWS, threshold = threshold_of(c, base);
     if (!threshold) break;
@@ -349,7 +348,6 @@ static vs_rc scan_part(scan *c, const ivfpq_part *part, float coarse, vs_err *er
                                       threshold, c->out_row, c->out_sum);
     rc = take_survivors(c, hits, (uint32_t)part->entry.row0, bitmap, at, base, err);
   }
-  if (c->q->probe && !rc) c->q->probe(c->q->probe_ctx, part, coarse, c->out->key), c->out->n = 0;
   return rc;
 }
 
@@ -360,7 +358,7 @@ static int seen_enough(const scan *c) {
 
 /* Does this partition, and so every later one, lie out of reach? */
 static int out_of_reach(const scan *c, float coarse) {
-  return c->q->reach > 0 && c->kth != UINT64_MAX && coarse > c->q->reach * kern_key_value(c->kth) && seen_enough(c);
+  return coarse > c->limit && seen_enough(c);
 }
 
 static vs_rc parts_room(scan *c, size_t n, vs_err *err) {
@@ -422,6 +420,7 @@ static vs_rc scan_parts(scan *c, vs_err *err) {
     }
     if (i + AHEAD < n) prefetch_part(c, &c->parts[i + AHEAD]);
     rc = scan_part(c, &c->parts[i], coarse, err);
+    if (c->arrived) break;
   }
   if (!rc && stopped(c->q)) rc = interrupted(err);
   ivfpq_parts_release(c->s, c->parts, n);
@@ -537,7 +536,7 @@ static void scan_release(scan *c) {
 }
 
 static void scan_begin(scan *c, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats) {
-  c->q = q, c->out = out, c->stats = stats, c->worst = c->kth = UINT64_MAX;
+  c->q = q, c->out = out, c->stats = stats, c->worst = UINT64_MAX, c->limit = INFINITY;
 }
 
 vs_rc ivfpq_scan_ranked(scan *c, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, const ivfpq_ranked *r, vs_err *err) {

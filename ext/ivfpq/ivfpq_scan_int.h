@@ -29,7 +29,8 @@ struct ivfpq_scan_state {
   size_t settled, scored;  /* rank[0..settled) is in its final order; with a projection rank[0..scored) was looked at in full */
   int cut;                 /* only the nearest were kept */
   uint64_t seen;           /* rows that pass the filter */
-  uint64_t worst, kth;     /* keys; UINT64_MAX while the buffer was not cut */
+  uint64_t worst;          /* key; UINT64_MAX while the buffer was not cut */
+  float limit;             /* partitions with greater coarse distances lie out of reach; INFINITY: none */
   uint32_t *out_row;
   uint16_t *out_sum;
   uint64_t *bitmap;

@@ -14,14 +14,14 @@ typedef struct ivfpq_query {
   const float *vector;        /* params.dim raw floats, finite */
   uint32_t nprobe;            /* partitions, nearest first; easy queries need fewer: see `reach` */
   uint64_t k;                 /* rows that are wanted in the end */
-  float reach;                /* leave out partitions whose centroid is farther than reach * the k-th best estimate; 0: none */
+  float reach;                /* leave out partitions that lie so far beyond the k-th best estimate (ivfpq_table.h); 0: none */
   uint64_t n_candidates;      /* keep so many of the best estimates */
   int brute;                  /* compares all stored vectors instead, on `threads` (0: vs_threads()): as exact as a flat segment */
   int threads;
   const ivfpq_filter *filter; /* NULL: every row */
-  void (*probe)(void *ctx, const ivfpq_part *part, float coarse, const uint64_t *keys); /* for measuring: sees the estimates of all
-                                 rows of each partition, in row order; nothing is kept then. NULL mostly. */
-  void *probe_ctx;
+  int (*visit)(void *ctx, const ivfpq_part *part, float coarse); /* for measuring: told of each partition that is scanned, and its
+                                 centroid's distance; non-zero: it is the last. NULL mostly. */
+  void *visit_ctx;
   int (*stop)(void *ctx);     /* polled now and then; non-zero: VS_INTERRUPT. May be NULL. */
   void *stop_ctx;
 } ivfpq_query;

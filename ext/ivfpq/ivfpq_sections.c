@@ -309,11 +309,12 @@ static vs_rc write_scan(pass *p, unit *u, vs_err *err) {
 vs_rc build_write_scan(builder *b) {
   static const block_calls calls = {"write codes", place_scan, make_scan, write_scan};
   pass p = {.b = b, .kind = IVFPQ_RUN_SCAN, .max_rows = IVFPQ_MAX_PARTITION, .max_bytes = SIZE_MAX, .lock = PTHREAD_MUTEX_INITIALIZER};
-  size_t beta = b->truth ? ivfpq_truth_beta(b->truth) : IVFPQ_USUAL_BETA;
+  size_t beta = IVFPQ_USUAL_BETA;
+  vs_rc rc = b->truth ? ivfpq_truth_beta(b->truth, &beta, b->err) : VS_OK;
   float low = b->term_min[beta], high = b->term_max[beta];
   b->model.beta = ivfpq_beta(beta);
   if (b->model.m && low < high) b->params.term0 = low, b->params.term_step = (high - low) / 65535;
-  vs_rc rc = open_pass(&p, b->err);
+  if (!rc) rc = open_pass(&p, b->err);
   if (!rc) rc = ivfpq_writer_begin(b->writer, IVFPQ_SCAN, b->err);
   if (!rc) rc = run_pass(&p, &calls);
   if (!rc) ivfpq_writer_end(b->writer);
@@ -733,7 +734,7 @@ static vs_rc calibrate(builder *b, const ivfpq_group *groups) {
   if (!rc) rc = b->opt->open(b->path, &io, b->err);
   if (!rc) rc = ivfpq_segment_open(io, &s, b->err);
   if (!rc)
-    rc = ivfpq_truth_measure(b->truth, s, b->threads, b->opt->stop, b->opt->ctx, &b->calibration, &b->params.calibration_bytes, b->err);
+    rc = ivfpq_calibrate(b->truth, s, b->threads, b->opt->stop, b->opt->ctx, &b->calibration, &b->params.calibration_bytes, b->err);
   if (s) ivfpq_segment_close(s);
   build_progress(b, "calibrate", 1, 1);
   return rc ? rc : ivfpq_writer_back(b->writer, b->err);

@@ -53,6 +53,21 @@ uint64_t kern_select_by(kern_split_fn split, kern_sort_few_fn sort_few, size_t f
                         uint64_t *scratch);
 void kern_sort_insertion(uint64_t *a, size_t n);
 
+#if defined(__x86_64__)
+/* ---- kern_nearest_avx512.c: kern_nearest by bytes; ask the CPU before calling it */
+enum { KERN_NEAREST_CHUNK = 256 };
+size_t kern_nearest512_block(size_t dim); /* bytes of 32 points */
+size_t kern_nearest512_chunk(size_t dim); /* points that the scratch holds: KERN_NEAREST_CHUNK or fewer */
+void kern_nearest512_pack(kern_nearest *m);
+void kern_nearest512_find(const kern_nearest *m, const float *x, size_t n_x, size_t stride, int exact, uint32_t *id, uint8_t *scratch);
+void kern_sum_rows512(const float *x, size_t stride, const uint32_t *row, size_t n, size_t dim, float *out);
+void kern_scale_sub512(const float *x, float scale, const float *y, size_t n, float *out);
+
+/* ---- kern_words_avx512.c: kern_words by integers; ask the CPU before calling it */
+enum { KERN_WORDS_LEVELS = 16, KERN_WORDS_MAX_DIM = 32 };
+void kern_words512_find(const kern_words *w, const float *x, size_t n, size_t stride, uint8_t *code, size_t code_stride);
+#endif
+
 /* ---- arithmetic every pq_scan agrees on */
 
 /* The largest sum that survives; call it with threshold > 0. "sum < threshold" needs 17 bits to say "all rows"; "sum <=

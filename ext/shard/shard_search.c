@@ -39,6 +39,8 @@ typedef struct segment_task {
  * and 3 ms of 38 with k = 50,000: the allocator gives such sizes back to the system, which clears them page by page. */
 typedef struct memory {
   segment_task *tasks;
+  ivfpq_segment **segments; /* of the tasks */
+  ivfpq_setting *spend;
   size_t room;
 } memory;
 static memory *spare;
@@ -76,7 +78,7 @@ void shard_stop_leave(shard_stop *s) {
 
 static void memory_free(memory *m) {
   for (size_t i = 0; i < m->room; i++) ivfpq_keys_reset(&m->tasks[i].keys);
-  free(m->tasks), free(m);
+  free(m->tasks), free(m->segments), free(m->spend), free(m);
 }
 
 /* The spare one, or a new one, with n tasks that only their key buffers are set of. */
@@ -84,13 +86,17 @@ static memory *memory_take(size_t n) {
   memory *m = __atomic_exchange_n(&spare, NULL, __ATOMIC_ACQ_REL);
   if (!m && !(m = calloc(1, sizeof *m))) return NULL;
   if (m->room < n) {
-    segment_task *grown = realloc(m->tasks, n * sizeof *grown);
-    if (!grown) {
+    segment_task *tasks = realloc(m->tasks, n * sizeof *tasks);
+    if (tasks) m->tasks = tasks;
+    ivfpq_segment **segments = realloc(m->segments, n * sizeof *segments);
+    if (segments) m->segments = segments;
+    ivfpq_setting *spend = realloc(m->spend, n * sizeof *spend);
+    if (spend) m->spend = spend;
+    if (!tasks || !segments || !spend) {
       memory_free(m);
       return NULL;
     }
-    m->tasks = grown;
-    for (; m->room < n; m->room++) memset(&grown[m->room].keys, 0, sizeof grown->keys);
+    for (; m->room < n; m->room++) memset(&tasks[m->room].keys, 0, sizeof tasks->keys);
   }
   for (size_t i = 0; i < n; i++) m->tasks[i].keys.n = 0;
   return m;
@@ -130,18 +136,12 @@ vs_rc shard_check_dims(const shard_search *q, size_t *n_segments, uint64_t *n_ro
   return VS_OK;
 }
 
-static vs_rc plan_spend(run *r, vs_err *err) {
-  ivfpq_segment **segments = malloc((r->n_tasks + 1) * sizeof *segments);
-  ivfpq_setting *spend = malloc((r->n_tasks + 1) * sizeof *spend);
-  vs_rc rc = segments && spend ? VS_OK : vs_nomem(err);
-  if (!rc) {
-    for (size_t i = 0; i < r->n_tasks; i++) segments[i] = r->tasks[i].segment;
-    shard_spend all = shard_spend_plan(r->q, r->k, r->n_rows, segments, r->n_tasks, spend);
-    r->exact = r->q->exact || all.exact, r->n_candidates = r->exact ? r->k : all.n_candidates;
-    for (size_t i = 0; i < r->n_tasks; i++) r->tasks[i].spend = spend[i];
-  }
-  free(segments), free(spend);
-  return rc;
+static void plan_spend(run *r) {
+  const memory *m = r->memory;
+  for (size_t i = 0; i < r->n_tasks; i++) m->segments[i] = r->tasks[i].segment;
+  shard_spend all = shard_spend_plan(r->q, r->k, r->n_rows, m->segments, r->n_tasks, m->spend);
+  r->exact = r->q->exact || all.exact, r->n_candidates = r->exact ? r->k : all.n_candidates;
+  for (size_t i = 0; i < r->n_tasks; i++) r->tasks[i].spend = m->spend[i];
 }
 
 static vs_rc prepare(run *r, vs_err *err) {
@@ -160,7 +160,8 @@ static vs_rc prepare(run *r, vs_err *err) {
       vs_err_reset(&t->err);
       t->segment = q->shards[i]->segments[g], t->shard = i, t->number = g;
     }
-  return plan_spend(r, err);
+  plan_spend(r);
+  return VS_OK;
 }
 
 /* ---- phase 1 ---- */

@@ -10,7 +10,8 @@ void plan_begin(plan *p, sqlite3_index_info *info) { *p = (plan){.info = info, .
 void plan_use(plan *p, int i, int omit, const char *entry) {
   p->info->aConstraintUsage[i].argvIndex = ++p->n_args;
   p->info->aConstraintUsage[i].omit = (unsigned char)omit;
-  sqlite3_str_appendf(p->args, "%s;", entry);
+  sqlite3_str_appendall(p->args, entry);
+  sqlite3_str_appendchar(p->args, 1, ';');
 }
 
 int plan_end(plan *p, int kind, double cost, sqlite3_int64 rows) {
