@@ -19,6 +19,7 @@
 #include "options.h"
 #include "output.h"
 #include "progress.h"
+#include "pull.h"
 #include "store_folder.h"
 
 enum { LOOKS_AT_ONCE = 16 };
@@ -49,7 +50,10 @@ typedef struct item {
 } item;
 
 typedef struct pull_job {
-  const pull_options *o;
+  int jobs;
+  int (*worth)(void *ctx, uint64_t missing); /* NULL: always */
+  void *worth_ctx;
+  int declined;
   item *items;
   size_t n;
   uint64_t done, total, n_received, n_found, n_files, n_present;
@@ -186,7 +190,7 @@ static download download_of(pull_job *j, const item *x, size_t i) {
                     .path = tool_format("%s/%s", x->dir, ref->file),
                     .size = ref->n_bytes,
                     .checksum = ref->checksum,
-                    .jobs = (int)j->o->jobs,
+                    .jobs = j->jobs,
                     .progress = add_progress,
                     .ctx = j};
 }
@@ -260,6 +264,10 @@ static vs_rc pull(pull_job *j, const char *from, const char *dir, vs_err *err) {
   if (!rc && j->n && strcmp(j->items[0].dir, dir) && shard_dir_is_shard(dir))
     rc = vs_fail(err, VS_EXISTS, "%s is a shard, and shards cannot lie in one: pull %s into another folder", dir, from);
   if (!rc) rc = compare_all(j, &missing, err);
+  if (!rc && j->worth && !j->worth(j->worth_ctx, missing)) {
+    j->declined = 1;
+    return VS_OK;
+  }
   if (!rc) rc = output_make_folder(dir, &n_made, err);
   if (!rc) rc = output_check_room(dir, missing, "for what is to come", "make room or choose another folder", err);
   for (size_t i = 0; i < j->n && !rc; i++)
@@ -276,10 +284,10 @@ static size_t count_shards(const pull_job *j) {
   return n;
 }
 
-static void print_result(const pull_job *j, const char *dir, double seconds) {
+static void print_result(const pull_job *j, int json, const char *dir, double seconds) {
   char received[32], found[32];
   size_t n = count_shards(j);
-  if (j->o->json) {
+  if (json) {
     printf("{\"to\":");
     json_put_text(stdout, dir);
     printf(",\"shards\":%zu,\"present\":%" PRIu64 ",\"files_received\":%" PRIu64 ",\"bytes_received\":%" PRIu64
@@ -306,17 +314,28 @@ static void reset(pull_job *j) {
   free(j->items);
 }
 
+static vs_rc run_pull(pull_job *j, const char *from, const char *dir, vs_err *err) {
+  vs_rc rc = pull(j, from, dir, err);
+  if (rc != VS_INTERRUPT) return rc;
+  vs_err_reset(err);
+  return vs_fail(err, VS_INTERRUPT, "interrupted; what arrived stays: run the command again to continue");
+}
+
+vs_rc pull_when_worth(const char *from, const char *dir, int (*worth)(void *ctx, uint64_t missing), void *ctx, int *pulled, vs_err *err) {
+  pull_job j = {.jobs = 8, .worth = worth, .worth_ctx = ctx};
+  vs_rc rc = run_pull(&j, from, dir, err);
+  *pulled = !rc && !j.declined;
+  reset(&j);
+  return rc;
+}
+
 static int run(const pull_options *o, const char *from, const char *dir) {
-  pull_job j = {.o = o};
+  pull_job j = {.jobs = (int)o->jobs};
   vs_err err = {0};
   double started = tool_seconds();
-  vs_rc rc = pull(&j, from, dir, &err);
-  if (rc == VS_INTERRUPT) {
-    vs_err_reset(&err);
-    rc = vs_fail(&err, VS_INTERRUPT, "interrupted; what arrived stays: run the command again to continue");
-  }
+  vs_rc rc = run_pull(&j, from, dir, &err);
   int status = (int)tool_report(&err);
-  if (!rc) print_result(&j, dir, tool_seconds() - started);
+  if (!rc) print_result(&j, o->json, dir, tool_seconds() - started);
   reset(&j);
   return status;
 }

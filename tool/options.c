@@ -90,6 +90,14 @@ static option_result unknown(const option_command *c, const char *name) {
 
 /* ---- values ---- */
 
+/* A number like 0.95, above 0 and up to 1. */
+static int share_of(const char *text, double *out) {
+  char *end;
+  if ((*text < '0' || *text > '9') && *text != '.') return 0;
+  *out = strtod(text, &end);
+  return !*end && *out > 0 && *out <= 1;
+}
+
 /* The index of text among the words of "a|b|c", or -1. */
 static int choice_of(const char *words, const char *text) {
   size_t len = strlen(text);
@@ -113,6 +121,9 @@ static option_result store(const option_command *c, const option_row *r, const c
     if (choice < 0) break;
     *(int *)field = choice;
     return OPTIONS_GO;
+  case OPTION_SHARE:
+    if (share_of(text, field)) return OPTIONS_GO;
+    break;
   case OPTION_COUNT:
   case OPTION_SIZE:
     if (options_number(text, r->type == OPTION_SIZE, r->min, r->max, field)) return OPTIONS_GO;
@@ -121,6 +132,7 @@ static option_result store(const option_command *c, const option_row *r, const c
   if (r->type == OPTION_CHOICE) options_wrong(c, "%s is one of %s, not '%s'", r->name, r->value, text);
   else if (r->type == OPTION_SIZE) options_wrong(c, "%s is a size like 256M or 2G, at least %lldM, not '%s'", r->name,
                                                  (long long)(r->min >> 20), text);
+  else if (r->type == OPTION_SHARE) options_wrong(c, "%s is a number above 0 and up to 1, not '%s'", r->name, text);
   else if (r->max == INT64_MAX)
     options_wrong(c, "%s is a whole number from %lld, not '%s'", r->name, (long long)r->min, text);
   else

@@ -2,7 +2,7 @@
  *
  * A value is stored in a field of the command's own struct, by type:
  *   OPTION_FLAG int (1 when given)   OPTION_COUNT, OPTION_SIZE int64_t   OPTION_TEXT const char *
- *   OPTION_CHOICE int (index)        OPTION_LIST tool_list, repeatable
+ *   OPTION_CHOICE int (index)        OPTION_LIST tool_list, repeatable    OPTION_SHARE double, above 0 up to 1
  * An option that is not given takes its fallback; without one the field stays as the caller set it.
  */
 #ifndef OPTIONS_H
@@ -10,7 +10,7 @@
 #include "tool.h"
 
 typedef enum option_type {
-  OPTION_FLAG, OPTION_COUNT, OPTION_SIZE, OPTION_TEXT, OPTION_CHOICE, OPTION_LIST
+  OPTION_FLAG, OPTION_COUNT, OPTION_SIZE, OPTION_TEXT, OPTION_CHOICE, OPTION_LIST, OPTION_SHARE
 } option_type;
 
 typedef struct option_row {

@@ -90,6 +90,7 @@ typedef struct shard_batch {
   shard_search search;     /* what they share: `query` is not looked at, `after` is NULL */
   const float *queries;    /* n x search.dim */
   size_t n;
+  uint64_t first;          /* what messages call the first of them */
 } shard_batch;
 
 typedef struct shard_answers {
@@ -104,6 +105,10 @@ size_t shard_batch_most(const shard_search *q);
 /* The same rows as shard_search_run for one query after another. */
 vs_rc shard_batch_run(const shard_batch *b, shard_answers *out, shard_stats *stats, vs_err *err) VS_WARN_UNUSED;
 void shard_answers_reset(shard_answers *a); /* legal when zeroed */
+
+/* Hands out the ids of hits, in their order; id is fn's during the call. Those in stores are read together. */
+typedef vs_rc (*shard_id_fn)(void *ctx, size_t i, const ivfpq_id *id, vs_err *err);
+vs_rc shard_ids(shard *const *shards, size_t n_shards, const shard_hit *hits, size_t n, shard_id_fn fn, void *ctx, vs_err *err) VS_WARN_UNUSED;
 
 /* ---- single rows ---- */
 /* Finds a row by id. */

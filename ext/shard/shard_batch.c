@@ -264,7 +264,7 @@ static vs_rc prepare(run *r, vs_err *err) {
   vs_rc rc = make_tasks(r, err);
   for (size_t i = 0; i < r->b->n && !rc; i++) {
     vs_err why = {0};
-    if (shard_check_query(q, r->b->queries + i * q->dim, &why)) rc = vs_fail(err, why.rc, "query %zu: %s", i, why.text);
+    if (shard_check_query(q, r->b->queries + i * q->dim, &why)) rc = vs_fail(err, why.rc, "query %llu: %s", (unsigned long long)(r->b->first + i), why.text);
   }
   for (size_t i = 0; i < r->n_tasks && !rc; i++) {
     const segment_task *t = &r->tasks[i];

@@ -35,7 +35,7 @@ static shard_batch batch_of(const many *m, size_t n) {
   const stream_options *o = &m->opt;
   return (shard_batch){.search = {.shards = m->shards, .n_shards = m->n_shards, .dim = o->dim, .k = o->k, .nprobe = o->nprobe,
                                   .refine = o->refine, .recall = o->recall, .exact = o->exact, .filters = m->filters, .threads = o->threads},
-                       .queries = query_at(m, m->next), .n = n};
+                       .queries = query_at(m, m->next), .n = n, .first = m->next};
 }
 
 static vs_rc next_batch(many *m, vs_err *err) {
