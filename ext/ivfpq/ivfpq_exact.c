@@ -161,12 +161,10 @@ vs_rc ivfpq_distances_mapped(ivfpq_segment *s, const float *query, const uint32_
   float buf[IVFPQ_MAX_DIM]; /* written when rows are stored as halves only */
   for (size_t i = 0; i < ahead && i < n; i++) ivfpq_row_prefetch(s, rows[i]);
   for (size_t i = 0; i < n; i++) {
-    const uint8_t *record = s->mapped_rows + (uint64_t)rows[i] * p->row_bytes;
+    const uint8_t *record;
     if (i + ahead < n) ivfpq_row_prefetch(s, rows[i + ahead]);
-    if (!ivfpq_row_was_checked(s, rows[i])) {
-      vs_rc rc = ivfpq_row_mapped(s, rows[i], &record, err);
-      if (rc) return rc;
-    }
+    vs_rc rc = ivfpq_row_at(s, rows[i], &record, err);
+    if (rc) return rc;
     const float *v = !p->store && (uintptr_t)record % sizeof(float) == 0 ? (const float *)record : ivfpq_row_vector(s, record, buf);
     out[i] = (float)ivfpq_distance_by(k, (ivfpq_metric)p->metric, query, v, p->dim);
   }

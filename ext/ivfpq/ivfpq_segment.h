@@ -132,11 +132,12 @@ static inline void ivfpq_row_id_prefetch(const ivfpq_segment *s, uint32_t row) {
   __asm__ volatile("" : : "r"(p)); /* else GCC takes this for a function without effect, and leaves it out */
 }
 vs_rc ivfpq_row_mapped(ivfpq_segment *s, uint32_t row, const uint8_t **record, vs_err *err) VS_WARN_UNUSED;
-/* Was that row of a mapped file checked before? */
-static inline int ivfpq_row_was_checked(const ivfpq_segment *s, uint32_t row) {
+/* The same, quick where the row was checked before. */
+static inline VS_WARN_UNUSED vs_rc ivfpq_row_at(ivfpq_segment *s, uint32_t row, const uint8_t **record, vs_err *err) {
   const unsigned char *flags = __atomic_load_n(&s->rows_checked[row / IVFPQ_ROWS_PER_FLAGS], __ATOMIC_ACQUIRE);
   uint32_t at = row % IVFPQ_ROWS_PER_FLAGS;
-  return flags && __atomic_load_n(&flags[at / 8], __ATOMIC_RELAXED) >> at % 8 & 1;
+  *record = s->mapped_rows + (uint64_t)row * s->params.row_bytes;
+  return flags && __atomic_load_n(&flags[at / 8], __ATOMIC_RELAXED) >> at % 8 & 1 ? VS_OK : ivfpq_row_mapped(s, row, record, err);
 }
 
 static inline void ivfpq_sketch_prefetch(const ivfpq_segment *s, uint32_t row) {

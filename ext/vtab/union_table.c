@@ -486,7 +486,7 @@ static int row_at_hand(union_cursor *c, stream_want want, ivfpq_segment **s, con
   const shard_hit *h = current(c);
   *s = c->set.shards[h->shard]->segments[h->segment];
   if (!ivfpq_rows_mapped(*s)) return 0;
-  *rc = ivfpq_row_mapped(*s, h->row, record, err);
+  *rc = ivfpq_row_at(*s, h->row, record, err);
   return 1;
 }
 
