@@ -44,6 +44,8 @@ ARCH := $(shell $(CC) -dumpmachine 2>/dev/null)
 ifneq ($(filter x86_64%,$(ARCH)),)
 KERN_FLAGS_avx2 := -O3 -mavx2 -mfma -mf16c
 KERN_FLAGS_avx512 := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mavx2 -mfma -mf16c
+KERN_FLAGS_words_avx512 := $(KERN_FLAGS_avx512)
+KERN_FLAGS_nearest_avx512 := $(KERN_FLAGS_avx512) -mamx-tile -mamx-int8
 else ifneq ($(filter aarch64%,$(ARCH)),)
 KERN_FLAGS_neon := -O3
 KERN_FLAGS_dotprod := -O3 -march=armv8.2-a+dotprod
@@ -61,6 +63,7 @@ $(OUT)/obj/core/%.o: %.c Makefile
 # test_*.c of the lower folders link without SQLite: the proof that they do not need it.
 C_TESTS := $(patsubst test/%.c,$(OUT)/test/%,$(wildcard test/test_*.c))
 $(OUT)/test/test_kernels: $(call core_obj,$(wildcard ext/kernels/*.c))
+$(OUT)/test/test_matrix: $(call core_obj,$(wildcard ext/kernels/*.c))
 $(OUT)/test/test_ivfpq: $(call core_obj,$(LOWER) ext/s3vfs/io_local.c)
 $(OUT)/test/test_base: $(call core_obj,$(wildcard ext/base/*.c) ext/s3vfs/io_local.c)
 $(OUT)/test/test_input: $(call core_obj,$(INPUT) ext/input/input_fault.c tool/input_concat.c $(wildcard ext/base/*.c) ext/s3vfs/io_local.c)

@@ -33,7 +33,7 @@ SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={dir}/munge.sock,cred_expire=5
-CommunicationParameters=NoCtldInAddrAny,NoInAddrAny,DisableIPv6
+CommunicationParameters={listen}DisableIPv6
 StateSaveLocation={dir}/state
 SlurmdSpoolDir={dir}/spool/%n
 SlurmctldPidFile={dir}/slurmctld.pid
@@ -75,8 +75,30 @@ def free_ports(n):
     return ports
 
 
-def die_with_parent():
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def be_localhost():
+    """Gives this process a host name of its own, which root may. Status 0: done."""
+    name = b"localhost"
+    return libc.unshare(0x04000000) or libc.sethostname(name, len(name))  # CLONE_NEWUTS
+
+
+def resolves_to_loopback(name):
+    with contextlib.suppress(OSError):
+        return socket.gethostbyname(name).startswith("127.")
+    return False
+
+
+def host_to_be():
+    """(name, whether daemons must take it first). Slurm binds to the address of the host's name, and expects to be that host."""
+    if resolves_to_loopback("localhost"):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if be_localhost() == 0 else 1)
+        if os.waitpid(pid, 0)[1] == 0:
+            return "localhost", True
+    return socket.gethostname().split(".")[0], False
 
 
 def until(what, seconds, condition, every=0.05):
@@ -120,18 +142,21 @@ class Slurm:
         self.children, self.count = {}, nodes
         self.conf = os.path.join(self.dir, "slurm.conf")
         self.env = {"SLURM_CONF": self.conf}
-        host, ports = socket.gethostname().split(".")[0], free_ports(1 + nodes)
+        ports = free_ports(1 + nodes)
+        host, self.renamed = host_to_be()
+        # without a name for the loopback address: on all addresses, as Slurm does by itself
+        listen = "NoCtldInAddrAny,NoInAddrAny," if resolves_to_loopback(host) else ""
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("log", "state", "spool", *("spool/n%d" % (i + 1) for i in range(nodes))):
             os.mkdir(os.path.join(self.dir, name), 0o755)
         with open(self.conf, "w") as f:
-            f.write(CONF.format(host=host, port=ports[0], user=user, dir=self.dir, node_timeout=node_timeout, max_array=max_array))
+            f.write(CONF.format(host=host, listen=listen, port=ports[0], user=user, dir=self.dir, node_timeout=node_timeout, max_array=max_array))
             for i in range(nodes):
                 f.write("NodeName=n%d NodeHostname=%s NodeAddr=127.0.0.1 Port=%d CPUs=%d RealMemory=%d State=UNKNOWN\n"
                         % (i + 1, host, ports[i + 1], cpus, memory_mb))
             f.write("PartitionName=all Nodes=n[1-%d] Default=YES MaxTime=INFINITE State=UP\n" % nodes)
         with open(os.path.join(self.dir, "cgroup.conf"), "w") as f:
-            f.write("CgroupAutomount=no\n")
+            f.write("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\nCgroupMountpoint=%s/cgroup\n" % self.dir)  # else it looks for a real one
         with open(os.open(os.path.join(self.dir, "munge.key"), os.O_WRONLY | os.O_CREAT, 0o600), "wb") as f:
             f.write(os.urandom(128))
 
@@ -139,6 +164,7 @@ class Slurm:
         try:
             self.start()
         except BaseException:
+            print(self.logs())
             self.stop()
             raise
         return self
@@ -148,12 +174,18 @@ class Slurm:
 
     # ---- daemons ----
 
+    def before_start(self):
+        """In the new process: it ends with this one."""
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if self.renamed:
+            be_localhost()
+
     def spawn(self, name, *command):
         with open(os.path.join(self.dir, "log", name + ".out"), "ab") as log:
             # LD_PRELOAD: a sanitizer's runtime is for Python and what it loads
             environment = {**{k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}, **self.env}
             self.children[name] = subprocess.Popen([shutil.which(command[0], path=SEARCH), *command[1:]], stdin=subprocess.DEVNULL,
-                                                   stdout=log, stderr=log, cwd=self.dir, env=environment, preexec_fn=die_with_parent)
+                                                   stdout=log, stderr=log, cwd=self.dir, env=environment, preexec_fn=self.before_start)
 
     def start(self):
         socket_path = os.path.join(self.dir, "munge.sock")

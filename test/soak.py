@@ -7,6 +7,7 @@ shapes    random rows, dimension, metric, partitions, bits, store, ids: exact an
           approximate answers are sorted, unique and right in their distances
 damage    one good shard, one byte flipped or the file cut: an error or right rows, never a crash, and verify finds it
 kill      builds killed with SIGKILL at random moments: no shard that a reader accepts, and the next build works
+resume    builds killed with SIGKILL at 50 random moments or more, each then gone on with by --resume: the bytes of an undisturbed one
 readers   processes querying a database while shards are added and removed: right rows or an error, never a crash
 store     shards of random shapes on a real object store behind a proxy that breaks things at random: the rows that the local
           folder gives, or an error that names the object; then publish and pull under the same faults: the same files
@@ -15,6 +16,7 @@ travel    up to three publishers and three pullers of one shard at a time, kille
 Prints what it did and 'N passed, N failed'; exit status 1 when anything failed.
 """
 import argparse, json, os, random, shutil, signal, sqlite3, subprocess, sys, tempfile, time
+import h5py
 import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -186,6 +188,38 @@ def kill(rng, until, d):
         if tool("verify", out).returncode:
             bad.append("verify after a kill")
         n += 1
+    return n, bad
+
+
+def resume(rng, until, d):
+    n_rows = 60000
+    with h5py.File(os.path.join(d, "x.h5"), "w") as h:
+        h["embedding"] = rng.standard_normal((n_rows, 48)).astype("<f4")
+        h["id"], h["n"] = rng.permutation(n_rows), np.arange(n_rows)
+    out, whole = os.path.join(d, "s"), os.path.join(d, "whole")
+    args = ["build", os.path.join(d, "x.h5"), "--metric", "l2", "--column", "n", "--seed", "3"]
+    t = time.time()
+    assert tool(*args, "--memory", "16M", "--out", whole, "--resume").returncode == 0
+    length, bad, n = time.time() - t, [], 0
+    while time.time() < until or n < 50:
+        shutil.rmtree(out, ignore_errors=True)
+        how = ["--memory", "16M", "--threads", str(rng.integers(1, 3)), "--out", out, *(["--resume"] if rng.integers(4) else [])]
+        for _ in range(int(rng.integers(1, 4))):
+            p = subprocess.Popen([TOOL, *args, *how], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(float(rng.random()) * length * 1.05)
+            p.kill()
+            p.wait()
+            n += 1
+            shard = [m for m in os.listdir(out) if m.startswith("manifest-")] if os.path.isdir(out) else []
+            if shard:
+                break
+        r = None if shard else tool(*args, "--memory", "16M", "--out", out, "--resume")
+        if r and r.returncode:
+            bad.append("--resume after a kill: " + r.stderr)
+        if tool("verify", out).returncode or subprocess.run(["diff", "-r", "-x", ".vecshard-build-*", whole, out], capture_output=True).returncode:
+            bad.append("the build that went on differs from an undisturbed one")
+        if r and sorted(os.listdir(out)) != sorted(os.listdir(whole)):
+            bad.append("something was left: %s" % os.listdir(out))
     return n, bad
 
 
@@ -367,7 +401,7 @@ def travel(rng, until, d):
     return on_a_store(one_travel, rng, until, d)
 
 
-CAMPAIGNS = {"shapes": shapes, "damage": damage, "kill": kill, "readers": readers, "store": store, "travel": travel}
+CAMPAIGNS = {"shapes": shapes, "damage": damage, "kill": kill, "resume": resume, "readers": readers, "store": store, "travel": travel}
 
 
 def main():

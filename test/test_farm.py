@@ -394,6 +394,7 @@ def test_rows_that_a_build_leaves_out_are_not_missing(tmp_path):
     build_bucket(plan, 1, tmp_path / "db", "--bad-rows", "skip", "--duplicates", "first")
     assert len(all_ids(tmp_path / "db")) == n_rows - 3
     assert "sound: 1 shard" in tool("verify", tmp_path / "db", "--plan", plan).stdout
+    assert json.loads(tool("info", tmp_path / "db", "--json").stdout)["shards"][0]["built"] == {"rows": 70, "skipped": 2, "duplicates": 1}
     assert "built already, 67 rows" in build_bucket(plan, 1, tmp_path / "db", "--bad-rows", "skip", "--duplicates", "first").stdout
 
 

@@ -54,6 +54,9 @@ static void write_file(const char *path, const void *bytes, size_t n) {
 
 /* ---- reading helpers ---- */
 
+/* Small batches are whole, wherever the reader's windows end; not across files. */
+static int whole_batches = 1;
+
 /* All rows of an open input equal value_at, read max_rows at a time from row `from` on. */
 static void check_rows(input *in, uint64_t from, size_t max_rows) {
   vs_err err = {0};
@@ -64,6 +67,8 @@ static void check_rows(input *in, uint64_t from, size_t max_rows) {
     assert_int_equal(in->read(in, max_rows, &b, &err), VS_OK);
     if (!b.n) break;
     assert_true(b.n <= max_rows);
+    if (whole_batches && max_rows * in->dim * 4 <= 1 << 20)
+      assert_int_equal(b.n, in->n_rows - row < max_rows ? in->n_rows - row : max_rows);
     assert_int_equal(b.first_row, row);
     for (size_t i = 0; i < b.n; i++, row++) {
       assert_int_equal(b.faults[i], INPUT_FINE);
@@ -515,6 +520,50 @@ static void test_columns(void **state) {
   refused(in_dir("columns.h5"), &(input_options){.id_dataset = "none", .columns = missing, .n_columns = 1},
           "has no object");
   H5Tclose(text);
+}
+
+/* Ids and columns of batches that windows cut: text chunks end elsewhere than those of the vectors. */
+static void test_batches_across_windows(void **state) {
+  enum { N = 700 };
+  const char *names[] = {"n", "s"};
+  hid_t vlen = string_type(H5T_VARIABLE, H5T_STR_NULLTERM);
+  static char text[N][16];
+  const char *ptr[N];
+  int64_t number[N];
+  hsize_t chunk[2] = {64, 3};
+  (void)state;
+  for (int i = 0; i < N; i++) {
+    sprintf(text[i], "t%d", i * i);
+    ptr[i] = text[i], number[i] = -i;
+  }
+  h5_maker m = begin(in_dir("across.h5"));
+  H5Pset_chunk(m.props, 2, chunk);
+  H5Pset_deflate(m.props, 1);
+  put_matrix(&m, "embedding", H5T_IEEE_F32LE, N, 3, N);
+  put_1d(m.file, "id", vlen, vlen, N, ptr);
+  put_1d(m.file, "n", H5T_STD_I32LE, H5T_NATIVE_INT64, N, number);
+  put_1d(m.file, "s", vlen, vlen, N, ptr);
+  end(&m);
+  H5Tclose(vlen);
+  for (int threads = 1; threads < 4; threads++)
+    for (size_t batch = 1; batch < 300; batch += 23) {
+      vs_err err = {0};
+      input_batch b = {.n = 1};
+      uint64_t row = 0;
+      input *in = open_ok(in_dir("across.h5"), &(input_options){.threads = threads, .columns = names, .n_columns = 2});
+      for (; b.n; row += b.n) {
+        assert_int_equal(in->read(in, batch, &b, &err), VS_OK);
+        assert_int_equal(b.n, N - row < batch ? N - row : batch);
+        for (size_t i = 0; i < b.n; i++) {
+          expect_text(&b, i, text[row + i]);
+          assert_true(b.vectors[i * 3 + 1] == value_at(row + i, 1));
+          assert_int_equal(b.columns[2 * i].i, -(int64_t)(row + i));
+          assert_int_equal(b.columns[2 * i + 1].len, strlen(text[row + i]));
+          assert_memory_equal(b.columns[2 * i + 1].text, text[row + i], strlen(text[row + i]));
+        }
+      }
+      input_close(in);
+    }
 }
 
 /* ---- HDF5: links and other files ---- */
@@ -1380,6 +1429,7 @@ static void test_several_files(void **state) {
     input_options opt = {.id_dataset = "none", .threads = threads};
     assert_int_equal(input_concat_open(paths, PARTS, &opt, NULL, &in, &err), VS_OK);
     assert_int_equal(in->n_rows, total);
+    whole_batches = 0;
     for (size_t batch = 1; batch < 200; batch += 31) check_rows(in, 0, batch);
     for (uint64_t row = 0; row < total; row += 13) { /* stretches, as a sample takes them */
       assert_int_equal(in->seek(in, row, &err), VS_OK);
@@ -1406,6 +1456,7 @@ static void test_several_files(void **state) {
     vs_err_reset(&err);
     assert_int_equal(rename(in_dir("away"), paths[2]), 0);
     check_rows(in, 90, 20);
+    whole_batches = 1;
     input_close(in);
   }
   for (int i = 0; i < PARTS; i++) free(paths[i]);
@@ -1655,7 +1706,8 @@ int main(void) {
       cmocka_unit_test(test_claims),
       cmocka_unit_test(test_integer_ids),  cmocka_unit_test(test_string_ids),
       cmocka_unit_test(test_long_ids),     cmocka_unit_test(test_id_choices),
-      cmocka_unit_test(test_columns),      cmocka_unit_test(test_links),
+      cmocka_unit_test(test_columns),     cmocka_unit_test(test_batches_across_windows),
+           cmocka_unit_test(test_links),
       cmocka_unit_test(test_other_files),  cmocka_unit_test(test_named),
       cmocka_unit_test(test_named_storage),
       cmocka_unit_test(test_filters),      cmocka_unit_test(test_chunks_are_decoded_once),

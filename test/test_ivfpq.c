@@ -462,50 +462,108 @@ static void fill_row_record(uint8_t *p, uint64_t seq, uint32_t id_bytes, uint32_
   memset(p + sizeof h, (int)(seq * 3 & 255), vector_bytes + id_bytes + column_bytes);
 }
 
-/* Records of every centroid come back whole and in the order in which they were added. */
+static int skip_seventh(void *ctx, uint64_t seq) { return *(int *)ctx && seq % 7 == 0; }
+
+/* All records of all centroids, gathered in stretches of max_rows and max_bytes, are what was added, in that order. */
+typedef struct added { size_t n; uint32_t *centroid, *ids, *cols; } added;
+enum { CENTROIDS = 9, CODES = 3, VECTOR = 20 };
+static void check_gathered(const ivfpq_runs *runs, const added *a, size_t max_rows, size_t max_bytes, int skip) {
+  uint8_t *want = malloc(4 << 20);
+  uint64_t total = 0, expected = 0;
+  vs_err err = {0};
+  for (size_t i = 0; i < a->n; i++) expected += 2 * !(skip && i % 7 == 0);
+  for (int kind = 0; kind < 2; kind++)
+    for (uint32_t c = 0; c < CENTROIDS; c++) {
+      uint64_t last = 0, bytes = 0;
+      int more = 1;
+      ivfpq_gather g = {.centroid = c};
+      while (more) {
+        assert_ok(ivfpq_runs_gather(runs, kind, max_rows, max_bytes, skip_seventh, &skip, &g, &more, &err), err);
+        assert_true(g.n <= max_rows);
+        for (size_t i = 0; i < g.n; i++) {
+          const uint8_t *p = g.base + g.at[i];
+          uint64_t seq;
+          memcpy(&seq, p, 8);
+          assert_true(seq < a->n && (!last || seq + 1 > last) && a->centroid[seq] == c && !(skip && seq % 7 == 0));
+          if (kind) fill_row_record(want, seq, a->ids[seq], a->cols[seq], VECTOR);
+          else fill_scan_record(want, seq, a->cols[seq], CODES);
+          size_t size = kind ? sizeof(ivfpq_row_head) + VECTOR + a->ids[seq] + a->cols[seq] : sizeof(ivfpq_scan_head) + CODES + a->cols[seq];
+          assert_int_equal(memcmp(p, want, size), 0);
+          last = seq + 1, total++, bytes += size;
+        }
+      }
+      if (ivfpq_runs_in_files(runs) && !skip) assert_int_equal(ivfpq_runs_size(runs, kind, c), bytes);
+      ivfpq_gather_reset(&g);
+    }
+  assert_int_equal(total, expected);
+  free(want);
+}
+
+/* Kept in files and state, and back; then with one byte of a file changed, and with a file cut. */
+static void check_kept(ivfpq_runs **runs, const ivfpq_runs_shape *how, const added *a) {
+  char path[1100];
+  ivfpq_state *s;
+  vs_err err = {0};
+  assert_ok(ivfpq_state_create(folder, "rows.state", "key", &s, &err), err);
+  ivfpq_runs_save(*runs, s);
+  assert_ok(ivfpq_state_commit(s, &err), err);
+  ivfpq_runs_close(*runs);
+  assert_int_equal(ivfpq_state_open(folder, "rows.state", "other", &s, &err), VS_INVALID);
+  assert_int_equal(ivfpq_state_open(folder, "none.state", "key", &s, &err), VS_NOTFOUND);
+  for (int damage = 0; damage < 3; damage++) {
+    vs_err_reset(&err);
+    snprintf(path, sizeof path, "%s/%s", folder, ivfpq_run_files[1]);
+    if (damage == 1) {
+      FILE *f = fopen(path, "r+");
+      fseek(f, 12345, SEEK_SET);
+      int was = fgetc(f);
+      fseek(f, 12345, SEEK_SET), fputc(was ^ 1, f), fclose(f);
+    } else if (damage == 2) assert_int_equal(truncate(path, 100), 0);
+    assert_ok(ivfpq_state_open(folder, "rows.state", "key", &s, &err), err);
+    vs_rc rc = ivfpq_runs_load(how, s, runs, &err);
+    assert_true(damage == 0 ? rc == VS_OK : damage == 1 ? rc == VS_CORRUPT : rc == VS_IO);
+    vs_err_reset(&err);
+    assert_int_equal(ivfpq_state_close(s, &err), VS_OK);
+    if (damage == 0) check_gathered(*runs, a, 1000, 1 << 20, 0), ivfpq_runs_close(*runs);
+  }
+  *runs = NULL;
+  for (int k = 0; k < 2; k++) snprintf(path, sizeof path, "%s/%s", folder, ivfpq_run_files[k]), unlink(path);
+  snprintf(path, sizeof path, "%s/rows.state", folder), unlink(path);
+}
+
+/* Records of every centroid come back whole and in the order in which they were added: from memory, from one run, from many. */
 static void test_runs(void **state) {
   (void)state;
-  enum { CENTROIDS = 9, CODES = 3, VECTOR = 20 };
-  for (int round = 0; round < 3; round++) {
-    size_t n = round == 0 ? 0 : 4000, memory = round == 2 ? 20000 : 64 << 20;
+  for (int round = 0; round < 5; round++) {
+    size_t n = round == 0 ? 0 : 4000;
+    int in_files = round >= 2;
+    ivfpq_runs_shape how = {.dir = folder, .named = round == 4, .n_centroids = CENTROIDS, .code_bytes = CODES, .vector_bytes = VECTOR,
+                              .memory = round >= 3 ? 20000 : 64 << 20, .threads = 2};
     ivfpq_rng r = rng_of(40 + round);
     vs_err err = {0};
     ivfpq_runs *runs;
-    uint32_t *centroid = calloc(n + 1, 4), *ids = calloc(n + 1, 4), *cols = calloc(n + 1, 4);
-    uint64_t total = 0, bytes = 0;
-    assert_ok(ivfpq_runs_open(folder, CENTROIDS, CODES, VECTOR, memory, &runs, &err), err);
+    added a = {n, calloc(n + 1, 4), calloc(n + 1, 4), calloc(n + 1, 4)};
+    uint64_t bytes = 0;
+    assert_ok(ivfpq_runs_open(&how, &runs, &err), err);
     for (size_t i = 0; i < n; i++) {
       uint8_t *scan, *row;
-      centroid[i] = (uint32_t)ivfpq_rng_below(&r, CENTROIDS - 1); /* the last one stays empty */
-      ids[i] = (uint32_t)ivfpq_rng_below(&r, 30), cols[i] = (uint32_t)ivfpq_rng_below(&r, 30);
-      if (i == 17 || i == 2500) cols[i] = 3 << 20; /* more than the staging area and than the read buffer */
-      assert_ok(ivfpq_runs_add(runs, centroid[i], ids[i], cols[i], &scan, &row, &err), err);
-      fill_scan_record(scan, i, cols[i], CODES), fill_row_record(row, i, ids[i], cols[i], VECTOR);
-      bytes += sizeof(ivfpq_scan_head) + sizeof(ivfpq_row_head) + CODES + VECTOR + ids[i] + 2 * (uint64_t)cols[i];
+      a.centroid[i] = (uint32_t)ivfpq_rng_below(&r, CENTROIDS - 1); /* the last one stays empty */
+      a.ids[i] = (uint32_t)ivfpq_rng_below(&r, 30), a.cols[i] = (uint32_t)ivfpq_rng_below(&r, 30);
+      if (i == 17 || i == 2500) a.cols[i] = 3 << 20; /* more than the staging area and than a read */
+      if (i % 100 == 0) assert_ok(ivfpq_runs_reserve(runs, 50, 1500, 1500, &err), err);
+      assert_ok(ivfpq_runs_add(runs, a.centroid[i], a.ids[i], a.cols[i], &scan, &row, &err), err);
+      fill_scan_record(scan, i, a.cols[i], CODES), fill_row_record(row, i, a.ids[i], a.cols[i], VECTOR);
+      bytes += sizeof(ivfpq_scan_head) + sizeof(ivfpq_row_head) + CODES + VECTOR + a.ids[i] + 2 * (uint64_t)a.cols[i];
     }
-    assert_ok(ivfpq_runs_finish(runs, &err), err);
-    assert_true(ivfpq_runs_bytes(runs) == bytes);
-    uint8_t *want = malloc(4 << 20);
-    for (int kind = 0; kind < 2; kind++)
-      for (uint32_t c = 0; c < CENTROIDS; c++) {
-        uint64_t last = 0;
-        ivfpq_runs_rewind(runs, kind, c);
-        for (const uint8_t *p;;) {
-          uint64_t seq;
-          assert_ok(ivfpq_runs_next(runs, &p, &err), err);
-          if (!p) break;
-          memcpy(&seq, p, 8);
-          assert_true(seq < n && (!last || seq + 1 > last) && centroid[seq] == c);
-          if (kind) fill_row_record(want, seq, ids[seq], cols[seq], VECTOR);
-          else fill_scan_record(want, seq, cols[seq], CODES);
-          assert_int_equal(memcmp(p, want, kind ? sizeof(ivfpq_row_head) + VECTOR + ids[seq] + cols[seq]
-                                                : sizeof(ivfpq_scan_head) + CODES + cols[seq]), 0);
-          last = seq + 1, total++;
-        }
-      }
-    assert_int_equal(total, 2 * n);
+    assert_ok(ivfpq_runs_finish(runs, in_files, &err), err);
+    assert_int_equal(ivfpq_runs_in_files(runs), in_files);
+    assert_int_equal(ivfpq_runs_bytes(runs), in_files ? bytes : 0);
+    check_gathered(runs, &a, SIZE_MAX, SIZE_MAX, 0);
+    check_gathered(runs, &a, 13, SIZE_MAX, 1);
+    check_gathered(runs, &a, SIZE_MAX, 700, 1);
+    if (how.named) check_kept(&runs, &how, &a);
     ivfpq_runs_close(runs);
-    free(want), free(centroid), free(ids), free(cols);
+    free(a.centroid), free(a.ids), free(a.cols);
   }
 }
 
@@ -808,7 +866,8 @@ static void test_calibration(void **state) {
         double recall = setting_recall(s, t, N, N + HELD_OUT, ks[a], &x, &seen), cost = seen + 10 * (double)x.n_candidates;
         assert_true(cost > .5 * before); /* more recall is not cheaper, but for what measuring adds */
         before = cost;
-        if (recall < wanted[b] - .03)
+        double error = sqrt(wanted[b] * (1 - wanted[b]) / (HELD_OUT * (ks[a] < 4 ? ks[a] : 4))); /* of so few queries */
+        if (recall < wanted[b] - .01 - 2.5 * error)
           fail_msg("metric %d: recall@%d %.2f was promised with nprobe %u, %d candidates, reach %g: it is %.4f", metric, (int)ks[a],
                    wanted[b], x.nprobe, (int)x.n_candidates, x.reach, recall);
       }
@@ -890,12 +949,14 @@ static void test_same_bytes(void **state) {
     int threads;
     uint64_t memory;
   } runs[] = {{1, 64 << 20}, {2, 64 << 20}, {4, 4 << 20}, {1, 2 << 20}};
-  uint64_t temp = 0;
+  uint64_t temp = 0; /* of the first that spilled */
   for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
     o.threads = runs[i].threads, o.memory = runs[i].memory;
     ivfpq_build_result r = build(t, &o, path_of("same.ivf"));
     if (i) assert_string_equal(r.checksum, first);
-    else memcpy(first, r.checksum, sizeof first), temp = r.temp_bytes;
+    else memcpy(first, r.checksum, sizeof first);
+    assert_true(i < 2 ? r.temp_bytes == 0 : i < 3 || r.temp_bytes > 0);
+    if (!temp) temp = r.temp_bytes;
     assert_true(r.temp_bytes == temp);
   }
   o.memory = 300 << 10; /* another sample, tens of runs: other bytes, the same rows */
@@ -1685,7 +1746,7 @@ static void test_forged_calibration(void **state) {
       {REACH(1, reach), inf, WRONG}, {REACH(1, reach), minus, WRONG}, {REACH(1, nprobe), zero, WRONG}, {REACH(1, nprobe), huge, WRONG},
       {offsetof(ivfpq_calibration, n_reach), huge, WRONG}, {offsetof(ivfpq_calibration, n_levels), huge, WRONG},
       {offsetof(ivfpq_calibration, n_levels), zero, WRONG}, {offsetof(ivfpq_calibration, k), zero, WRONG},
-      {offsetof(ivfpq_calibration, k) + 4, huge, WRONG}, {offsetof(ivfpq_calibration, k) + 8, huge, FINE},
+      {offsetof(ivfpq_calibration, k) + 4, huge, WRONG}, {offsetof(ivfpq_calibration, k) + 4 * (IVFPQ_CURVES - 1), huge, FINE},
       {LEVEL(2, nprobe), huge, FINE}, {LEVEL(2, n_candidates), huge, FINE}, {LEVEL(c.n_levels + 1, nprobe), huge, FINE}};
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     memcpy(at + cases[i].off, &cases[i].value, 4);

@@ -2,11 +2,12 @@
  *
  *   1 open      all inputs, as one (input_concat.c)
  *   2 folder    make it, lock it, check the space
- *   3 segment   ivfpq_build into .seg-<pid>.tmp, then its name by content
+ *   3 segment   ivfpq_build into .seg-build.tmp, then its name by content
  *   4 commit    the manifest of version 1: from here on it is a shard
  * A bucket of a plan that is built already is left as it is, which is success: tasks may be run again at will (plan_check.h).
- * Whatever fails before 4 removes what this run made. A killed run leaves at most a .seg-*.tmp, which no reader looks
- * at and which the next build into the folder removes; the lock on the folder tells it from that of a build at work.
+ * Whatever fails before 4 removes what this run made, but for what --resume can go on from (build_folder.h). A killed run leaves
+ * that too, and a .seg-*.tmp, which no reader looks at; the next build into the folder uses or removes them. Locks on the folders
+ * tell them from those of a build at work.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -16,11 +17,16 @@
 #include <string.h>
 #include <strings.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "../ext/s3vfs/io_local.h"
 #include "../ext/ivfpq/ivfpq_build.h"
+#include "../ext/ivfpq/ivfpq_size.h"
 #include "../ext/shard/shard_manifest.h"
+#include "../ext/kernels/kern.h"
+#include "../ext/vecshard.h"
+#include "build_folder.h"
 #include "input_concat.h"
 #include "json.h"
 #include "options.h"
@@ -32,7 +38,7 @@
 enum { BAD_ROWS_SHOWN = 20, LOCK_POLL_US = 100000 };
 
 typedef struct build_options {
-  int json, metric, bits, store, bad_rows, duplicates;
+  int json, metric, bits, store, bad_rows, duplicates, resume;
   int64_t bucket, subvectors, memory, threads, seed, dim;
   const char *plan, *out, *partitions, *tmpdir, *embedding_dataset, *id_dataset;
   tool_list columns;
@@ -66,12 +72,15 @@ static const option_row rows[] = {
      "what to do with NaN, Inf, zero vectors under cosine, broken ids"},
     {"--duplicates", OPTION_CHOICE, "fail|first|last", 0, 0, "fail", 0, offsetof(build_options, duplicates),
      "which row of one id stays"},
+    {"--resume", OPTION_FLAG, NULL, 0, 0, NULL, 0, offsetof(build_options, resume),
+     "go on after the last finished stage of a build that did not end; keep stages when this one does not"},
     OPTION_JSON(build_options),
 };
 static const option_command command = {
   "build", "FILE... --out DIR | --plan FILE --bucket I --out DIR",
   "Builds one shard from HDF5, .npy, .fvecs or .f32 files. The same input, options and seed give the same bytes. A bucket of "
-  "a plan that is built already is left as it is, with exit status 0; a build that was killed begins anew.",
+  "a plan that is built already is left as it is, with exit status 0; a build that was "
+  "killed begins anew, or with --resume after its last finished stage.",
   "  vecshard build part0.h5 part1.h5 --out db/proteins --metric cosine --column length\n"
   "  vecshard build --plan plan.json --bucket 3 --out db", 0, SIZE_MAX, rows, sizeof rows / sizeof *rows};
 
@@ -84,6 +93,8 @@ typedef struct build_job {
   int already;                 /* the bucket was built before this run */
   char *folder;                /* of the shard */
   char *temporary;             /* the segment before it has its name */
+  build_folder work;
+  char *key;                   /* of the work folder */
   int n_made, lock;            /* folders made; fd of the folder, -1: none */
   const char **datasets, **names; /* of the columns */
   char **owned;                /* copies of dataset names without their suffix */
@@ -199,13 +210,18 @@ static vs_rc check_rows(const build_job *j, vs_err *err) {
 /* ---- the folder ---- */
 
 /* Parts of builds that were killed: ours is the only build here while we hold the lock. */
-static void remove_leftovers(int folder) {
+static const char segment_temporary[] = ".seg-build.tmp";
+
+static void remove_leftovers(const build_job *j) {
+  int folder = j->lock;
   int fd = dup(folder);
   DIR *d = fd < 0 ? NULL : fdopendir(fd);
   if (!d && fd >= 0) close(fd);
   for (struct dirent *e; d && (e = readdir(d));) {
     size_t len = strlen(e->d_name);
-    if (len > 9 && !strncmp(e->d_name, ".seg-", 5) && !strcmp(e->d_name + len - 4, ".tmp"))
+    if (j->o.resume && !strcmp(e->d_name, segment_temporary)) continue; /* perhaps finished: the builder knows */
+    int segment = len > 9 && !strncmp(e->d_name, ".seg-", 5) && !strcmp(e->d_name + len - 4, ".tmp");
+    if (segment || (!strncmp(e->d_name, ".manifest-", 10) && strstr(e->d_name, ".tmp-")))
       unlinkat(folder, e->d_name, 0);
   }
   if (d) closedir(d);
@@ -228,9 +244,7 @@ static vs_rc lock_folder(build_job *j, vs_err *err) {
   int failed = flock(j->lock, LOCK_EX | LOCK_NB);
   if (failed && errno != EWOULDBLOCK) return VS_OK; /* a file system without locks: go on without */
   if (failed && !j->bucket) return vs_fail(err, VS_EXISTS, "%s: another build is at work in this folder", j->folder);
-  vs_rc rc = failed ? wait_for_lock(j, err) : VS_OK;
-  if (!rc) remove_leftovers(j->lock);
-  return rc;
+  return failed ? wait_for_lock(j, err) : VS_OK;
 }
 
 /* Is there the very shard that this build would make? Then there is nothing to do; any other is in the way. */
@@ -241,12 +255,19 @@ static vs_rc look_for_bucket(build_job *j, vs_err *err) {
   return rc;
 }
 
+static const char *temporary_folder(const build_job *j) {
+  const char *set = getenv("TMPDIR");
+  return j->o.tmpdir ? j->o.tmpdir : set && *set ? set : j->folder;
+}
+
 static vs_rc refuse_shards(build_job *j, vs_err *err) {
   char **names;
   size_t n;
   vs_err ignored = {0};
-  if (j->bucket && shard_dir_is_shard(j->folder)) return look_for_bucket(j, err);
-  if (shard_dir_is_shard(j->folder))
+  int built = shard_dir_is_shard(j->folder);
+  if (built) build_folder_drop(temporary_folder(j), j->folder); /* of a build killed after its last step but one */
+  if (j->bucket && built) return look_for_bucket(j, err);
+  if (built)
     return vs_fail(err, VS_EXISTS, "%s: already holds a shard; choose another --out, or remove that folder first",
                    j->folder);
   if (shard_dir_list(j->folder, &names, &n, &ignored)) return VS_OK;
@@ -256,14 +277,71 @@ static vs_rc refuse_shards(build_job *j, vs_err *err) {
            : VS_OK;
 }
 
+/* Texts aside, whose lengths nobody knows yet; a tenth more for lists of unequal sizes. */
 static uint64_t segment_bytes(const build_job *j) {
   const input *in = j->in;
-  uint32_t m = j->build.subs ? j->build.subs : ivfpq_default_subs(in->dim), nlist = j->build.nlist;
-  if (!nlist) nlist = ivfpq_default_nlist(in->n_rows);
-  uint64_t row = (uint64_t)in->dim * (j->build.store_f16 ? 2 : 4) + m + 2 + (in->id_kind == INPUT_ID_TEXT ? 32 : 8) +
-                 4 + IVFPQ_LEAF_ENTRY + in->n_columns * 16;
-  uint64_t n = in->n_rows * row + (uint64_t)nlist * (in->dim * 4 + m * 32) + (1 << 20);
+  ivfpq_outline o = {.n_rows = in->n_rows, .dim = in->dim, .text_id = in->id_kind == INPUT_ID_TEXT ? 32 : 0};
+  uint64_t bytes[IVFPQ_N_SECTIONS];
+  ivfpq_params p;
+  for (size_t c = 0; c < in->n_columns; c++) o.filter_numbers += in->column_types[c] != INPUT_TEXT && (j->flags[c] & IVFPQ_FILTER);
+  ivfpq_size_params(&j->build, &o, &p);
+  uint64_t n = ivfpq_size_sections(&p, &o, bytes) + in->n_rows * in->n_columns * 16 + (1 << 20);
   return n + n / 10;
+}
+
+/* All that decides the bytes, a line each. */
+static vs_rc make_key(build_job *j, vs_err *err) {
+  static const char *const metrics[] = {"l2", "cosine", "dot"};
+  const build_options *o = &j->o;
+  char *text = NULL;
+  size_t n = 0;
+  FILE *f = open_memstream(&text, &n);
+  vs_rc rc = f ? VS_OK : vs_nomem(err);
+  if (f) {
+    fprintf(f, "version %s\nkernels %s\n--metric %s\n--partitions %s\n--subvectors %lld\n--bits %d\n--store %s\n", VECSHARD_VERSION,
+            kern_get()->name, metrics[o->metric], o->partitions ? o->partitions : "", (long long)o->subvectors, o->bits ? 4 : 8,
+            o->store ? "f16" : "f32");
+    fprintf(f, "--memory %llu\n--seed %lld\n--bad-rows %d\n--duplicates %d\n--dim %lld\n--embedding-dataset %s\n--id-dataset %s\n",
+            (unsigned long long)j->build.memory, (long long)o->seed, o->bad_rows, o->duplicates, (long long)o->dim,
+            o->embedding_dataset ? o->embedding_dataset : "", o->id_dataset ? o->id_dataset : "");
+    for (size_t i = 0; i < o->columns.n; i++) fprintf(f, "--column %s\n", o->columns.items[i]);
+  }
+  for (size_t i = 0; i < j->files.n && !rc; i++) {
+    struct stat st;
+    char *real = realpath(j->files.items[i], NULL);
+    if (!real || stat(real, &st)) rc = vs_fail(err, VS_IO, "%s: cannot look at it: %s", j->files.items[i], strerror(errno));
+    else
+      fprintf(f, "input %s: %lld bytes of %lld.%09ld\n", real, (long long)st.st_size, (long long)st.st_mtim.tv_sec, st.st_mtim.tv_nsec);
+    free(real);
+  }
+  if (f && fclose(f) && !rc) rc = vs_nomem(err);
+  j->key = text;
+  return rc;
+}
+
+/* A segment is of use to a later build once its stage is finished. */
+static void drop_unfinished_segment(const build_job *j) {
+  char *path = tool_format("%s/%s", j->folder, segment_temporary);
+  if (!build_folder_has(&j->work, "segment.state")) unlink(path);
+  free(path);
+}
+
+/* The working folder, and room for everything. */
+static vs_rc prepare_work(build_job *j, vs_err *err) {
+  char shard[32], temp[32];
+  int resume = j->o.resume;
+  remove_leftovers(j); /* this is no shard, so nobody else commits here */
+  j->build.tmpdir = temporary_folder(j);
+  vs_rc rc = make_key(j, err);
+  if (!rc) rc = build_folder_open(&j->work, j->build.tmpdir, j->folder, j->key, &resume, err);
+  if (rc) return rc;
+  j->build.keep = j->work.path, j->build.key = j->key, j->build.resume = resume, j->build.keep_rows = j->o.resume;
+  drop_unfinished_segment(j);
+  uint64_t n_temp = ivfpq_temp_bytes(j->in, &j->build), have = build_folder_bytes(&j->work);
+  progress_plan(j->in->n_rows, (uint64_t)j->in->dim * 4);
+  progress_say("%llu rows: about %s for the shard, %s of temporary files in %s", (unsigned long long)j->in->n_rows,
+               output_size(segment_bytes(j), shard), output_size(n_temp, temp), j->build.tmpdir);
+  return output_check_space(j->folder, segment_bytes(j), j->build.tmpdir, n_temp > have ? n_temp - have : 0, err);
 }
 
 static vs_rc prepare_folder(build_job *j, vs_err *err) {
@@ -272,9 +350,7 @@ static vs_rc prepare_folder(build_job *j, vs_err *err) {
   if (!rc) rc = lock_folder(j, err);
   if (!rc) rc = refuse_shards(j, err); /* a build that finished before we had the lock */
   if (rc || j->already) return rc;
-  const char *set = getenv("TMPDIR");
-  j->build.tmpdir = j->o.tmpdir ? j->o.tmpdir : set && *set ? set : j->folder;
-  return output_check_space(j->folder, segment_bytes(j), j->build.tmpdir, ivfpq_temp_bytes(j->in, &j->build), err);
+  return prepare_work(j, err);
 }
 
 /* ---- the segment ---- */
@@ -286,6 +362,10 @@ static void on_bad_row(void *ctx, uint64_t row, const char *why) {
   input_concat_describe(j->in, row, where, sizeof where);
   tool_note("%s: skipped: %s", where, why);
   if (j->n_bad == BAD_ROWS_SHOWN) tool_note("further bad rows are counted only");
+}
+
+static void on_resumed(void *ctx, const char *stage) {
+  tool_note("%s: going on after %s", ((build_job *)ctx)->work.path, stage);
 }
 
 static void on_describe(void *ctx, uint64_t row, char *buf, size_t n) {
@@ -320,6 +400,7 @@ static void fill_build(build_job *j) {
                                    .ctx = j,
                                    .stop = tool_stop,
                                    .progress = progress_show,
+                                   .resumed = on_resumed,
                                    .bad_row = on_bad_row,
                                    .describe = on_describe};
 }
@@ -394,7 +475,8 @@ static vs_rc build_shard(build_job *j, vs_err *err) {
   if ((rc = check_rows(j, err))) return rc;
   fill_build(j);
   if ((rc = prepare_folder(j, err)) || j->already) return rc;
-  char *temporary = tool_format("%s/.seg-%ld.tmp", j->folder, (long)getpid());
+  kern_amx_request(); /* this process is ours: it may keep the larger state that tiles need */
+  char *temporary = tool_format("%s/%s", j->folder, segment_temporary);
   rc = ivfpq_build(j->in, &j->build, temporary, &j->result, err);
   if (rc) {
     free(temporary); /* removed by the builder */
@@ -457,6 +539,9 @@ static void print_result(const build_job *j, double seconds) {
 static void reset(build_job *j, vs_rc rc) {
   if (j->temporary) unlink(j->temporary);
   free(j->temporary);
+  if (rc && j->work.path) drop_unfinished_segment(j);
+  build_folder_close(&j->work, rc && j->o.resume);
+  free(j->key);
   if (rc && j->folder) output_drop_folder(j->folder, j->n_made);
   if (j->lock >= 0) close(j->lock);
   input_close(j->in);
@@ -468,12 +553,13 @@ static void reset(build_job *j, vs_rc rc) {
 }
 
 int cmd_build(int argc, char **argv) {
-  build_job j = {.lock = -1};
+  build_job j = {.lock = -1, .work.lock = -1};
   vs_err err = {0};
   double started = tool_seconds();
   vs_rc rc = VS_OK;
   int status = options_read(&command, argc, argv, &j.o, &j.files);
   if (status < 0 && !(status = check_arguments(&j))) {
+    progress_json(j.o.json);
     rc = build_shard(&j, &err);
     advise_memory(&j.o, &err);
     status = tool_report(&err);

@@ -57,7 +57,11 @@ static void print_json(const shard_set *set) {
     json_columns(m);
     printf("],\"segments\":[");
     json_segments(set->shards[i]);
-    printf("]}");
+    putchar(']');
+    if (m->origin.known)
+      printf(",\"built\":{\"rows\":%llu,\"skipped\":%llu,\"duplicates\":%llu}", (unsigned long long)m->origin.n_rows,
+             (unsigned long long)m->origin.n_skipped, (unsigned long long)m->origin.n_duplicates);
+    putchar('}');
   }
   printf("]}\n");
 }

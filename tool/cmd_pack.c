@@ -97,7 +97,7 @@ static vs_rc measure(pack_plan *p, const pack_options *o, vs_err *err) {
   for (size_t i = 0; i < p->n_files; i++) {
     pack_file *f = &p->files[i];
     vs_err why = {0};
-    progress_show(NULL, "look at files", i, p->n_files);
+    progress_count("look at files", i, p->n_files, "files");
     if (tool_stop(NULL)) return vs_fail(err, VS_INTERRUPT, "interrupted");
     vs_rc rc = input_shape(f->path, &opt, &f->n_rows, &f->dim, &why);
     if (!rc && f->n_rows > UINT32_MAX)

@@ -120,7 +120,7 @@ static vs_rc verify_bytes(verify_job *j, const tool_list *folders, vs_err *err) 
   vs_rc rc = VS_OK;
   for (size_t i = 0; i < folders->n && !rc; i++) {
     uint64_t before = j->n_faults;
-    progress_show(NULL, "verify", i, folders->n);
+    progress_count("verify", i, folders->n, "shards");
     rc = tool_stop(NULL) ? vs_fail(err, VS_INTERRUPT, "interrupted") : shard_verify(folders->items[i], &v, err);
     size_t bucket = j->o.plan ? plan_bucket_number(&j->plan, folders->items[i]) : 0;
     if (bucket && j->n_faults > before) j->again[bucket - 1] = 1;

@@ -8,7 +8,7 @@
 # again after whatever went wrong. What it comes down to:
 #
 #   vecshard verify db --plan plan.json --missing lines |
-#     parallel --retries 3 --joblog db.logs/jobs vecshard build --plan plan.json --bucket {} --threads 1 --memory 2G --out db
+#     parallel --retries 3 --joblog db.logs/jobs vecshard build --resume --plan plan.json --bucket {} --threads 1 --out db
 #   vecshard verify db --plan plan.json --quick && vecshard publish db s3://my-bucket/db
 #
 # One thread for each bucket makes more of a machine than many threads for one: nothing waits for anything. Half of the memory
@@ -79,7 +79,7 @@ missing=$("$VECSHARD" verify "$out" --plan "$plan" --missing lines) || status=$?
 if [ -n "$missing" ]; then
   # --tag: lines of many builds come mixed. What parallel thinks of its tries is in the job log; the check below decides.
   parallel --will-cite --quote --jobs "$jobs" --retries "$tries" --joblog "$logs/jobs" --tag --line-buffer \
-    "$VECSHARD" build --plan "$plan" --bucket '{}' --out "$out" --threads "$threads" --memory "${memory}M" \
+    "$VECSHARD" build --resume --plan "$plan" --bucket '{}' --out "$out" --threads "$threads" --memory "${memory}M" \
     ${options[@]+"${options[@]}"} <<<"$missing" 2>&1 | tee -a "$logs/build.log"
 fi
 "$VECSHARD" verify "$out" --plan "$plan" --quick || fail "not complete; see $logs/build.log, then give the same line again"

@@ -125,7 +125,7 @@ static vs_rc check_folders(check *k, const tool_list *folders, vs_err *err) {
   for (size_t i = 0; i < folders->n; i++) {
     const char *path = folders->items[i];
     size_t bucket = plan_bucket_number(k->p, path);
-    progress_show(NULL, "compare with the plan", i, folders->n);
+    progress_count("compare with the plan", i, folders->n, "shards");
     if (tool_stop(NULL)) return vs_fail(err, VS_INTERRUPT, "interrupted");
     if (!bucket) tell(k, 0, path, tool_format("is no bucket of the plan"));
     else k->seen[bucket - 1] = 1, check_bucket(k, bucket, path);

@@ -4,12 +4,13 @@
 #   vecshard pack part*.h5 --bucket-rows 10000000 --out plan.json
 #   tool/slurm-build.sh --plan plan.json --out db --cpus 8 --mem 16G --publish s3://my-bucket/db -- --metric cosine
 #
-# Give the same line again after whatever went wrong: only buckets that are not there yet are submitted, and if none is, only the
-# check and publishing. --help lists the options; everything behind -- goes to `vecshard build`.
+# Give the same line again after whatever went wrong: only buckets that are not there yet are submitted, and if none is, only
+# the check and publishing. --help lists the options; everything behind -- goes to `vecshard build`.
 #
 # What it relies on, and what it does not:
-# - A task is idempotent: a bucket that is built is left alone within a second, a build that died begins anew, and of two builds of
-#   one bucket the second waits for the first. So Slurm may run a task twice: after a node died, or after the controller did (it forgets what ended last).
+# - A task is idempotent: a bucket that is built is left alone within a second, a build that died goes on where its
+#   temporary files are seen, or begins anew, and of two builds of one bucket the second waits for the first. So Slurm may run a task twice: after a node died, or after the
+#   controller did (it forgets what ended last).
 # - A failed try is repeated inside the task. Slurm's own RequeueExit would cancel the jobs that wait for the array.
 # - The check waits for the end of the array, not for its success: it compares what is there with the plan, whatever the tasks
 #   said. Publishing waits for the success of the check.
@@ -47,7 +48,8 @@ while [ $# -gt 0 ]; do
     --help) usage; exit 0 ;;
     --wait) wait=1; shift; continue ;;
     --) shift; options=("$@"); break ;;
-    --plan | --out | --publish | --cpus | --mem | --time | --at-once | --tries | --pause | --logs | --sbatch | --step | --base) ;;
+    --plan | --out | --publish | --cpus | --mem | --time | --at-once | --tries | --pause | --logs) ;;
+    --sbatch | --step | --base) ;;
     *) fail "there is no option $1; see --help" 2 ;;
   esac
   [ $# -gt 1 ] || fail "$1 needs a value" 2
@@ -123,8 +125,8 @@ task() {
   memory=$(build_memory)
   exec >>"$logs/bucket$bucket.log" 2>&1
   [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || say "started again by Slurm, time $SLURM_RESTART_COUNT"
-  with_tries "$VECSHARD" build --plan "$plan" --bucket "$bucket" --out "$out" --threads "$threads" ${memory:+"$memory"} \
-    ${options[@]+"${options[@]}"}
+  with_tries "$VECSHARD" build --resume --plan "$plan" --bucket "$bucket" --out "$out" --threads "$threads" \
+    ${memory:+"$memory"} ${options[@]+"${options[@]}"}
 }
 
 check() {
@@ -192,8 +194,8 @@ last=$(submit --job-name "$name-check" --ntasks 1 --mem 512M ${ids:+--dependency
 last=${last%%;*}
 jobs="${ids//:/ } $last"
 if [ -n "$publish" ]; then
-  last=$(submit --job-name "$name-publish" --ntasks 1 --mem 1G --dependency "afterok:$last" --kill-on-invalid-dep=yes "$self" \
-    --step publish "${common[@]}" --publish "$publish") || fail "sbatch refused to publish"
+  last=$(submit --job-name "$name-publish" --ntasks 1 --mem 1G --dependency "afterok:$last" --kill-on-invalid-dep=yes \
+    "$self" --step publish "${common[@]}" --publish "$publish") || fail "sbatch refused to publish"
   last=${last%%;*}
   jobs="$jobs $last"
 fi

@@ -14,13 +14,27 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+#define HUGE_PAGE ((size_t)2 << 20)
+
+/* Chunks that stand side by side are put into a window's rows one after the other: each row is then on a page of its own, and
+ * with small pages the processor spends an eighth of the time looking them up (300,000 x 960 in chunks of 2,344 x 15). */
+static void *alloc_vectors(size_t n_bytes) {
+  void *p;
+  if (n_bytes < 2 * HUGE_PAGE) return malloc(n_bytes);
+  n_bytes = (n_bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  p = aligned_alloc(HUGE_PAGE, n_bytes);
+  if (p) madvise(p, n_bytes, MADV_HUGEPAGE);
+  return p;
+}
 
 vs_rc input_rows_reserve(input_rows *r, size_t n, uint32_t dim, size_t elem_bytes, size_t n_columns, vs_err *err) {
   if (n <= r->cap) return VS_OK;
   input_rows_free(r);
-  r->vectors = malloc(n * dim * elem_bytes);
+  r->vectors = alloc_vectors(n * dim * elem_bytes);
   r->ids = calloc(n, sizeof *r->ids);
   r->columns = calloc(n * n_columns + 1, sizeof *r->columns);
   r->faults = calloc(n, 1);

@@ -61,7 +61,9 @@ struct input {
   const input_type *column_types; /* n_columns */
   size_t n_columns;
   uint64_t loaded_end; /* rows before this one are loaded or being loaded */
-  vs_rc (*read)(input *, size_t max_rows, input_batch *, vs_err *); /* in order; batch memory is owned by the input */
+  /* In order; batch memory is owned by the input. Batches of up to 1 MiB of vectors end before max_rows only where the rows end
+   * or cannot be read further; larger ones end where it suits the input. */
+  vs_rc (*read)(input *, size_t max_rows, input_batch *, vs_err *);
   vs_rc (*seek)(input *, uint64_t row, vs_err *);                   /* the next read starts at this row, <= n_rows */
   /* Begins to load what the next read will ask for; NULL: the input does not read ahead. */
   void (*start)(input *, size_t max_rows);

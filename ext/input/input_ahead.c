@@ -10,10 +10,15 @@
  * for. While it waits for the reader the caller asks every STOP_POLL_MS whether to stop. A load that nobody wants any more is
  * told so through `cancel`.
  *
+ * Where windows end depends on how a file is stored and on who loads. A caller who takes a few rows here and there, to learn
+ * from them, must not see that, or he would learn something else from the same rows: a batch of up to ACROSS_BYTES is joined
+ * from several windows, by copying. Larger ones end with the window.
+ *
  * Fork: the child has no reader. An input that was loading at that moment cannot be read there (nobody knows what half a load
  * left behind) and is not freed; any other goes on by itself. The thread blocks all signals and is joined by close.
  *
- * Memory: two windows as the format fills them; the second is given back when the last rows are in the first.
+ * Memory: two windows as the format fills them; the second is given back when the last rows are in the first. ACROSS_BYTES and
+ * the texts of as many rows.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -28,6 +33,8 @@
 #include "input_int.h"
 
 enum { STOP_POLL_MS = 20, STREAK = 1 };
+#define ACROSS_BYTES ((size_t)1 << 20)       /* of vectors */
+#define ACROSS_TEXT_BYTES ((size_t)32 << 20) /* of texts; nobody learns from rows of so much text */
 
 typedef enum reader_state { READER_IDLE, READER_ASKED, READER_LOADED } reader_state;
 
@@ -197,23 +204,100 @@ static vs_rc next_window(input_ahead *a, size_t max_rows, vs_err *err) {
   return VS_OK;
 }
 
+static void slice(const input_ahead *a, const input_rows *rows, size_t skip, size_t n, input_batch *batch) {
+  batch->n = n;
+  batch->vectors = rows->vectors + skip * a->base.dim;
+  batch->ids = rows->ids + skip;
+  batch->columns = rows->columns + skip * a->base.n_columns;
+  batch->faults = rows->faults + skip;
+}
+
+/* ---- batches across windows ---- */
+
+struct input_text_block {
+  struct input_text_block *next;
+  size_t total; /* bytes in this block and those after it */
+  char text[];
+};
+
+static void free_texts(input_ahead *a) {
+  while (a->texts) {
+    struct input_text_block *next = a->texts->next;
+    free(a->texts);
+    a->texts = next;
+  }
+}
+
+/* The texts of n values into a block of their own. */
+static vs_rc keep_texts(input_ahead *a, input_value *v, size_t n, vs_err *err) {
+  size_t n_bytes = 0, at = 0;
+  for (size_t i = 0; i < n; i++)
+    if (v[i].type == INPUT_TEXT) n_bytes += v[i].len;
+  struct input_text_block *b = malloc(sizeof *b + n_bytes);
+  if (!b) return vs_nomem(err);
+  b->next = a->texts;
+  b->total = n_bytes + (a->texts ? a->texts->total : 0);
+  a->texts = b;
+  for (size_t i = 0; i < n; i++) {
+    if (v[i].type != INPUT_TEXT) continue;
+    memcpy(b->text + at, v[i].text, v[i].len);
+    v[i].text = b->text + at;
+    at += v[i].len;
+  }
+  return VS_OK;
+}
+
+/* Copies n rows of a window behind the `have` rows of a->across. */
+static vs_rc copy_rows(input_ahead *a, const input_rows *from, size_t skip, size_t have, size_t n, vs_err *err) {
+  size_t dim = a->base.dim, cols = a->base.n_columns;
+  input_rows *to = &a->across;
+  memcpy(to->vectors + have * dim, from->vectors + skip * dim, n * dim * 4);
+  memcpy(to->ids + have, from->ids + skip, n * sizeof *to->ids);
+  if (cols) memcpy(to->columns + have * cols, from->columns + skip * cols, n * cols * sizeof *to->columns);
+  memcpy(to->faults + have, from->faults + skip, n);
+  vs_rc rc = keep_texts(a, to->ids + have, n, err);
+  return rc || !cols ? rc : keep_texts(a, to->columns + have * cols, n * cols, err);
+}
+
+static vs_rc read_across(input_ahead *a, size_t max_rows, input_batch *batch, vs_err *err) {
+  uint64_t start = a->pos;
+  size_t have = 0;
+  vs_err why = {0};
+  vs_rc rc = input_rows_reserve(&a->across, max_rows, a->base.dim, 4, a->base.n_columns, &why);
+  while (!rc && have < max_rows && a->pos < a->base.n_rows) {
+    if (!holds(&a->window[a->front], a->pos)) rc = next_window(a, max_rows - have, &why);
+    if (rc) break;
+    const input_window *w = &a->window[a->front];
+    size_t skip = (size_t)(a->pos - w->row), n = w->n - skip < max_rows - have ? w->n - skip : max_rows - have;
+    rc = copy_rows(a, &w->rows, skip, have, n, &why);
+    if (!rc) have += n, a->pos += n;
+    if (!rc && a->texts->total > ACROSS_TEXT_BYTES) break;
+  }
+  /* Damage further on is reported when it is the next row. */
+  if (rc && (!have || rc == VS_NOMEM || rc == VS_INTERRUPT)) {
+    a->pos = start;
+    return vs_fail(err, rc, "%s", why.text);
+  }
+  slice(a, &a->across, 0, have, batch);
+  return VS_OK;
+}
+
 static vs_rc ahead_read(input *base, size_t max_rows, input_batch *batch, vs_err *err) {
   input_ahead *a = (input_ahead *)base;
   memset(batch, 0, sizeof *batch);
   batch->first_row = a->pos;
+  free_texts(a);
   if (!max_rows || a->pos >= base->n_rows) return VS_OK;
   if (!holds(&a->window[a->front], a->pos)) {
     vs_rc rc = next_window(a, max_rows, err);
     if (rc) return rc;
   }
   const input_window *w = &a->window[a->front];
-  size_t skip = (size_t)(a->pos - w->row);
-  batch->n = w->n - skip < max_rows ? w->n - skip : max_rows;
-  batch->vectors = w->rows.vectors + skip * base->dim;
-  batch->ids = w->rows.ids + skip;
-  batch->columns = w->rows.columns + skip * base->n_columns;
-  batch->faults = w->rows.faults + skip;
-  a->pos += batch->n;
+  size_t skip = (size_t)(a->pos - w->row), n = w->n - skip < max_rows ? w->n - skip : max_rows;
+  if (n < max_rows && w->row + w->n < base->n_rows && max_rows <= ACROSS_BYTES / ((size_t)base->dim * 4))
+    return read_across(a, max_rows, batch, err);
+  slice(a, &w->rows, skip, n, batch);
+  a->pos += n;
   return VS_OK;
 }
 
@@ -247,6 +331,8 @@ static void ahead_close(input *base) {
     pthread_mutex_destroy(&r->m);
     free(r);
   }
+  free_texts(a);
+  input_rows_free(&a->across);
   for (int i = 0; i < 2; i++) {
     input_rows_free(&a->window[i].rows);
     if (a->free_own) a->free_own(a->window[i].own);

@@ -278,7 +278,7 @@ static vs_rc decode_chunk(const decode_job *j, size_t index, input_h5_scratch *s
 }
 
 /* Narrow chunks that stand side by side, together: putting a few bytes into every row, chunk after chunk, would fetch each
- * line of the rows from memory anew for each chunk (1,000,000 x 128 float32 in chunks of 15,625 x 2: 3.1 s of CPU time, 2.1 s
+ * line of the rows from memory anew for each chunk (1,000,000 x 128 float32 in chunks of 15,625 x 2: 3.0 s of CPU time, 2.1 s
  * so). *index moves on to the chunk that failed. */
 static vs_rc decode_gang(const decode_job *j, size_t *index, size_t n, input_h5_scratch *s, vs_err *err) {
   const input_h5_chunks *c = j->c;

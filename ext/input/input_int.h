@@ -94,6 +94,8 @@ struct input_ahead {
   input_window window[2];
   int front;  /* the one that the caller reads from; the other is the reader's */
   int streak; /* windows one behind the other */
+  input_rows across; /* a small batch out of several windows, and what its texts lie in */
+  struct input_text_block *texts;
   struct input_reader *reader;
 };
 void input_ahead_init(input_ahead *a);

@@ -3,31 +3,37 @@
  * Passes, what each reads and writes:
  *   1 sample   reads short stretches of rows, evenly over the input -> memory
  *   2 train    the sample -> mean, coarse centroids, code words (ivfpq_model.c)
- *   3 stream   reads all rows once: assign, encode; two records per row -> runs in temporary files (ivfpq_runs.c), ids -> sorter
+ *   3 stream   reads all rows once: assign, encode; two records per row -> runs (ivfpq_runs.c), ids -> sorter
  *   4 SCAN     scan records, partition by partition -> codes, terms, filterable columns
- *   5 ROWS     row records, partition by partition -> vectors with ids, long ids, columns; ids -> sorter -> id directory
+ *   5 ROWS     row records, partition by partition -> vectors with ids, long ids, columns; ids -> id directory
  *   6 the small sections, footer                    (4 to 6: ivfpq_sections.c)
- * Everything is written front to back; the temporary files have no name and vanish with the process.
+ * Everything is written front to back. What rows were staged in memory and never had to be spilled are read from there. Without
+ * opt->keep the temporary files have no name and vanish with the process; with it, what 2, 3 and 6 leave can be taken up by a later
+ * build (ivfpq_stages.c).
  *
  * Anonymous memory, with n_c = nlist * dim_padded * 4 bytes of centroids, M = options.memory:
  *   train  sample (<= M/2, twice while the mean is taken: raw and padded, each <= M/4) + 4 n_c + code words
- *   stream 2 n_c + staging (M/2) + sorter (M/8) + batch (<= 16 MiB, and its padded copy) + 16 bytes * nlist per run
- *   4, 5   1 partition of codes and columns (<= IVFPQ_MAX_PARTITION rows) + sorter (M/8) + 2 MiB of buffers
+ *   stream 2 n_c + staging (M/2, and a batch) + sorter (M/8) + batch (<= 16 MiB, and its padded copy) + 16 bytes * nlist per run,
+ *          while it spills 8 bytes * rows staged and 1 MiB per thread
+ *   4, 5   staging, when nothing was spilled (M/2) + ids (M/8) + two blocks (each <= 24 MiB, or 1 partition of codes and columns)
  * No term grows with the rows but the run tables: 16 * nlist * rows * (row bytes) / (M/2).
  */
 #include "ivfpq_build.h"
 
+#include <errno.h>
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
 #include "../base/vs_pool.h"
 #include "../kernels/kern.h"
 #include "ivfpq_build_int.h"
+#include "ivfpq_stages.h"
 
 enum {
   SAMPLE_PER_CENTROID = 40,
@@ -35,6 +41,7 @@ enum {
   SAMPLE_STRETCH = 16,         /* rows read in a row while sampling: a chunked file is inflated once at most */
   BATCH_BYTES = 16 << 20,
   ENCODE_SLICE = 256,
+  ASSIGN_SLICE = KERN_NEAREST_ROWS,
   MAX_ROW_TEXT = 1 << 30       /* bytes of column text in one row: record sizes are 32 bits wide */
 };
 #define DEFAULT_MEMORY ((uint64_t)1 << 30)
@@ -131,12 +138,9 @@ static void shape_model(builder *b) {
 
 static vs_rc train(builder *b) {
   ivfpq_model *m = &b->model;
-  uint64_t row = (uint64_t)m->dim_padded * 4, fixed = 4 * m->nlist * row + (uint64_t)m->subs * 256 * m->sub_dim * 8;
+  uint64_t row = (uint64_t)m->dim_padded * 4;
   size_t want = (size_t)m->nlist * SAMPLE_PER_CENTROID, n = 0;
   if (!m->m) return ivfpq_model_learn(m, &(ivfpq_learn){0}, NULL, b->err);
-  if (fixed > b->memory)
-    return vs_fail(b->err, VS_INVALID, "%u partitions of %u dimensions need --memory %lluM at least", m->nlist, m->dim,
-                   (unsigned long long)(fixed >> 20) + 1);
   if (want < SAMPLE_MIN) want = SAMPLE_MIN;
   if (want > b->memory / 4 / row) want = b->memory / 4 / row;
   if (want > b->in->n_rows) want = b->in->n_rows;
@@ -149,47 +153,32 @@ static vs_rc train(builder *b) {
                      .ctx = b->opt->ctx, .progress = b->opt->progress};
     rc = ivfpq_model_learn(m, &p, padded, b->err);
   }
-  if (!rc && b->opt->open) rc = ivfpq_truth_open(m, raw, seq, n, &b->truth, b->err);
+  if (!rc && b->opt->open) rc = ivfpq_truth_open(m, raw, seq, n, b->in->n_rows, &b->truth, b->err);
   free(raw), free(padded), free(seq);
   return rc;
 }
 
 /* ---- pass 3: stream ---- */
 
+/* One batch on its way: the pool looks at its rows and encodes them, the caller's thread gives each its place among the staged
+ * records, and the pool fills these. */
 typedef struct encode_job {
-  const ivfpq_model *m;
+  builder *b;
   const input_batch *batch;
   float *x;
-  uint32_t *centroid;
-  uint8_t *codes;
+  uint32_t *centroid, *column_bytes;
+  uint8_t *codes, **scan, **row; /* scan, row: where the records go */
   float *terms, *err2;
-  ivfpq_truth *truth;
+  const char **why;              /* the row cannot be indexed; NULL: it can */
   uint64_t *seq;
-  vs_err *err;
   vs_rc rc;
   pthread_mutex_t lock;
 } encode_job;
 
 static void encode_failed(encode_job *e, vs_rc rc, const vs_err *err) {
   pthread_mutex_lock(&e->lock);
-  if (!e->rc) e->rc = vs_fail(e->err, rc, "%s", err->text);
+  if (!e->rc) e->rc = vs_fail(e->b->err, rc, "%s", err->text);
   pthread_mutex_unlock(&e->lock);
-}
-
-static void encode_slice(void *ctx, size_t s) {
-  encode_job *e = ctx;
-  const ivfpq_model *m = e->m;
-  ivfpq_near *near = NULL;
-  vs_err err = {0};
-  vs_rc rc = VS_OK;
-  size_t at = s * ENCODE_SLICE, n = e->batch->n - at < ENCODE_SLICE ? e->batch->n - at : ENCODE_SLICE;
-  float *x = e->x + at * m->dim_padded;
-  for (size_t i = 0; i < n; i++) ivfpq_model_prepare(m, e->batch->vectors + (at + i) * m->dim, x + i * m->dim_padded);
-  kern_get()->argmax_f32(x, n, m->dim_padded, m->dim_padded, m->packed, m->bias, m->nlist, e->centroid + at, NULL);
-  if (e->truth) rc = ivfpq_truth_see(e->truth, x, n, e->seq + at, &near, &err);
-  ivfpq_model_encode(m, x, n, e->centroid + at, e->codes + at * m->m, e->terms + at, e->err2 + at);
-  if (near) rc = ivfpq_truth_add(e->truth, near, e->codes + at * m->m, e->centroid + at, e->terms + at, e->err2 + at, &err);
-  if (rc) encode_failed(e, rc, &err);
 }
 
 static uint32_t columns_size(const builder *b, const input_value *v) {
@@ -230,32 +219,34 @@ static vs_rc note_id(builder *b, const input_value *id, uint64_t seq) {
   return ivfpq_sorter_add(b->sorter, r, b->err);
 }
 
-static vs_rc add_row(builder *b, const input_batch *batch, size_t i, uint32_t centroid, const uint8_t *codes, float term, float err2) {
+static uint32_t id_size(const input_value *id) { return id->type == INPUT_TEXT ? (uint32_t)id->len : 8; }
+
+/* The two records of row i of the batch. */
+static void fill_row(const encode_job *e, size_t i) {
+  const builder *b = e->b;
+  const input_batch *batch = e->batch;
   const input_value *id = &batch->ids[i], *cols = batch->columns + i * b->in->n_columns;
   const float *x = batch->vectors + i * b->in->dim;
-  uint64_t seq = batch->first_row + i;
-  uint32_t id_bytes = id->type == INPUT_TEXT ? (uint32_t)id->len : 8, column_bytes = columns_size(b, cols);
-  uint8_t *scan, *row;
-  vs_rc rc = note_id(b, id, seq);
-  if (!rc) rc = ivfpq_runs_add(b->runs, centroid, id_bytes, column_bytes, &scan, &row, b->err);
-  if (rc) return rc;
-  ivfpq_scan_head sh = {seq, term, err2, column_bytes, 0};
-  ivfpq_row_head rh = {seq, id_bytes, column_bytes};
+  uint8_t *scan = e->scan[i], *row = e->row[i];
+  size_t m = b->model.m;
+  ivfpq_scan_head sh = {e->seq[i], m ? e->terms[i] : 0, m ? e->err2[i] : 0, e->column_bytes[i], 0};
+  ivfpq_row_head rh = {e->seq[i], id_size(id), e->column_bytes[i]};
   memcpy(scan, &sh, sizeof sh);
-  if (codes) memcpy(scan + sizeof sh, codes, b->model.m);
-  put_columns(b, cols, scan + sizeof sh + b->model.m);
+  if (m) memcpy(scan + sizeof sh, e->codes + i * m, m);
+  put_columns(b, cols, scan + sizeof sh + m);
   memcpy(row, &rh, sizeof rh);
   row += sizeof rh;
-  if (b->opt->store_f16) kern_get()->f32_to_f16(x, (uint16_t *)row, b->in->dim);
+  if (b->opt->store_f16 && (uintptr_t)row % 2 == 0) kern_get()->f32_to_f16(x, (uint16_t *)row, b->in->dim);
+  else if (b->opt->store_f16)
+    for (uint32_t j = 0; j < b->in->dim; j++) {
+      uint16_t half;
+      kern_get()->f32_to_f16(x + j, &half, 1);
+      memcpy(row + 2 * j, &half, 2);
+    }
   else memcpy(row, x, build_vector_bytes(b));
   row += build_vector_bytes(b);
-  memcpy(row, id->type == INPUT_TEXT ? (const void *)id->text : (const void *)&id->i, id_bytes);
-  put_columns(b, cols, row + id_bytes);
-  for (size_t j = 0; j < IVFPQ_BETAS; j++) {
-    float t = term - ivfpq_beta(j) * err2;
-    b->term_min[j] = t < b->term_min[j] ? t : b->term_min[j], b->term_max[j] = t > b->term_max[j] ? t : b->term_max[j];
-  }
-  return VS_OK;
+  memcpy(row, id->type == INPUT_TEXT ? (const void *)id->text : (const void *)&id->i, rh.id_bytes);
+  put_columns(b, cols, row + rh.id_bytes);
 }
 
 static vs_rc bad_row(builder *b, uint64_t row, const char *why) {
@@ -281,43 +272,121 @@ static const char *text_fault(const builder *b, const input_value *id, const inp
   return total > MAX_ROW_TEXT ? "the columns' texts are longer than 1 GiB together" : NULL;
 }
 
-static vs_rc stream_batch(builder *b, const input_batch *batch, encode_job *e) {
-  size_t m = b->model.m;
-  vs_rc rc = VS_OK;
-  e->batch = batch;
-  for (size_t i = 0; i < batch->n; i++) {
-    const char *why = batch->faults[i] ? NULL : row_fault(b, batch->vectors + i * b->in->dim, 0);
-    e->seq[i] = batch->faults[i] || why ? UINT64_MAX : batch->first_row + i; /* no neighbour of any row */
+/* The widest terms of a slice, by beta. */
+static void widen_terms(encode_job *e, size_t from, size_t to) {
+  builder *b = e->b;
+  float low[IVFPQ_BETAS], high[IVFPQ_BETAS];
+  for (size_t j = 0; j < IVFPQ_BETAS; j++) low[j] = INFINITY, high[j] = -INFINITY;
+  for (size_t i = from; i < to; i++)
+    for (size_t j = 0; j < IVFPQ_BETAS && !e->why[i]; j++) {
+      float t = e->terms[i] - ivfpq_beta(j) * e->err2[i];
+      low[j] = t < low[j] ? t : low[j], high[j] = t > high[j] ? t : high[j];
+    }
+  pthread_mutex_lock(&e->lock);
+  for (size_t j = 0; j < IVFPQ_BETAS; j++) {
+    b->term_min[j] = low[j] < b->term_min[j] ? low[j] : b->term_min[j];
+    b->term_max[j] = high[j] > b->term_max[j] ? high[j] : b->term_max[j];
   }
-  if (m) vs_pool_run((batch->n + ENCODE_SLICE - 1) / ENCODE_SLICE, b->threads, encode_slice, e);
-  rc = e->rc;
-  for (size_t i = 0; i < batch->n && !rc; i++) {
-    const char *why = row_fault(b, batch->vectors + i * b->in->dim, batch->faults[i]);
-    if (!why) why = text_fault(b, &batch->ids[i], batch->columns + i * b->in->n_columns);
-    if (why) rc = bad_row(b, batch->first_row + i, why);
-    else rc = add_row(b, batch, i, m ? e->centroid[i] : 0, m ? e->codes + i * m : NULL, m ? e->terms[i] : 0, m ? e->err2[i] : 0);
-  }
+  pthread_mutex_unlock(&e->lock);
+}
+
+static void look_at_row(encode_job *e, size_t i) {
+  const builder *b = e->b;
+  const input_batch *batch = e->batch;
+  const input_value *cols = batch->columns + i * b->in->n_columns;
+  e->why[i] = row_fault(b, batch->vectors + i * b->in->dim, batch->faults[i]);
+  if (!e->why[i]) e->why[i] = text_fault(b, &batch->ids[i], cols);
+  e->column_bytes[i] = e->why[i] ? 0 : columns_size(b, cols);
+  e->seq[i] = batch->first_row + i;
+}
+
+/* Prepared rows at..at+n that know their partitions -> codes, and what the truth wants of them. */
+static vs_rc encode_rows(encode_job *e, size_t at, size_t n, vs_err *err) {
+  const ivfpq_model *m = &e->b->model;
+  ivfpq_truth *truth = e->b->truth;
+  ivfpq_near *near = NULL;
+  uint64_t seen[ENCODE_SLICE];
+  float *x = e->x + at * m->dim_padded;
+  for (size_t i = 0; i < n; i++) seen[i] = e->why[at + i] ? UINT64_MAX : e->seq[at + i]; /* no neighbour of any row */
+  vs_rc rc = truth ? ivfpq_truth_see(truth, x, n, seen, &near, err) : VS_OK;
+  if (!rc) ivfpq_model_encode(m, x, n, e->centroid + at, e->codes + at * m->m, e->terms + at, e->err2 + at);
+  if (near) ivfpq_truth_add(truth, near, e->codes + at * m->m, e->centroid + at, e->terms + at, e->err2 + at);
   return rc;
 }
 
+static void encode_slice(void *ctx, size_t s) {
+  encode_job *e = ctx;
+  const ivfpq_model *m = &e->b->model;
+  vs_err err = {0};
+  size_t at = s * ASSIGN_SLICE, n = e->batch->n - at < ASSIGN_SLICE ? e->batch->n - at : ASSIGN_SLICE;
+  float *x = e->x + at * m->dim_padded;
+  for (size_t i = 0; i < n; i++) look_at_row(e, at + i);
+  if (!m->m) return;
+  for (size_t i = 0; i < n; i++) ivfpq_model_prepare(m, e->batch->vectors + (at + i) * m->dim, x + i * m->dim_padded);
+  vs_rc rc = ivfpq_model_assign(m, x, n, e->centroid + at, &err);
+  for (size_t i = 0; i < n && !rc; i += ENCODE_SLICE) rc = encode_rows(e, at + i, n - i < ENCODE_SLICE ? n - i : ENCODE_SLICE, &err);
+  if (rc) encode_failed(e, rc, &err);
+  else widen_terms(e, at, at + n);
+}
+
+static void fill_slice(void *ctx, size_t s) {
+  encode_job *e = ctx;
+  for (size_t i = s * ENCODE_SLICE; i < e->batch->n && i < (s + 1) * ENCODE_SLICE; i++)
+    if (!e->why[i]) fill_row(e, i);
+}
+
+static vs_rc stream_batch(encode_job *e, const input_batch *batch) {
+  builder *b = e->b;
+  size_t slices = (batch->n + ENCODE_SLICE - 1) / ENCODE_SLICE, n = 0;
+  uint64_t ids = 0, columns = 0;
+  e->batch = batch;
+  vs_pool_run((batch->n + ASSIGN_SLICE - 1) / ASSIGN_SLICE, b->threads, encode_slice, e);
+  vs_rc rc = e->rc;
+  for (size_t i = 0; i < batch->n; i++)
+    if (!e->why[i]) n++, ids += id_size(&batch->ids[i]), columns += e->column_bytes[i];
+  if (!rc) rc = ivfpq_runs_reserve(b->runs, n, ids, columns, b->err);
+  for (size_t i = 0; i < batch->n && !rc; i++) {
+    if (e->why[i]) rc = bad_row(b, e->seq[i], e->why[i]);
+    else rc = note_id(b, &batch->ids[i], e->seq[i]);
+    if (!rc && !e->why[i])
+      rc = ivfpq_runs_add(b->runs, b->model.m ? e->centroid[i] : 0, id_size(&batch->ids[i]), e->column_bytes[i], &e->scan[i], &e->row[i], b->err);
+  }
+  if (!rc) vs_pool_run(slices, b->threads, fill_slice, e);
+  return rc;
+}
+
+static vs_rc open_job(encode_job *e, size_t max) {
+  const ivfpq_model *m = &e->b->model;
+  e->x = malloc(m->m ? max * m->dim_padded * 4 : 1), e->codes = malloc(max * m->m + 1);
+  e->centroid = malloc(max * 4), e->column_bytes = malloc(max * 4), e->terms = malloc(max * 4), e->err2 = malloc(max * 4);
+  e->scan = malloc(max * sizeof *e->scan), e->row = malloc(max * sizeof *e->row), e->why = malloc(max * sizeof *e->why);
+  e->seq = malloc(max * sizeof *e->seq);
+  return e->x && e->codes && e->centroid && e->column_bytes && e->terms && e->err2 && e->scan && e->row && e->why && e->seq
+             ? VS_OK
+             : vs_nomem(e->b->err);
+}
+
+static void close_job(encode_job *e) {
+  free(e->x), free(e->codes), free(e->centroid), free(e->column_bytes), free(e->terms), free(e->err2);
+  free(e->scan), free(e->row), free(e->why), free(e->seq);
+}
+
 static vs_rc stream(builder *b) {
-  const ivfpq_model *m = &b->model;
-  size_t max = BATCH_BYTES / (m->dim_padded * 4) + 1;
+  size_t max = BATCH_BYTES / (b->model.dim_padded * 4) + 1;
   if (max > 16384) max = 16384;
-  encode_job e = {.m = m, .x = malloc(m->m ? max * m->dim_padded * 4 : 1), .centroid = malloc(max * 4),
-                  .codes = malloc(max * m->m + 1), .terms = malloc(max * 4), .err2 = malloc(max * 4), .truth = b->truth,
-                  .seq = malloc(max * sizeof *e.seq), .err = b->err, .lock = PTHREAD_MUTEX_INITIALIZER};
-  vs_rc rc = e.x && e.centroid && e.codes && e.terms && e.err2 && e.seq ? VS_OK : vs_nomem(b->err);
+  encode_job e = {.b = b, .lock = PTHREAD_MUTEX_INITIALIZER};
+  ivfpq_runs_shape shape = build_runs_shape(b);
   uint64_t done = 0;
   for (size_t i = 0; i < IVFPQ_BETAS; i++) b->term_min[i] = INFINITY, b->term_max[i] = -INFINITY;
-  if (!rc) rc = ivfpq_runs_open(b->opt->tmpdir, m->nlist, m->m, build_vector_bytes(b), b->memory / 2, &b->runs, b->err);
+  vs_rc rc = open_job(&e, max);
+  if (!rc) rc = ivfpq_runs_open(&shape, &b->runs, b->err);
   if (!rc) rc = ivfpq_sorter_open(b->opt->tmpdir, b->memory / 8, &b->sorter, b->err);
   if (!rc && b->in->n_rows) rc = b->in->seek(b->in, 0, b->err);
   while (!rc && done < b->in->n_rows) {
     input_batch batch;
     rc = b->in->read(b->in, max, &batch, b->err);
     if (rc || !batch.n) break;
-    rc = stream_batch(b, &batch, &e);
+    rc = stream_batch(&e, &batch);
     done += batch.n;
     build_progress(b, "encode", done, b->in->n_rows);
     if (!rc) rc = build_stopped(b);
@@ -325,8 +394,8 @@ static vs_rc stream(builder *b) {
   if (!rc && done != b->in->n_rows)
     rc = vs_fail(b->err, VS_IO, "%s: ended after %llu of %llu rows", b->in->path, (unsigned long long)done,
                  (unsigned long long)b->in->n_rows);
-  if (!rc) rc = ivfpq_runs_finish(b->runs, b->err);
-  free(e.x), free(e.centroid), free(e.codes), free(e.terms), free(e.err2), free(e.seq);
+  if (!rc) rc = ivfpq_runs_finish(b->runs, b->opt->keep && b->opt->keep_rows, b->err);
+  close_job(&e);
   return rc;
 }
 
@@ -391,6 +460,10 @@ static vs_rc check_options(builder *b) {
     return vs_fail(b->err, VS_INVALID, "%llu rows: a segment holds fewer than 2^32; use `vecshard pack` to spread files over shards",
                    (unsigned long long)b->in->n_rows);
   if (b->in->n_columns > IVFPQ_MAX_COLUMNS) return vs_fail(b->err, VS_INVALID, "at most %d columns", IVFPQ_MAX_COLUMNS);
+  uint64_t least = ivfpq_least_memory(o, b->in->dim, b->in->n_rows);
+  if (least > b->memory)
+    return vs_fail(b->err, VS_INVALID, "partitions of %u dimensions for %llu rows need --memory %lluM at least", b->in->dim,
+                   (unsigned long long)b->in->n_rows, (unsigned long long)(least >> 20) + 1);
   for (size_t c = 0; c < b->in->n_columns; c++) {
     size_t n = strlen(o->column_names[c]);
     if (n < 1 || n > UINT16_MAX) return vs_fail(b->err, VS_INVALID, "column %zu: its name has %zu bytes; 1 to 65535 are possible", c + 1, n);
@@ -398,38 +471,70 @@ static vs_rc check_options(builder *b) {
   return VS_OK;
 }
 
-uint64_t ivfpq_temp_bytes(const input *in, const ivfpq_build_options *opt) {
-  uint32_t m = opt->subs ? opt->subs : ivfpq_default_subs(in->dim);
-  uint64_t vec = (uint64_t)in->dim * (opt->store_f16 ? 2 : 4), id = in->id_kind == INPUT_ID_TEXT ? 32 : 8;
-  uint64_t per_row = sizeof(ivfpq_scan_head) + m + sizeof(ivfpq_row_head) + vec + id + 2 * sizeof(ivfpq_record);
-  return in->n_rows * per_row;
+uint64_t ivfpq_least_memory(const ivfpq_build_options *opt, uint32_t dim, uint64_t n_rows) {
+  ivfpq_params p = {0};
+  ivfpq_build_shape(opt, dim, n_rows, &p);
+  if (!p.m) return 0;
+  return 4 * (uint64_t)p.nlist * p.dim_padded * 4 + (uint64_t)ivfpq_subs(p.m, p.bits) * ivfpq_words(p.bits) * p.sub_dim * 8;
 }
 
-static vs_rc run_passes(builder *b, const char *path) {
-  vs_rc rc = check_options(b);
+uint64_t ivfpq_temp_bytes(const input *in, const ivfpq_build_options *opt) {
+  ivfpq_params p = {0};
+  uint64_t memory = opt->memory ? opt->memory : DEFAULT_MEMORY;
+  ivfpq_build_shape(opt, in->dim, in->n_rows, &p);
+  uint64_t vec = (uint64_t)in->dim * (opt->store_f16 ? 2 : 4), id = in->id_kind == INPUT_ID_TEXT ? 32 : 8;
+  uint64_t per_row = sizeof(ivfpq_scan_head) + p.m + sizeof(ivfpq_row_head) + vec + id;
+  uint64_t runs = in->n_rows * per_row, ids = in->n_rows * 2 * sizeof(ivfpq_record), model = opt->keep ? 2 * (uint64_t)p.nlist * p.dim_padded * 4 : 0;
+  int spilled = runs + in->n_rows * 40 > memory / 2 || (opt->keep && opt->keep_rows);
+  return (spilled ? runs : 0) + (ids / 2 > memory / 8 ? ids : 0) + model;
+}
+
+/* Passes 1 to 3, as far as an earlier build has not done them. */
+static vs_rc reach_rows(builder *b, build_stage stage) {
+  static const char *const names[] = {[STAGE_MODEL] = "training", [STAGE_ROWS] = "encoding"};
+  vs_rc rc = VS_OK;
+  if (stage && b->opt->resumed) b->opt->resumed(b->opt->ctx, names[stage]);
+  if (stage < STAGE_MODEL && ((rc = train(b)) || (rc = build_keep_model(b)))) return rc;
+  if (stage < STAGE_ROWS && ((rc = stream(b)) || (rc = find_duplicates(b)) || (rc = build_keep_rows(b)))) return rc;
+  return rc;
+}
+
+static vs_rc write_segment(builder *b) {
+  vs_rc rc = ivfpq_writer_open(b->path, &b->writer, b->err);
   if (rc) return rc;
-  shape_model(b);
-  if ((rc = train(b)) || (rc = stream(b)) || (rc = find_duplicates(b))) return rc;
-  b->out->temp_bytes = ivfpq_runs_bytes(b->runs);
-  b->path = path;
-  if ((rc = ivfpq_writer_open(path, &b->writer, b->err))) return rc;
   if ((rc = build_write_scan(b)) || (rc = build_write_rows(b)) || (rc = build_write_small(b))) return rc;
   b->out->n_rows = b->params.n_rows, b->out->nlist = b->params.nlist, b->out->m = b->params.m, b->out->bits = b->params.bits;
   rc = ivfpq_writer_finish(b->writer, b->out->checksum, &b->out->n_bytes, b->err);
   b->writer = NULL;
-  return rc;
+  return rc ? rc : build_keep_segment(b);
+}
+
+static vs_rc run_passes(builder *b) {
+  build_stage stage;
+  vs_rc rc = check_options(b);
+  if (rc) return rc;
+  shape_model(b);
+  if ((rc = build_stages_load(b, &stage))) return rc == VS_NOMEM ? vs_nomem(b->err) : rc;
+  if (stage == STAGE_SEGMENT) {
+    if (b->opt->resumed) b->opt->resumed(b->opt->ctx, "writing");
+    return VS_OK;
+  }
+  if (b->opt->keep && unlink(b->path) && errno != ENOENT) return vs_fail(b->err, VS_IO, "%s: cannot remove: %s", b->path, strerror(errno));
+  if ((rc = reach_rows(b, stage))) return rc;
+  b->out->temp_bytes = ivfpq_runs_bytes(b->runs);
+  return write_segment(b);
 }
 
 vs_rc ivfpq_build(input *in, const ivfpq_build_options *opt, const char *path, ivfpq_build_result *out, vs_err *err) {
   builder b = {.in = in, .opt = opt, .out = out, .err = err, .memory = opt->memory ? opt->memory : DEFAULT_MEMORY,
-               .threads = opt->threads ? opt->threads : vs_threads()};
+               .threads = opt->threads ? opt->threads : vs_threads(), .path = path};
   memset(out, 0, sizeof *out);
-  vs_rc rc = run_passes(&b, path);
+  vs_rc rc = run_passes(&b);
   ivfpq_writer_abort(b.writer);
   ivfpq_runs_close(b.runs);
   ivfpq_sorter_close(b.sorter);
   ivfpq_model_reset(&b.model);
   ivfpq_truth_close(b.truth);
-  free(b.dropped), free(b.parts), free(b.calibration);
+  free(b.dropped), free(b.parts), free(b.calibration), free(b.row_of);
   return rc;
 }

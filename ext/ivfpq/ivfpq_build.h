@@ -16,6 +16,11 @@ typedef struct ivfpq_build_options {
   uint64_t memory;          /* bytes; 0: 1 GiB */
   int threads;              /* 0: vs_threads() */
   const char *tmpdir;       /* for unnamed temporary files; required */
+  const char *keep;         /* a private folder for what finished stages leave (ivfpq_stages.h), and for the large temporary files;
+                               NULL: these have no names, and nothing is left. Its files stay: the caller removes them */
+  const char *key;          /* with keep: a text that is another one when inputs or options are, as far as they decide the bytes */
+  int resume;               /* with keep: go on after the last finished stage found there */
+  int keep_rows;            /* with keep: rows go to files also when they would fit into memory */
   uint64_t seed;
   int skip_bad;             /* 1: bad rows are left out and counted, 0: the first one fails the build */
   ivfpq_duplicates duplicates;
@@ -26,6 +31,7 @@ typedef struct ivfpq_build_options {
   void *ctx;                /* for the calls below, each of which may be NULL */
   int (*stop)(void *ctx);   /* polled on the caller's thread; non-zero: VS_INTERRUPT */
   void (*progress)(void *ctx, const char *stage, uint64_t done, uint64_t total);
+  void (*resumed)(void *ctx, const char *stage);                        /* stages up to this one were not done again */
   void (*bad_row)(void *ctx, uint64_t row, const char *why);            /* of the input, when skipped */
   void (*describe)(void *ctx, uint64_t row, char *buf, size_t n);       /* "file.h5: row 17"; default "row N" */
 } ivfpq_build_options;
@@ -42,6 +48,8 @@ uint32_t ivfpq_default_nlist(uint64_t n_rows);
 uint32_t ivfpq_default_subs(uint32_t dim);
 /* What a build will choose for such rows: metric, dim, dim_padded, nlist, bits, m, sub_dim. */
 void ivfpq_build_shape(const ivfpq_build_options *opt, uint32_t dim, uint64_t n_rows, ivfpq_params *out);
+/* The least memory that a build of that shape can do with. */
+uint64_t ivfpq_least_memory(const ivfpq_build_options *opt, uint32_t dim, uint64_t n_rows);
 /* Bytes of temporary space the build will need at most (long ids and columns aside). */
 uint64_t ivfpq_temp_bytes(const input *in, const ivfpq_build_options *opt);
 

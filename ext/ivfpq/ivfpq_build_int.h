@@ -23,6 +23,7 @@ typedef struct builder {
   ivfpq_model model;
   ivfpq_runs *runs;
   ivfpq_sorter *sorter;
+  uint32_t *row_of;  /* row of the segment by row number of the input, UINT32_MAX: none; NULL: ids go through the sorter */
   ivfpq_writer *writer;
   uint64_t *dropped; /* sequence numbers of duplicate rows, ascending */
   size_t n_dropped, dropped_room;
@@ -44,6 +45,11 @@ static inline vs_rc build_stopped(builder *b) {
 }
 static inline void build_progress(builder *b, const char *stage, uint64_t done, uint64_t total) {
   if (b->opt->progress) b->opt->progress(b->opt->ctx, stage, done, total);
+}
+static inline ivfpq_runs_shape build_runs_shape(const builder *b) {
+  return (ivfpq_runs_shape){.dir = b->opt->keep ? b->opt->keep : b->opt->tmpdir, .named = b->opt->keep != NULL, .n_centroids = b->model.nlist,
+                            .code_bytes = b->model.m, .vector_bytes = build_vector_bytes(b), .memory = b->memory / 2, .n_rows = b->in->n_rows,
+                            .threads = b->threads};
 }
 /* Was this row left out as a duplicate? */
 int build_is_dropped(const builder *b, uint64_t seq);

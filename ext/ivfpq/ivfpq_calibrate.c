@@ -1,550 +1,326 @@
 /* ivfpq_calibrate.c - see ivfpq_calibrate.h.
  *
- * Truth. QUERIES rows of the sample; as the rows stream by, each query keeps its KEEP nearest others by true distance, with what
- * their codes say of them. Cost: QUERIES multiply-adds per row and dimension, a matrix product beside the one that assigns rows to
- * partitions (QUERIES / nlist of it). Memory: QUERIES * KEEP * 48 bytes.
+ * Each query of the truth searches the segment once (ivfpq_profile.c); so recall is known for every number of partitions, reach and
+ * number of candidates at once, and the cheapest setting can be picked for each level of recall. Reaches are tried where half of the
+ * queries end at so many partitions.
  *
- * beta. Of the kept neighbours the WANTED nearest should be the first by estimate; the beta is taken under which most of them are among the
- * first AMONG. The others of the kept ones are the very rows that compete with them.
+ * Beyond k = 100 some queries serve, the deep ones: in which partitions their nearest lie is known up to k = 10,000, how many
+ * candidates keep them up to k = 1,000; beyond, it is concluded (EASING).
  *
- * Settings. Every query scans the segment, partition by partition, without a threshold. For each true neighbour this tells in which
- * partition it lies and how many rows of the first P partitions have a smaller estimate: so recall is known for every number of
- * partitions, reach and number of candidates at once, and the cheapest setting can be picked for each level of recall. The cost of
- * a setting is counted in nanoseconds of one core; the constants were measured on sets of 128 and 960 dimensions. A query does
- * not find itself: it stands for a query from outside.
+ * Margin. The mean over some hundred queries is uncertain by its standard error. A level counts as reached when the true mean is
+ * less than .01 below it for as good as sure (99 in 100), and half an error above it: the best of many settings is a lucky one.
+ *
+ * The cost of a setting is counted in nanoseconds of one core: on sets of 1,000,000 x 128 and 300,000 x 960 what it picked took
+ * .9 to 1.12 times as long as the fastest of 64 pairs of nprobe and refine with that recall.
  */
 #include "ivfpq_calibrate.h"
 
 #include <math.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "../base/vs_pool.h"
-#include "../kernels/kern.h"
-#include "ivfpq_search.h"
+#include "ivfpq_profile.h"
 #include "ivfpq_setting.h"
 
 enum {
-  QUERIES = 256,
-  KEEP = 256,           /* nearest rows kept per query */
-  TRUE_MAX = 100,       /* of which so many are looked for */
-  WANTED = 10,
-  AMONG = 30,
-  SLICE_MAX = 256,
-  ROWS_MAX = 8 << 20    /* scanned per query at most */
+  STRETCH = 16,           /* queries between two looks at `stop` */
+  MOST_TRUE = 1024,       /* partitions that others look at */
+  ROWS_MAX = 8 << 20      /* scanned per query at most */
 };
-
-static const uint32_t curve_k[IVFPQ_CURVES] = {1, 10, TRUE_MAX};
-static const uint32_t probes[] = {1,  2,  3,  4,  6,   8,   12,  16,  20,  24,  32,  40,  48,
-                                  64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024};
-static const float reaches[] = {1.25f, 1.5f, 1.75f, 2, 2.25f, 2.5f, 2.75f, 3, 3.5f, 4, 5, 6, 8, 0};
-static const float factors[] = {1, 1.25f, 1.5f, 2, 2.5f, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 64};
+static const uint32_t probes[] = {1,  2,  3,   4,   5,   6,   8,   10,  12,  14,  16,  20,  24,  28,   32,   40,   48,   56,   64,  80,
+                                  96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536};
+static const float factors[] = {1,  1.2f, 1.4f, 1.7f,  2,  2.4f, 2.8f, 3.4f, 4,  4.8f, 5.6f, 6.7f, 8,   9.5f, 11.3f,
+                                13.5f, 16, 19, 22.6f, 27, 32, 38, 45, 54, 64, 90, 128, 180, 256};
 static const float levels[] = {.5f,  .6f,  .7f,   .75f, .8f,   .85f, .875f, .9f,   .925f, .94f,   .95f,
                                .96f, .97f, .975f, .98f, .985f, .99f, .9925f, .995f, .9975f, .999f};
 #define COUNT(a) (sizeof(a) / sizeof *(a))
-#define MARGIN .002f        /* measured above a level, because the measure itself varies */
-#define MISS_PART .15       /* of what nprobe partitions miss may a reach add */
+_Static_assert(COUNT(probes) < IVFPQ_PROFILE_PROBES, "room for all partitions, too");
+#define EASING .85      /* of the logarithm of the factor that is needed, from k to 10 k: .65 and .75 were measured from 10 to 100 */
+#define MISS_PART .15   /* of what nprobe partitions miss may a reach add */
+#define TOLERATED .01   /* that a level may be missed by */
+#define SURE 2.33       /* standard errors: 99 % on one side */
+#define LUCK .5
 
-/* ---- truth ---- */
-
-typedef struct neighbour {
-  float d, est, err2; /* true; estimate at beta 0; what beta takes off */
-  uint32_t row;       /* of the segment; UINT32_MAX: none */
-  uint64_t seq;
-} neighbour;
-
-typedef struct query {
-  uint64_t seq;
-  float qq, term_scale, worst; /* worst: distances beyond it do not count any more */
-  uint32_t row;
-  size_t n;
-  neighbour *near;             /* room for 2 * KEEP */
-} query;
-
-typedef struct place { uint64_t seq; uint32_t query, at; } place; /* at: in near, or UINT32_MAX: the query itself */
-
-struct ivfpq_truth {
-  const ivfpq_model *m;
-  size_t n, lanes;
-  float *raw, *x, *packed, *zero; /* n x dim; n x dim_padded; packed */
-  query *queries;
-  neighbour *near;
-  pthread_mutex_t lock;
-  place *places;                  /* sorted by seq once the truth is settled */
-  size_t n_places;
-  uint64_t *filter;               /* bits of hashed seqs: most rows are none of them */
-};
-
-enum { FILTER_BITS = 1 << 20 };
-static size_t filter_bit(uint64_t seq) { return (size_t)((seq * 0x9e3779b97f4a7c15ull) >> 44); }
-
-void ivfpq_truth_close(ivfpq_truth *t) {
-  if (!t) return;
-  pthread_mutex_destroy(&t->lock);
-  free(t->raw), free(t->x), free(t->packed), free(t->zero), free(t->queries), free(t->near), free(t->places), free(t->filter);
-  free(t);
-}
-
-static void take_query(ivfpq_truth *t, size_t i, const float *raw, uint64_t seq) {
-  const ivfpq_model *m = t->m;
-  const kern *k = kern_get();
-  float *x = t->x + i * m->dim_padded;
-  memcpy(t->raw + i * m->dim, raw, m->dim * sizeof *raw);
-  query *q = &t->queries[i];
-  *q = (query){.seq = seq, .term_scale = 1, .worst = INFINITY, .row = UINT32_MAX, .near = t->near + i * 2 * KEEP};
-  if (m->metric == IVFPQ_DOT) {
-    memcpy(x, raw, m->dim * sizeof *raw);
-    q->term_scale = sqrtf(k->l2sq_f32(raw, m->mean, m->dim));
-  } else {
-    ivfpq_model_prepare(m, raw, x);
-    q->qq = k->dot_f32(x, x, m->dim_padded);
-  }
-}
-
-vs_rc ivfpq_truth_open(const ivfpq_model *m, const float *sample, const uint64_t *seq, size_t n_sample, ivfpq_truth **out, vs_err *err) {
-  size_t n = n_sample / 8 < QUERIES ? n_sample / 8 : QUERIES, d = m->dim_padded;
-  *out = NULL;
-  if (!n) return VS_OK;
-  ivfpq_truth *t = calloc(1, sizeof *t);
-  if (!t) return vs_nomem(err);
-  pthread_mutex_init(&t->lock, NULL);
-  t->m = m, t->n = n, t->lanes = ivfpq_round(n, 16);
-  t->raw = malloc(n * m->dim * sizeof *t->raw), t->x = calloc(n * d, sizeof *t->x);
-  t->packed = malloc(kern_packed_len(n, d) * sizeof *t->packed), t->zero = calloc(t->lanes, sizeof *t->zero);
-  t->queries = calloc(n, sizeof *t->queries), t->near = malloc(n * 2 * KEEP * sizeof *t->near);
-  if (!t->raw || !t->x || !t->packed || !t->zero || !t->queries || !t->near) {
-    ivfpq_truth_close(t);
-    return vs_nomem(err);
-  }
-  for (size_t i = 0; i < n; i++) {
-    size_t from = (size_t)((double)i * (double)n_sample / (double)n);
-    take_query(t, i, sample + from * m->dim, seq[from]);
-  }
-  kern_pack_f32(t->x, n, d, t->packed);
-  *out = t;
-  return VS_OK;
-}
-
-typedef struct seen { uint32_t query, row; float d; uint64_t seq; } seen;
-struct ivfpq_near {
-  size_t n, room;
-  seen *seen;
-};
-
-static void near_free(ivfpq_near *near) {
-  if (near) free(near->seen);
-  free(near);
-}
-
-static vs_rc near_add(ivfpq_near *near, seen s, vs_err *err) {
-  if (near->n == near->room) {
-    size_t room = near->room * 2 + 64;
-    seen *grown = realloc(near->seen, room * sizeof *grown);
-    if (!grown) return vs_nomem(err);
-    near->seen = grown, near->room = room;
-  }
-  near->seen[near->n++] = s;
-  return VS_OK;
-}
-
-/* Is any of the distances of sixteen queries below its limit? In a form that compilers make vector code of. */
-static int any_below(const float *score, const float *qq, const float *worst, float xx) {
-  int any = 0;
-  for (int c = 0; c < 16; c++) any |= xx + qq[c] - 2 * score[c] <= worst[c];
-  return any;
-}
-
-vs_rc ivfpq_truth_see(ivfpq_truth *t, const float *x, size_t n, const uint64_t *seq, ivfpq_near **out, vs_err *err) {
-  size_t d = t->m->dim_padded, lanes = t->lanes;
-  float *score = malloc((n * lanes + 2 * lanes) * sizeof *score), *qq = score + n * lanes, *worst = qq + lanes;
-  ivfpq_near *near = calloc(1, sizeof *near);
-  vs_rc rc = score && near ? VS_OK : vs_nomem(err);
-  *out = NULL;
-  if (!rc) {
-    pthread_mutex_lock(&t->lock);
-    for (size_t c = 0; c < lanes; c++) qq[c] = c < t->n ? t->queries[c].qq : 0, worst[c] = c < t->n ? t->queries[c].worst : -INFINITY;
-    pthread_mutex_unlock(&t->lock);
-    kern_get()->scores_many_f32(x, n, d, d, t->packed, t->zero, t->n, score, lanes);
-  }
-  for (size_t i = 0; i < n && !rc; i++) {
-    const float *s = score + i * lanes;
-    float xx = t->m->metric == IVFPQ_DOT ? 0 : kern_get()->dot_f32(x + i * d, x + i * d, d);
-    for (size_t c = 0; c < lanes && !rc; c += 16) {
-      if (!any_below(s + c, qq + c, worst + c, xx)) continue;
-      for (size_t j = c; j < c + 16 && !rc; j++) {
-        float dist = xx + qq[j] - 2 * s[j];
-        if (dist <= worst[j] && seq[i] != t->queries[j].seq) rc = near_add(near, (seen){(uint32_t)j, (uint32_t)i, dist, seq[i]}, err);
-      }
-    }
-  }
-  free(score);
-  if (rc) near_free(near);
-  else *out = near;
-  return rc;
-}
-
-static int by_distance(const void *pa, const void *pb) {
-  const neighbour *a = pa, *b = pb;
-  if (a->d != b->d) return a->d < b->d ? -1 : 1;
-  return a->seq < b->seq ? -1 : a->seq > b->seq;
-}
-
-static void query_cut(query *q) {
-  qsort(q->near, q->n, sizeof *q->near, by_distance);
-  if (q->n > KEEP) q->n = KEEP;
-  if (q->n == KEEP) q->worst = q->near[KEEP - 1].d;
-}
-
-/* What the codes say a row is: centroid plus words. */
-static void decode(const ivfpq_model *m, const uint8_t *codes, uint32_t centroid, float *y) {
-  size_t ds = m->sub_dim, words = ivfpq_words(m->bits);
-  memcpy(y, m->centroids + (size_t)centroid * m->dim_padded, m->dim_padded * sizeof *y);
-  for (size_t j = 0; j < m->subs; j++) {
-    unsigned code = m->bits == 4 ? codes[j / 2] >> (j % 2 ? 4 : 0) & 15u : codes[j];
-    const float *w = m->words + (j * words + code) * ds;
-    for (size_t e = 0; e < ds; e++) y[j * ds + e] += w[e];
-  }
-}
-
-vs_rc ivfpq_truth_add(ivfpq_truth *t, ivfpq_near *near, const uint8_t *codes, const uint32_t *centroid, const float *base_term,
-                      const float *err2, vs_err *err) {
-  const ivfpq_model *m = t->m;
-  size_t d = m->dim_padded, last = SIZE_MAX;
-  float *y = malloc(d * sizeof *y);
-  neighbour *made = malloc((near->n + 1) * sizeof *made);
-  if (!y || !made) {
-    free(y), free(made), near_free(near);
-    return vs_nomem(err);
-  }
-  for (size_t i = 0; i < near->n; i++) { /* rows ascend: each is decoded once */
-    const seen *s = &near->seen[i];
-    const query *q = &t->queries[s->query];
-    if (s->row != last) decode(m, codes + s->row * (size_t)m->m, centroid[s->row], y), last = s->row;
-    float cc = m->metric == IVFPQ_DOT ? 0 : -2 * m->bias[centroid[s->row]];
-    float est = q->qq - 2 * kern_get()->dot_f32(t->x + s->query * d, y, d) + cc + q->term_scale * base_term[s->row];
-    made[i] = (neighbour){s->d, est, q->term_scale * err2[s->row], UINT32_MAX, s->seq};
-  }
-  pthread_mutex_lock(&t->lock);
-  for (size_t i = 0; i < near->n; i++) {
-    query *q = &t->queries[near->seen[i].query];
-    if (made[i].d > q->worst) continue; /* it has become better meanwhile */
-    q->near[q->n++] = made[i];
-    if (q->n == 2 * KEEP) query_cut(q);
-  }
-  pthread_mutex_unlock(&t->lock);
-  free(y), free(made), near_free(near);
-  return VS_OK;
-}
-
-/* ---- beta ---- */
-
-static int ascending(const void *a, const void *b) {
-  float x = *(const float *)a, y = *(const float *)b;
-  return x < y ? -1 : x > y;
-}
-
-/* How many of the WANTED nearest are among the first by estimate. */
-static size_t hits_under(const query *q, float beta) {
-  float est[KEEP], sorted[KEEP];
-  size_t hits = 0;
-  if (q->n < 2 * AMONG) return 0;
-  for (size_t i = 0; i < q->n; i++) sorted[i] = est[i] = q->near[i].est - beta * q->near[i].err2;
-  qsort(sorted, q->n, sizeof *sorted, ascending);
-  for (size_t i = 0; i < WANTED; i++) hits += est[i] <= sorted[AMONG - 1];
-  return hits;
-}
-
-static int by_seq(const void *pa, const void *pb) {
-  const place *a = pa, *b = pb;
-  if (a->seq != b->seq) return a->seq < b->seq ? -1 : 1;
-  return a->query < b->query ? -1 : a->query > b->query;
-}
-
-static void settle(ivfpq_truth *t) {
-  if (t->places) return;
-  t->places = malloc(t->n * (TRUE_MAX + 1) * sizeof *t->places), t->filter = calloc(FILTER_BITS / 64, sizeof *t->filter);
-  for (size_t i = 0; i < t->n; i++) {
-    query *q = &t->queries[i];
-    query_cut(q);
-    if (!t->places || !t->filter) continue; /* nothing will be found then, and nothing calibrated */
-    t->places[t->n_places++] = (place){q->seq, (uint32_t)i, UINT32_MAX};
-    for (size_t j = 0; j < q->n && j < TRUE_MAX; j++) t->places[t->n_places++] = (place){q->near[j].seq, (uint32_t)i, (uint32_t)j};
-  }
-  qsort(t->places, t->n_places, sizeof *t->places, by_seq);
-  for (size_t i = 0; i < t->n_places; i++) t->filter[filter_bit(t->places[i].seq) / 64] |= 1ull << filter_bit(t->places[i].seq) % 64;
-}
-
-size_t ivfpq_truth_beta(ivfpq_truth *t) {
-  size_t hits[IVFPQ_BETAS] = {0}, best = 0;
-  settle(t);
-  for (size_t b = 0; b < IVFPQ_BETAS; b++)
-    for (size_t i = 0; i < t->n; i++) hits[b] += hits_under(&t->queries[i], ivfpq_beta(b));
-  size_t most = 0;
-  for (size_t b = 0; b < IVFPQ_BETAS; b++) { /* smoothed: neighbours on the grid vote, too */
-    size_t smooth = 2 * hits[b] + hits[b ? b - 1 : b] + hits[b + 1 < IVFPQ_BETAS ? b + 1 : b];
-    if (smooth > most) most = smooth, best = b;
-  }
-  return most ? best : IVFPQ_USUAL_BETA;
-}
-
-void ivfpq_truth_place(ivfpq_truth *t, uint64_t seq, uint32_t row) {
-  if (!t->filter || !(t->filter[filter_bit(seq) / 64] >> filter_bit(seq) % 64 & 1)) return;
-  size_t lo = 0;
-  for (size_t hi = t->n_places; lo < hi;) {
-    size_t mid = (lo + hi) / 2;
-    if (t->places[mid].seq < seq) lo = mid + 1;
-    else hi = mid;
-  }
-  for (; lo < t->n_places && t->places[lo].seq == seq; lo++) {
-    query *q = &t->queries[t->places[lo].query];
-    if (t->places[lo].at == UINT32_MAX) q->row = row;
-    else q->near[t->places[lo].at].row = row;
-  }
-}
-
-/* ---- settings ---- */
-
-/* What a scan told of one query. */
-typedef struct profile {
-  const query *q;
-  uint32_t n_true;
-  uint32_t row[TRUE_MAX], part[TRUE_MAX]; /* of the true neighbours, nearest first; part: the how many-th, UINT32_MAX: never */
-  uint64_t key[TRUE_MAX];
-  uint32_t need[TRUE_MAX][COUNT(probes)]; /* candidates that must be kept to keep it, of so many partitions */
-  uint32_t n_parts;
-  uint32_t *rows;                         /* scanned so far, per partition probed */
-  float *ratio[IVFPQ_CURVES];             /* of coarse distance and k-th best estimate: the greatest so far */
-  uint64_t best[TRUE_MAX];                /* estimates, ascending */
-  uint32_t n_best;
-  /* second pass */
-  uint64_t sorted[TRUE_MAX];
-  uint32_t order[TRUE_MAX], count[TRUE_MAX + 1], n_found, level;
-} profile;
 
 typedef struct measure {
-  ivfpq_truth *t;
-  ivfpq_segment *s;
-  uint32_t most;     /* partitions */
-  profile *profiles;
-  ivfpq_stop stop;
-  void *stop_ctx;
+  ivfpq_profiler p;
+  ivfpq_profile *profiles;
+  size_t from;       /* first query of this stretch */
+  float reaches[IVFPQ_CURVES][IVFPQ_REACHES];
+  double kept[IVFPQ_CURVES][COUNT(factors)]; /* of what is found, by number of candidates: for k beyond IVFPQ_TRUE */
   vs_rc rc;
   vs_err err;
   pthread_mutex_t lock;
 } measure;
 
-static void note_best(profile *p, uint64_t key) {
-  if (p->n_best == TRUE_MAX && key >= p->best[TRUE_MAX - 1]) return;
-  uint32_t at = p->n_best < TRUE_MAX ? p->n_best++ : TRUE_MAX - 1;
-  for (; at && p->best[at - 1] > key; at--) p->best[at] = p->best[at - 1];
-  p->best[at] = key;
-}
+/* ---- searching ---- */
 
-/* First pass: where the true neighbours are, and what the best estimates are after each partition. */
-static void see_partition(void *ctx, const ivfpq_part *part, float coarse, const uint64_t *keys) {
-  profile *p = ctx;
-  uint32_t n = part->entry.n_rows, i = p->n_parts++;
-  uint64_t row0 = part->entry.row0;
-  p->rows[i] = (i ? p->rows[i - 1] : 0) + n;
-  for (int c = 0; c < IVFPQ_CURVES; c++) {
-    float kth = p->n_best >= curve_k[c] ? kern_key_value(p->best[curve_k[c] - 1]) : INFINITY;
-    float ratio = kth > 0 ? coarse / kth : coarse > 0 ? INFINITY : 0, before = i ? p->ratio[c][i - 1] : 0;
-    p->ratio[c][i] = ratio > before ? ratio : before;
+static void choose_probes(ivfpq_profiler *x) {
+  const ivfpq_params *p = &x->s->params;
+  uint64_t average = p->n_rows / p->nlist + 1, most = ROWS_MAX / average;
+  if (most < 16) most = 16;
+  if (most > p->nlist) most = p->nlist;
+  if (most > IVFPQ_PROFILE_MOST) most = IVFPQ_PROFILE_MOST;
+  for (size_t i = 0; i < COUNT(probes) && probes[i] < most; i++) x->probes[x->n_probes++] = probes[i];
+  x->probes[x->n_probes++] = (uint32_t)most;
+  for (uint32_t n = 0, l = 0; n <= most; n++) {
+    while (x->probes[l] < n) l++;
+    x->level[n] = (uint8_t)l;
   }
-  for (uint32_t t = 0; t < p->n_true; t++)
-    if (p->row[t] >= row0 && p->row[t] - row0 < n) p->part[t] = i, p->key[t] = keys[p->row[t] - row0];
-  for (uint32_t r = 0; r < n; r++)
-    if (row0 + r != p->q->row) note_best(p, keys[r]);
-}
-
-/* Second pass: how many rows stand before each. */
-static void count_partition(void *ctx, const ivfpq_part *part, float coarse, const uint64_t *keys) {
-  profile *p = ctx;
-  uint32_t i = p->n_parts++;
-  uint64_t most = p->n_found ? p->sorted[p->n_found - 1] : 0;
-  (void)coarse;
-  for (uint32_t r = 0; r < part->entry.n_rows; r++) {
-    if (keys[r] >= most || part->entry.row0 + r == p->q->row) continue;
-    uint32_t lo = 0;
-    for (uint32_t hi = p->n_found; lo < hi;) {
-      uint32_t mid = (lo + hi) / 2;
-      if (p->sorted[mid] <= keys[r]) lo = mid + 1;
-      else hi = mid;
-    }
-    p->count[lo]++; /* it stands before sorted[lo] and what follows */
-  }
-  for (; p->level < COUNT(probes) && probes[p->level] == i + 1; p->level++)
-    for (uint32_t t = 0, before = 0; t < p->n_found; t++) before += p->count[t], p->need[p->order[t]][p->level] = before + 1;
-}
-
-static int by_key(const void *pa, const void *pb, void *ctx) {
-  const uint64_t *key = ctx;
-  uint64_t a = key[*(const uint32_t *)pa], b = key[*(const uint32_t *)pb];
-  return a < b ? -1 : a > b;
-}
-
-static vs_rc scan_once(measure *m, size_t i, void (*probe)(void *, const ivfpq_part *, float, const uint64_t *), vs_err *err) {
-  ivfpq_keys keys = {0};
-  ivfpq_stats stats = {0};
-  ivfpq_query q = {.vector = m->t->raw + i * m->t->m->dim, .nprobe = m->most, .n_candidates = 1, .k = 1, .probe = probe,
-                   .probe_ctx = &m->profiles[i]};
-  vs_rc rc = ivfpq_scan(m->s, &q, &keys, &stats, err);
-  ivfpq_keys_reset(&keys);
-  return rc;
-}
-
-static vs_rc profile_query(measure *m, size_t i, vs_err *err) {
-  profile *p = &m->profiles[i];
-  p->q = &m->t->queries[i];
-  for (size_t t = 0; t < p->q->n && t < TRUE_MAX; t++)
-    if (p->q->near[t].row != UINT32_MAX) p->row[p->n_true] = p->q->near[t].row, p->part[p->n_true++] = UINT32_MAX;
-  vs_rc rc = scan_once(m, i, see_partition, err);
-  for (uint32_t t = 0; t < p->n_true; t++)
-    if (p->part[t] != UINT32_MAX) p->order[p->n_found++] = t;
-  qsort_r(p->order, p->n_found, sizeof *p->order, by_key, p->key);
-  for (uint32_t t = 0; t < p->n_found; t++) p->sorted[t] = p->key[p->order[t]];
-  uint32_t n = p->n_parts;
-  p->n_parts = 0;
-  if (!rc) rc = scan_once(m, i, count_partition, err);
-  if (!rc && p->n_parts != n) rc = vs_fail(err, VS_CORRUPT, "calibration: two scans differ");
-  for (; p->level < COUNT(probes); p->level++) /* more partitions than there are */
-    for (uint32_t t = 0, before = 0; t < p->n_found; t++) before += p->count[t], p->need[p->order[t]][p->level] = before + 1;
-  return rc;
+  x->n_true_probes = x->level[most < MOST_TRUE ? most : MOST_TRUE] + 1u;
 }
 
 static void profile_task(void *ctx, size_t i) {
   measure *m = ctx;
   vs_err err = {0};
   if (__atomic_load_n(&m->rc, __ATOMIC_RELAXED)) return;
-  vs_rc rc = profile_query(m, i, &err);
+  vs_rc rc = ivfpq_profile_make(&m->p, m->from + i, &m->profiles[m->from + i], &err);
   if (!rc) return;
   pthread_mutex_lock(&m->lock);
   if (!m->rc) m->err = err, __atomic_store_n(&m->rc, rc, __ATOMIC_RELAXED);
   pthread_mutex_unlock(&m->lock);
 }
 
-/* Partitions that a query touches. */
-static uint32_t touched(const profile *p, int curve, uint32_t nprobe, float reach) {
-  uint32_t n = nprobe < p->n_parts ? nprobe : p->n_parts;
-  if (reach == 0) return n;
-  const float *ratio = p->ratio[curve];
-  uint32_t lo = 0; /* the first whose ratio is beyond reach: ratios ascend */
-  for (uint32_t hi = n; lo < hi;) {
-    uint32_t mid = (lo + hi) / 2;
-    if (ratio[mid] <= reach) lo = mid + 1;
-    else hi = mid;
-  }
-  return lo;
-}
-
-typedef struct outcome {
-  double recall[COUNT(factors)], rows, parts; /* recall by number of candidates; means per query */
-  double found;                               /* recall with candidates without end */
-} outcome;
-
-static uint32_t candidates_of(uint32_t k, size_t f) { return (uint32_t)ceilf(factors[f] * (float)k); }
-
-static outcome evaluate(const measure *m, int curve, size_t probe, float reach) {
-  outcome o = {0};
-  uint32_t k = curve_k[curve];
-  size_t total = 0, hits[COUNT(factors) + 1] = {0};
-  for (size_t i = 0; i < m->t->n; i++) {
-    const profile *p = &m->profiles[i];
-    uint32_t n = touched(p, curve, probes[probe], reach), level = 0;
-    if (!n) continue;
-    while (level + 1 < COUNT(probes) && probes[level] < n) level++;
-    o.rows += p->rows[n - 1], o.parts += n;
-    for (uint32_t t = 0; t < k && t < p->n_true; t++, total++) {
-      if (p->part[t] >= n) continue; /* UINT32_MAX, too */
-      size_t f = 0;
-      while (f < COUNT(factors) && candidates_of(k, f) < p->need[t][level]) f++;
-      hits[f]++;
-    }
-  }
-  for (size_t f = 0, sum = 0; f <= COUNT(factors); f++) {
-    sum += hits[f];
-    double recall = total ? (double)sum / (double)total : 0;
-    if (f < COUNT(factors)) o.recall[f] = recall;
-    o.found = recall;
-  }
-  o.rows /= (double)m->t->n, o.parts /= (double)m->t->n;
-  return o;
-}
-
-static void fill_levels(const measure *m, int curve, ivfpq_level *out) {
-  const ivfpq_params *p = &m->s->params;
-  double cost[COUNT(levels)];
-  for (size_t l = 0; l < COUNT(levels); l++) cost[l] = INFINITY, out[l] = (ivfpq_level){.recall = levels[l]};
-  for (size_t b = 0; b < COUNT(probes) && probes[b] <= m->most; b++)
-    for (size_t r = 0; r < COUNT(reaches); r++) {
-      if (p->metric == IVFPQ_DOT && reaches[r] != 0) continue; /* ratios of what may be negative mean nothing */
-      outcome o = evaluate(m, curve, b, reaches[r]);
-      for (size_t f = 0; f < COUNT(factors); f++) {
-        uint32_t n = candidates_of(curve_k[curve], f);
-        double ns = o.rows * IVFPQ_ROW_NS(p->m) + o.parts * IVFPQ_PART_NS + n * IVFPQ_CANDIDATE_NS(p->sketch_bytes ? p->sketch_bytes : p->row_bytes);
-        for (size_t l = 0; l < COUNT(levels) && o.recall[f] >= levels[l] + (levels[l] < .99f ? MARGIN : 0); l++)
-          if (ns < cost[l]) cost[l] = ns, out[l] = (ivfpq_level){levels[l], probes[b], n, reaches[r], (float)o.rows};
-      }
-    }
-}
-
-static void fill_reaches(const measure *m, ivfpq_reach *out) {
-  for (size_t b = 0; b < COUNT(probes); b++) {
-    out[b] = (ivfpq_reach){probes[b], 0};
-    if (m->s->params.metric == IVFPQ_DOT || probes[b] > m->most) continue;
-    double all = evaluate(m, 1, b, 0).found;
-    for (size_t r = 0; r + 1 < COUNT(reaches); r++)
-      if (all - evaluate(m, 1, b, reaches[r]).found <= MISS_PART * (1 - all)) {
-        out[b].reach = reaches[r];
-        break;
-      }
-  }
-}
-
-static vs_rc open_profiles(measure *m, vs_err *err) {
-  size_t n = m->t->n;
-  m->profiles = calloc(n, sizeof *m->profiles);
-  for (size_t i = 0; m->profiles && i < n; i++) {
-    profile *p = &m->profiles[i];
-    p->rows = malloc(m->most * (sizeof *p->rows + IVFPQ_CURVES * sizeof(float)));
-    if (!p->rows) return vs_nomem(err);
-    for (int c = 0; c < IVFPQ_CURVES; c++) p->ratio[c] = (float *)(p->rows + m->most) + (size_t)c * m->most;
-  }
-  return m->profiles ? VS_OK : vs_nomem(err);
-}
-
-vs_rc ivfpq_truth_measure(ivfpq_truth *t, ivfpq_segment *s, int threads, ivfpq_stop stop, void *stop_ctx, uint8_t **out, uint32_t *n,
-                          vs_err *err) {
-  measure m = {.t = t, .s = s, .stop = stop, .stop_ctx = stop_ctx, .lock = PTHREAD_MUTEX_INITIALIZER};
-  uint64_t average = s->params.n_rows / s->params.nlist + 1, most = ROWS_MAX / average;
-  const uint32_t last = probes[COUNT(probes) - 1];
-  *out = NULL, *n = 0;
-  if (!t->places) return VS_OK;
-  m.most = most > last ? last : most < 16 ? 16 : (uint32_t)most;
-  if (m.most > s->params.nlist) m.most = s->params.nlist;
-  vs_rc rc = open_profiles(&m, err);
-  for (size_t at = 0; at < t->n && !rc; at += 16) { /* in stretches, so that a Ctrl-C is seen soon */
-    measure part = m;
-    ivfpq_truth view = *t;
-    view.raw += at * t->m->dim, view.queries += at, part.t = &view, part.profiles += at;
-    vs_pool_run(t->n - at < 16 ? t->n - at : 16, threads, profile_task, &part);
-    if (part.rc) rc = vs_fail(err, part.rc, "%s", part.err.text);
+static vs_rc search_all(measure *m, int threads, ivfpq_stop stop, void *stop_ctx, vs_err *err) {
+  size_t n = m->p.t->n;
+  vs_rc rc = VS_OK;
+  for (; m->from < n && !rc; m->from += STRETCH) {
+    vs_pool_run(n - m->from < STRETCH ? n - m->from : STRETCH, threads, profile_task, m);
+    if (m->rc) rc = vs_fail(err, m->rc, "%s", m->err.text);
     else if (stop && stop(stop_ctx)) rc = vs_fail(err, VS_INTERRUPT, "interrupted");
   }
-  if (!rc) {
-    ivfpq_calibration head = {.n_queries = (uint32_t)t->n, .n_reach = COUNT(probes), .n_levels = COUNT(levels)};
-    memcpy(head.k, curve_k, sizeof head.k);
-    *n = (uint32_t)(sizeof head + sizeof(ivfpq_reach) * head.n_reach + IVFPQ_CURVES * head.n_levels * sizeof(ivfpq_level));
-    if (!(*out = malloc(*n))) rc = vs_nomem(err);
-    else {
-      memcpy(*out, &head, sizeof head);
-      const ivfpq_calibration *c = (const ivfpq_calibration *)*out;
-      fill_reaches(&m, (ivfpq_reach *)ivfpq_reaches(c));
-      for (int curve = 0; curve < IVFPQ_CURVES; curve++) fill_levels(&m, curve, (ivfpq_level *)ivfpq_levels(c) + (size_t)curve * head.n_levels);
+  return rc;
+}
+
+/* ---- reaches ---- */
+
+static int ascending(const void *a, const void *b) {
+  float x = *(const float *)a, y = *(const float *)b;
+  return x < y ? -1 : x > y;
+}
+
+/* How far the at-th partition lies beyond, for the median query. */
+static float median_beyond(const measure *m, int curve, uint32_t at, float *buf) {
+  size_t n = 0;
+  for (size_t i = 0; i < m->p.t->n; i++)
+    if (m->profiles[i].beyond[curve] && m->profiles[i].n_parts > at) buf[n++] = m->profiles[i].beyond[curve][at];
+  if (n) qsort(buf, n, sizeof *buf, ascending);
+  return n ? buf[n / 2] : 0;
+}
+
+static uint32_t parts_within(const ivfpq_profile *p, int curve, float reach) {
+  uint32_t lo = 0;
+  for (uint32_t hi = p->n_parts; lo < hi && reach > 0;) { /* they ascend */
+    uint32_t mid = (lo + hi) / 2;
+    if (p->beyond[curve][mid] <= reach) lo = mid + 1;
+    else hi = mid;
+  }
+  return reach > 0 ? lo : p->n_parts;
+}
+
+/* The reaches to try, ascending, then 0, and where each query ends with them. */
+static vs_rc choose_reaches(measure *m, vs_err *err) {
+  static const uint32_t at[IVFPQ_REACHES - 1] = {1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 150, 300, 600};
+  float *buf = malloc(m->p.t->n * sizeof *buf);
+  if (!buf) return vs_nomem(err);
+  for (int c = 0; c < IVFPQ_CURVES; c++)
+    for (int r = 0; r + 1 < IVFPQ_REACHES; r++) {
+      float x = median_beyond(m, c, at[r] * (c < IVFPQ_TRUE_CURVES ? 1 : 4), buf), before = r ? m->reaches[c][r - 1] : 0;
+      m->reaches[c][r] = isfinite(x) && x > before ? x : before;
+    }
+  free(buf);
+  for (size_t i = 0; i < m->p.t->n; i++)
+    for (int c = 0; c < IVFPQ_CURVES; c++)
+      for (int r = 0; r < IVFPQ_REACHES && m->profiles[i].beyond[c]; r++)
+        m->profiles[i].limit[c][r] = parts_within(&m->profiles[i], c, m->reaches[c][r]);
+  return VS_OK;
+}
+
+/* ---- outcomes ---- */
+
+typedef struct outcome {
+  double sure[COUNT(factors)]; /* recall that counts as reached, by number of candidates */
+  double found;                /* mean recall with candidates without end */
+  double rows, parts;          /* means per query */
+  int same;                    /* no query saw another partition than with fewer */
+} outcome;
+
+static uint32_t candidates_of(uint32_t k, size_t f) { return (uint32_t)ceil(factors[f] * (double)k); }
+
+/* Which factor keeps what stands at a place, by place; one more than there are: none. */
+typedef struct factor_table { uint8_t of[IVFPQ_PROFILE_CANDIDATES + 2]; } factor_table;
+
+static void fill_factors(uint32_t k, factor_table *out) {
+  size_t f = 0;
+  for (uint32_t need = 0; need <= IVFPQ_PROFILE_CANDIDATES + 1; need++) {
+    while (f < COUNT(factors) && candidates_of(k, f) < need) f++;
+    out->of[need] = (uint8_t)(need <= IVFPQ_PROFILE_CANDIDATES ? f : COUNT(factors));
+  }
+}
+
+/* Means and what they are sure of, from sums over n queries; the last sum is of what was found at all. */
+static void conclude(const double sum[COUNT(factors) + 1], const double squares[COUNT(factors)], double n, outcome *o) {
+  for (size_t f = 0; f < COUNT(factors); f++) {
+    double mean = sum[f] / n, spread = squares[f] / n - mean * mean;
+    double error = sqrt((spread > 0 ? spread : 0) / n), margin = SURE * error - TOLERATED;
+    o->sure[f] = mean - (margin > LUCK * error ? margin : LUCK * error);
+  }
+  o->found = sum[COUNT(factors)] / n, o->rows /= n, o->parts /= n;
+}
+
+/* Adds the share of true neighbours that n partitions hold and so many candidates keep. */
+static void add_true(const measure *m, const ivfpq_profile *p, int curve, uint32_t n, const factor_table *factor, double *sum,
+                     double *squares) {
+  uint32_t k = ivfpq_curve_k[curve], wanted = k < p->n_true ? k : p->n_true, hits[COUNT(factors) + 1] = {0}, so_far = 0;
+  size_t level = m->p.level[n];
+  for (uint32_t t = 0; t < wanted; t++)
+    if (p->part[t] < n) hits[factor->of[p->need[t][level]]]++; /* UINT32_MAX, too, is not */
+  for (size_t f = 0; f < COUNT(factors); f++) {
+    so_far += hits[f];
+    double share = (double)so_far / wanted;
+    sum[f] += share, squares[f] += share * share;
+  }
+  sum[COUNT(factors)] += (double)(so_far + hits[COUNT(factors)]) / wanted;
+}
+
+static void add_deep(const measure *m, const ivfpq_profile *p, int curve, uint32_t n, double *sum, double *squares) {
+  double found = (double)p->inside[curve][n] / p->n_inside[curve];
+  for (size_t f = 0; f < COUNT(factors); f++) {
+    double share = found * m->kept[curve][f];
+    sum[f] += share, squares[f] += share * share;
+  }
+  sum[COUNT(factors)] += found;
+}
+
+static void evaluate(const measure *m, int curve, size_t probe, int reach, const factor_table *factor, outcome *o) {
+  double sum[COUNT(factors) + 1] = {0}, squares[COUNT(factors)] = {0}, queries = 0;
+  uint32_t most = m->p.probes[probe], before = probe ? m->p.probes[probe - 1] : 0;
+  int deep = curve >= IVFPQ_TRUE_CURVES;
+  *o = (outcome){.same = 1};
+  for (size_t i = 0; i < m->p.t->n; i += deep ? IVFPQ_DEEP_EVERY : 1) {
+    const ivfpq_profile *p = &m->profiles[i];
+    uint32_t n = p->limit[curve][reach] < most ? p->limit[curve][reach] : most;
+    if (!n || (deep ? !p->n_inside[curve] : !p->n_true)) continue;
+    if (n > before) o->same = 0;
+    o->rows += p->rows[n - 1], o->parts += n, queries++;
+    if (deep) add_deep(m, p, curve, n, sum, squares);
+    else add_true(m, p, curve, n, factor, sum, squares);
+  }
+  if (queries > 0) conclude(sum, squares, queries, o);
+}
+
+/* What candidates keep of what is found: measured for the first of the large k, or, when no query is deep, for the largest of the
+ * others; concluded for the next. */
+static void measure_kept(measure *m, const factor_table *factor) {
+  enum { FIRST = IVFPQ_TRUE_CURVES };
+  size_t found = 0, hits[COUNT(factors) + 1] = {0};
+  for (size_t i = 0; i < m->p.t->n; i++) {
+    const ivfpq_profile *p = &m->profiles[i];
+    for (uint32_t t = 0; t < p->n_inside[FIRST]; t++) {
+      size_t f = 0;
+      while (f < COUNT(factors) && candidates_of(IVFPQ_RANKED, f) < p->rank[t]) f++;
+      found++, hits[p->rank[t] ? f : COUNT(factors)]++;
     }
   }
-  for (size_t i = 0; m.profiles && i < t->n; i++) free(m.profiles[i].rows);
+  for (size_t i = 0; i < m->p.t->n && !m->p.t->n_deep; i++)
+    for (uint32_t t = 0; t < m->profiles[i].n_true; t++)
+      if (m->profiles[i].part[t] != UINT32_MAX) found++, hits[factor->of[m->profiles[i].need[t][m->p.n_true_probes - 1]]]++;
+  for (size_t f = 0, sum = 0; f < COUNT(factors); f++) sum += hits[f], m->kept[FIRST][f] = found ? (double)sum / (double)found : 0;
+  for (int c = FIRST + 1; c < IVFPQ_CURVES; c++)
+    for (size_t f = 0, as = 0; f < COUNT(factors); f++) { /* what a larger factor keeps there */
+      while (as + 1 < COUNT(factors) && log(factors[as + 1]) * EASING <= log(factors[f]) + 1e-6) as++;
+      m->kept[c][f] = m->kept[c - 1][as];
+    }
+}
+
+/* ---- the table ---- */
+
+static void fill_levels(const measure *m, int curve, const factor_table *factor, ivfpq_level *out) {
+  const ivfpq_params *p = &m->p.s->params;
+  size_t n_probes = curve < IVFPQ_TRUE_CURVES ? m->p.n_true_probes : m->p.n_probes;
+  double cost[COUNT(levels)], candidate = IVFPQ_CANDIDATE_NS(p->sketch_bytes ? p->sketch_bytes : p->row_bytes);
+  for (size_t l = 0; l < COUNT(levels); l++) cost[l] = INFINITY, out[l] = (ivfpq_level){.recall = levels[l]};
+  for (int r = 0; r < IVFPQ_REACHES; r++) {
+    if (r && m->reaches[curve][r] == m->reaches[curve][r - 1]) continue;
+    for (size_t b = 0; b < n_probes; b++) {
+      outcome o;
+      evaluate(m, curve, b, r, factor, &o);
+      if (o.same) break;
+      for (size_t f = 0; f < COUNT(factors); f++) {
+        uint32_t n = candidates_of(ivfpq_curve_k[curve], f);
+        double ns = o.rows * IVFPQ_ROW_NS(p->m) + o.parts * IVFPQ_PART_NS + n * candidate;
+        for (size_t l = 0; l < COUNT(levels) && o.sure[f] >= (double)levels[l]; l++)
+          if (ns < cost[l]) cost[l] = ns, out[l] = (ivfpq_level){levels[l], m->p.probes[b], n, m->reaches[curve][r], (float)o.rows};
+      }
+    }
+  }
+}
+
+/* So many of all rows lie in all partitions: only candidates matter. */
+static void fill_all(const measure *m, int curve, ivfpq_level *out) {
+  const ivfpq_params *p = &m->p.s->params;
+  for (size_t l = 0, f = 0; l < COUNT(levels); l++) {
+    while (f < COUNT(factors) && m->kept[curve][f] < (double)levels[l]) f++;
+    out[l] = (ivfpq_level){.recall = levels[l]};
+    if (f < COUNT(factors))
+      out[l] = (ivfpq_level){levels[l], p->nlist, candidates_of(ivfpq_curve_k[curve], f), 0, (float)p->n_rows};
+  }
+}
+
+static void fill_reaches(const measure *m, const factor_table *factor, ivfpq_reach *out) {
+  enum { CURVE = 1 };
+  for (size_t b = 0; b < m->p.n_probes; b++) {
+    outcome all, o;
+    out[b] = (ivfpq_reach){m->p.probes[b], 0};
+    if (b >= m->p.n_true_probes) continue;
+    evaluate(m, CURVE, b, IVFPQ_REACHES - 1, factor, &all);
+    for (int r = 0; r + 1 < IVFPQ_REACHES; r++) {
+      evaluate(m, CURVE, b, r, factor, &o);
+      if (all.found - o.found > MISS_PART * (1 - all.found)) continue;
+      out[b].reach = m->reaches[CURVE][r];
+      break;
+    }
+  }
+}
+
+static vs_rc fill(measure *m, uint8_t **out, uint32_t *n, vs_err *err) {
+  ivfpq_calibration head = {.n_queries = (uint32_t)m->p.t->n, .n_reach = (uint32_t)m->p.n_probes, .n_levels = COUNT(levels)};
+  uint32_t size = (uint32_t)(sizeof head + sizeof(ivfpq_reach) * head.n_reach + IVFPQ_CURVES * head.n_levels * sizeof(ivfpq_level));
+  factor_table *factor = malloc(sizeof *factor);
+  memcpy(head.k, ivfpq_curve_k, sizeof head.k);
+  *out = malloc(size);
+  if (!factor || !*out) {
+    free(factor), free(*out);
+    *out = NULL;
+    return vs_nomem(err);
+  }
+  memcpy(*out, &head, sizeof head);
+  const ivfpq_calibration *c = (const ivfpq_calibration *)*out;
+  for (int curve = 0; curve < IVFPQ_CURVES; curve++) {
+    ivfpq_level *to = (ivfpq_level *)ivfpq_levels(c) + (size_t)curve * head.n_levels;
+    if (curve < IVFPQ_TRUE_CURVES) fill_factors(ivfpq_curve_k[curve], factor);
+    if (curve == 1) fill_reaches(m, factor, (ivfpq_reach *)ivfpq_reaches(c));
+    if (curve == IVFPQ_TRUE_CURVES - 1) measure_kept(m, factor);
+    if (curve < IVFPQ_TRUE_CURVES || ivfpq_curve_k[curve] <= m->p.t->n_deep) fill_levels(m, curve, factor, to);
+    else fill_all(m, curve, to);
+  }
+  free(factor);
+  *n = size;
+  return VS_OK;
+}
+
+vs_rc ivfpq_calibrate(ivfpq_truth *t, ivfpq_segment *s, int threads, ivfpq_stop stop, void *stop_ctx, uint8_t **out, uint32_t *n,
+                      vs_err *err) {
+  measure m = {.p = {.t = t, .s = s}, .lock = PTHREAD_MUTEX_INITIALIZER};
+  *out = NULL, *n = 0;
+  if (!t->places || !s->params.nlist) return VS_OK;
+  choose_probes(&m.p);
+  m.profiles = calloc(t->n, sizeof *m.profiles);
+  vs_rc rc = m.profiles ? search_all(&m, threads, stop, stop_ctx, err) : vs_nomem(err);
+  if (!rc) rc = choose_reaches(&m, err);
+  if (!rc) rc = fill(&m, out, n, err);
+  for (size_t i = 0; m.profiles && i < t->n; i++) ivfpq_profile_reset(&m.profiles[i]);
   free(m.profiles);
   return rc;
 }

@@ -13,6 +13,7 @@
 enum {
   STRETCH_BYTES = 16 << 20, /* of stored vectors between two looks at `stop` */
   EXACT_SLICE = 512,        /* rows per task */
+  EXACT_QUERIES = 16,       /* that meet a row while it lies in the cache */
   ROWS_PER_ROUND = 4096,
   AHEAD_BYTES = 4096        /* of mapped rows asked for before they are needed */
 };
@@ -53,12 +54,19 @@ static int bit(const uint64_t *bitmap, size_t i) { return bitmap[i / 64] >> i % 
 
 /* ---- brute force ---- */
 
+/* One stretch of rows against a few queries. */
 typedef struct exact_job {
   ivfpq_segment *s;
-  const float *query;
+  const ivfpq_query *q;
+  const float *vectors;   /* n_q queries */
+  size_t n_q;
+  const uint64_t *after;
+  const uint64_t *bitmap;
   const uint8_t *records;
-  uint32_t first, n;
-  uint64_t *key;
+  uint32_t first, n, stretch;
+  uint64_t *key;          /* per query a stretch */
+  uint64_t *worst;        /* per query; nothing above it can matter */
+  ivfpq_keys *out;
   int failed;
 } exact_job;
 
@@ -73,23 +81,29 @@ static void exact_slice(void *ctx, size_t i) {
   }
   for (; at < end; at++) {
     const float *v = ivfpq_row_vector(e->s, e->records + (size_t)at * p->row_bytes, buf);
-    e->key[at] = kern_key((float)ivfpq_distance((ivfpq_metric)p->metric, e->query, v, p->dim), e->first + at);
+    for (size_t j = 0; j < e->n_q; j++) {
+      float d = (float)ivfpq_distance((ivfpq_metric)p->metric, e->vectors + j * p->dim, v, p->dim);
+      e->key[j * e->stretch + at] = kern_key(d, e->first + at);
+    }
   }
   free(buf);
 }
 
-/* Appends one stretch's keys that can still matter. */
-static vs_rc exact_take(const exact_job *e, const ivfpq_query *q, const uint64_t *after, const uint64_t *bitmap, uint64_t *worst,
-                        ivfpq_keys *out, vs_err *err) {
-  vs_rc rc = ivfpq_keys_room(out, out->n + e->n, err);
-  if (rc) return rc;
+/* Appends one query's keys of a stretch that can still matter. */
+static void exact_take(void *ctx, size_t j) {
+  exact_job *e = ctx;
+  ivfpq_keys *out = &e->out[j];
+  const uint64_t *key = e->key + j * e->stretch;
   for (uint32_t i = 0; i < e->n; i++) {
-    if (e->key[i] >= *worst || (after && e->key[i] <= *after)) continue;
-    if (bitmap && !bit(bitmap, e->first + i)) continue;
-    out->key[out->n++] = e->key[i];
+    if (key[i] >= e->worst[j] || (e->after && key[i] <= *e->after)) continue;
+    if (e->bitmap && !bit(e->bitmap, e->first + i)) continue;
+    if (out->n == out->room && ivfpq_keys_room(out, out->n + 1024, NULL)) {
+      __atomic_store_n(&e->failed, 1, __ATOMIC_RELAXED);
+      return;
+    }
+    out->key[out->n++] = key[i];
+    if (keys_full(out, e->q->n_candidates)) e->worst[j] = ivfpq_keys_cut(out, e->q->n_candidates);
   }
-  if (keys_full(out, q->n_candidates)) *worst = ivfpq_keys_cut(out, q->n_candidates);
-  return VS_OK;
 }
 
 /* While one stretch is compared the next one travels. */
@@ -101,38 +115,70 @@ static vs_rc begin_stretch(ivfpq_segment *s, uint64_t first, uint32_t n, vs_rang
   return vs_io_begin(s->io, out, 1, err);
 }
 
-vs_rc ivfpq_exact(ivfpq_segment *s, const ivfpq_query *q, const uint64_t *after, int threads, ivfpq_keys *out, ivfpq_stats *stats,
-                  vs_err *err) {
-  const ivfpq_params *p = &s->params;
-  if (!p->n_rows || !q->n_candidates) return VS_OK;
-  uint32_t n_rows = (uint32_t)p->n_rows, stretch = ivfpq_stretch_rows(p);
-  uint64_t *key = malloc((size_t)stretch * sizeof *key), *bitmap = NULL, worst = UINT64_MAX;
-  vs_rc rc = key ? VS_OK : vs_nomem(err);
-  if (!rc && q->filter) rc = ivfpq_filter_all(s, q->filter, &bitmap, err);
+/* A stretch against all n queries, some at a time. */
+static vs_rc exact_stretch(exact_job e, const float *vectors, size_t n, int threads, uint64_t *worst, ivfpq_keys *out, vs_err *err) {
+  const ivfpq_query *q = e.q;
+  for (size_t at = 0; at < n; at += EXACT_QUERIES) {
+    e.n_q = n - at < EXACT_QUERIES ? n - at : EXACT_QUERIES;
+    e.vectors = vectors + at * e.s->params.dim, e.worst = worst + at, e.out = out + at;
+    vs_pool_run((e.n + EXACT_SLICE - 1) / EXACT_SLICE, threads, exact_slice, &e);
+    if (!e.failed) vs_pool_run(e.n_q, threads, exact_take, &e);
+    if (e.failed) return vs_nomem(err);
+    if (q->stop && q->stop(q->stop_ctx)) return vs_fail(err, VS_INTERRUPT, "interrupted");
+  }
+  return VS_OK;
+}
+
+static vs_rc exact_rows(exact_job e, const float *vectors, size_t n, int threads, uint64_t *worst, ivfpq_keys *out, vs_err *err) {
+  ivfpq_segment *s = e.s;
+  uint32_t n_rows = (uint32_t)s->params.n_rows;
   vs_range next = {0};
-  for (uint64_t at = 0; at < n_rows && !rc; at += stretch) {
+  vs_rc rc = VS_OK;
+  for (uint64_t at = 0; at < n_rows && !rc; at += e.stretch) {
     ivfpq_row rows;
     vs_range held = next;
-    exact_job e = {.s = s, .query = q->vector, .first = (uint32_t)at, .n = n_rows - at < stretch ? n_rows - (uint32_t)at : stretch,
-                   .key = key};
+    e.first = (uint32_t)at, e.n = n_rows - at < e.stretch ? n_rows - (uint32_t)at : e.stretch;
     rc = ivfpq_rows_fetch_range(s, e.first, e.n, &rows, err);
     if (held.owner) vs_io_release(s->io, &held, 1);
     next = (vs_range){0};
-    if (rc || (rc = begin_stretch(s, at + stretch, stretch, &next, err))) {
+    if (rc || (rc = begin_stretch(s, at + e.stretch, e.stretch, &next, err))) {
       if (rows.range.owner) ivfpq_rows_release(s, &rows, 1);
       break;
     }
     e.records = rows.record;
-    vs_pool_run((e.n + EXACT_SLICE - 1) / EXACT_SLICE, threads, exact_slice, &e);
+    rc = exact_stretch(e, vectors, n, threads, worst, out, err);
     ivfpq_rows_release(s, &rows, 1);
-    rc = e.failed ? vs_nomem(err) : exact_take(&e, q, after, bitmap, &worst, out, err);
-    if (!rc && q->stop && q->stop(q->stop_ctx)) rc = vs_fail(err, VS_INTERRUPT, "interrupted");
   }
   if (next.owner) vs_io_release(s->io, &next, 1);
-  if (!rc) ivfpq_keys_cut(out, q->n_candidates);
-  stats->rows += n_rows;
-  free(key), free(bitmap);
   return rc;
+}
+
+static vs_rc exact(ivfpq_segment *s, const ivfpq_query *q, const float *vectors, size_t n, const uint64_t *after, int threads,
+                   ivfpq_keys *out, ivfpq_stats *stats, vs_err *err) {
+  if (!s->params.n_rows || !q->n_candidates || !n) return VS_OK;
+  exact_job e = {.s = s, .q = q, .after = after, .stretch = ivfpq_stretch_rows(&s->params)};
+  size_t at_once = n < EXACT_QUERIES ? n : EXACT_QUERIES;
+  uint64_t *bitmap = NULL, *worst = malloc(n * sizeof *worst);
+  e.key = malloc(at_once * e.stretch * sizeof *e.key);
+  vs_rc rc = e.key && worst ? VS_OK : vs_nomem(err);
+  if (!rc && q->filter) rc = ivfpq_filter_all(s, q->filter, &bitmap, err);
+  for (size_t i = 0; i < n && !rc; i++) worst[i] = UINT64_MAX;
+  e.bitmap = bitmap;
+  if (!rc) rc = exact_rows(e, vectors, n, threads, worst, out, err);
+  for (size_t i = 0; i < n && !rc; i++) ivfpq_keys_cut(&out[i], q->n_candidates);
+  stats->rows += s->params.n_rows * n;
+  free(e.key), free(bitmap), free(worst);
+  return rc;
+}
+
+vs_rc ivfpq_exact(ivfpq_segment *s, const ivfpq_query *q, const uint64_t *after, int threads, ivfpq_keys *out, ivfpq_stats *stats,
+                  vs_err *err) {
+  return exact(s, q, q->vector, 1, after, threads, out, stats, err);
+}
+
+vs_rc ivfpq_exact_many(ivfpq_segment *s, const ivfpq_query *q, const float *vectors, size_t n, int threads, ivfpq_keys *out,
+                       ivfpq_stats *stats, vs_err *err) {
+  return exact(s, q, vectors, n, NULL, threads, out, stats, err);
 }
 
 /* ---- given rows ---- */
@@ -154,6 +200,18 @@ vs_rc ivfpq_distances(ivfpq_segment *s, const float *query, const uint32_t *rows
   return rc;
 }
 
+static const float *vector_at(const ivfpq_segment *s, const uint8_t *record, float *buf) {
+  return !s->params.store && (uintptr_t)record % sizeof(float) == 0 ? (const float *)record : ivfpq_row_vector(s, record, buf);
+}
+
+vs_rc ivfpq_distance_mapped(ivfpq_segment *s, const float *query, uint32_t row, float *out, vs_err *err) {
+  float buf[IVFPQ_MAX_DIM]; /* written when rows are stored as halves only */
+  const uint8_t *record;
+  vs_rc rc = ivfpq_row_at(s, row, &record, err);
+  if (!rc) *out = (float)ivfpq_distance((ivfpq_metric)s->params.metric, query, vector_at(s, record, buf), s->params.dim);
+  return rc;
+}
+
 vs_rc ivfpq_distances_mapped(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *out, vs_err *err) {
   const ivfpq_params *p = &s->params;
   const kern *k = kern_get();
@@ -165,8 +223,7 @@ vs_rc ivfpq_distances_mapped(ivfpq_segment *s, const float *query, const uint32_
     if (i + ahead < n) ivfpq_row_prefetch(s, rows[i + ahead]);
     vs_rc rc = ivfpq_row_at(s, rows[i], &record, err);
     if (rc) return rc;
-    const float *v = !p->store && (uintptr_t)record % sizeof(float) == 0 ? (const float *)record : ivfpq_row_vector(s, record, buf);
-    out[i] = (float)ivfpq_distance_by(k, (ivfpq_metric)p->metric, query, v, p->dim);
+    out[i] = (float)ivfpq_distance_by(k, (ivfpq_metric)p->metric, query, vector_at(s, record, buf), p->dim);
   }
   return VS_OK;
 }

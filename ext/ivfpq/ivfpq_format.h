@@ -142,12 +142,12 @@ typedef struct ivfpq_partition {
   uint64_t reserved;
 } ivfpq_partition;
 
-enum { IVFPQ_CURVES = 3 };
+enum { IVFPQ_CURVES = 5 };
 typedef struct ivfpq_calibration {
   uint32_t n_queries, n_reach, n_levels; /* held-out rows; entries that follow */
   uint32_t k[IVFPQ_CURVES];              /* ascending */
 } ivfpq_calibration;
-typedef struct ivfpq_reach { /* up to so many partitions, this reach misses hardly more than they do */
+typedef struct ivfpq_reach { /* up to so many partitions, this reach (see ivfpq_table.h) misses hardly more than they do */
   uint32_t nprobe;
   float reach;
 } ivfpq_reach;
@@ -157,7 +157,7 @@ typedef struct ivfpq_level { /* the cheapest setting with this mean recall@k or 
   float reach;               /* 0: all nprobe partitions */
   float rows;                /* scanned, on average */
 } ivfpq_level;
-_Static_assert(sizeof(ivfpq_calibration) == 24 && sizeof(ivfpq_reach) == 8 && sizeof(ivfpq_level) == 20, "on-disk size");
+_Static_assert(sizeof(ivfpq_calibration) == 32 && sizeof(ivfpq_reach) == 8 && sizeof(ivfpq_level) == 20, "on-disk size");
 
 _Static_assert(sizeof(ivfpq_section) == 32, "on-disk size");
 _Static_assert(sizeof(ivfpq_params) == 256, "on-disk size");

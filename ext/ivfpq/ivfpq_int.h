@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "../base/vs_err.h"
+#include "../kernels/kern.h"
 #include "ivfpq_format.h"
 
 /* ---- ivfpq_train.c: deterministic for a seed, whatever the number of threads ---- */
@@ -14,25 +15,38 @@ typedef struct ivfpq_rng { uint64_t state; } ivfpq_rng;
 uint64_t ivfpq_rng_next(ivfpq_rng *r);
 uint64_t ivfpq_rng_below(ivfpq_rng *r, uint64_t n);
 
-/* Lloyd's k-means on n x dim rows (stride floats apart): k row-major centroids into c (k x dim). Starts from random rows;
- * an empty cluster takes half of the largest one. k may exceed n: the rest repeat rows. */
 typedef int (*ivfpq_stop)(void *ctx); /* non-zero: stop with VS_INTERRUPT; called on the caller's thread only */
+
+/* Centroids made ready for many searches; they must stay. */
+typedef struct ivfpq_finder {
+  kern_nearest m;
+  void *mem;
+} ivfpq_finder;
+vs_rc ivfpq_finder_open(ivfpq_finder *f, const float *c, size_t k, size_t dim, vs_err *err) VS_WARN_UNUSED;
+void ivfpq_finder_close(ivfpq_finder *f);
+/* See kern_nearest_find. On this thread; */
+vs_rc ivfpq_finder_find(const ivfpq_finder *f, const float *x, size_t n, size_t stride, int exact, uint32_t *id, vs_err *err) VS_WARN_UNUSED;
+/* on several, stopping within a fraction of a second when asked to (stop may be NULL). */
+vs_rc ivfpq_finder_find_all(const ivfpq_finder *f, const float *x, size_t n, size_t stride, int exact, int threads, ivfpq_stop stop,
+                            void *stop_ctx, uint32_t *id, vs_err *err) VS_WARN_UNUSED;
+
+/* k-means on n x dim rows (stride floats apart): k row-major centroids into c (k x dim). See ivfpq_train.c. k may exceed n: the rest
+ * repeat rows. */
 typedef struct ivfpq_kmeans {
   const float *x;
   size_t n, stride, dim, k;
-  int iterations, threads;
+  int iterations, threads; /* iterations over all rows; some over parts of them come before */
   uint64_t seed;
   ivfpq_stop stop;
   void *stop_ctx;
 } ivfpq_kmeans;
 vs_rc ivfpq_kmeans_run(const ivfpq_kmeans *p, float *c, vs_err *err) VS_WARN_UNUSED;
 
+/* The same for code words: k is 16 or 256. On this thread; `threads` and `stop` are not looked at. */
+vs_rc ivfpq_words_run(const ivfpq_kmeans *p, float *c, vs_err *err) VS_WARN_UNUSED;
+
 /* bias[i] = -|c_i|^2/2 for n rows, padded to a multiple of 16 with zeros. */
 void ivfpq_half_norms(const float *c, size_t n, size_t dim, float *bias);
-
-/* argmax over packed centroids on several threads. */
-void ivfpq_assign(const float *x, size_t n, size_t stride, size_t dim, const float *packed, const float *bias, size_t k,
-                  int threads, uint32_t *id);
 
 /* ---- ivfpq_sort.c: external sort of fixed-size records ---- */
 typedef struct ivfpq_record { uint64_t hi, lo, value; } ivfpq_record; /* ordered by (hi, lo, value) */

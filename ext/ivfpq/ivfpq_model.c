@@ -9,14 +9,16 @@
 #include "../kernels/kern.h"
 
 enum {
-  COARSE_ITERATIONS = 8,
-  WORD_ITERATIONS = 8,
+  COARSE_ITERATIONS = 5,
+  WORD_ITERATIONS = 4,
   WORD_SAMPLE = 32768,  /* rows that train the code words: 128 per word of 8 bits */
   GROUPS_FROM = 257,    /* fewer partitions make one group: a cold reader fetches them at once */
   PROJECT_MAX = 128,    /* directions */
   PROJECT_STEP = 16,
-  PROJECT_FROM = 96,    /* dimensions, and */
+  PROJECT_FROM = 96,    /* dimensions, */
+  PROJECT_TO = 4096,    /* the Gram matrix then has 64 MiB; and */
   PROJECT_NLIST = 512,  /* partitions: below, ranking is cheap as it is */
+  PROJECT_SAMPLE = 4096, /* centroids that are looked at */
   PROJECT_ITERATIONS = 8
 };
 #define PROJECT_ENERGY 0.98 /* of the centroids, that the directions must hold */
@@ -31,7 +33,7 @@ void ivfpq_model_prepare(const ivfpq_model *m, const float *x, float *out) {
       for (uint32_t j = 0; j < m->dim; j++) s += (double)x[j] * x[j];
     scale = s > 0 ? (float)(1 / sqrt(s)) : 0;
   }
-  for (uint32_t j = 0; j < m->dim; j++) out[j] = x[j] * scale - m->mean[j];
+  kern_scale_sub_f32(x, scale, m->mean, m->dim, out);
   for (uint32_t j = m->dim; j < m->dim_padded; j++) out[j] = 0;
 }
 
@@ -56,12 +58,12 @@ static vs_rc learn_groups(ivfpq_model *m, const ivfpq_learn *p, vs_err *err) {
   ivfpq_kmeans km = {.x = m->centroids, .n = m->nlist, .stride = d, .dim = d, .k = k, .iterations = 8, .threads = p->threads,
                      .seed = p->seed + 1, .stop = p->stop, .stop_ctx = p->ctx};
   uint32_t *id = malloc(m->nlist * sizeof *id);
-  float *copy = malloc(m->nlist * d * sizeof *copy), *packed = malloc(kern_packed_len(k, d) * 4), *bias = malloc(ivfpq_round(k, 16) * 4);
-  vs_rc rc = id && copy && packed && bias ? ivfpq_kmeans_run(&km, m->group_centroids, err) : vs_nomem(err);
+  float *copy = malloc(m->nlist * d * sizeof *copy);
+  ivfpq_finder f = {.mem = NULL};
+  vs_rc rc = id && copy ? ivfpq_kmeans_run(&km, m->group_centroids, err) : vs_nomem(err);
+  if (!rc) rc = ivfpq_finder_open(&f, m->group_centroids, k, d, err);
+  if (!rc) rc = ivfpq_finder_find_all(&f, m->centroids, m->nlist, d, 1, p->threads, p->stop, p->ctx, id, err);
   if (!rc) {
-    kern_pack_f32(m->group_centroids, k, d, packed);
-    ivfpq_half_norms(m->group_centroids, k, d, bias);
-    ivfpq_assign(m->centroids, m->nlist, d, d, packed, bias, k, p->threads, id);
     memcpy(copy, m->centroids, m->nlist * d * sizeof *copy);
     uint32_t at = 0, g_out = 0;
     for (uint32_t g = 0; g < k; g++) {
@@ -75,7 +77,8 @@ static vs_rc learn_groups(ivfpq_model *m, const ivfpq_learn *p, vs_err *err) {
     m->n_groups = g_out;
     m->group_first[g_out] = m->nlist;
   }
-  free(id), free(copy), free(packed), free(bias);
+  ivfpq_finder_close(&f);
+  free(id), free(copy);
   return rc;
 }
 
@@ -91,31 +94,36 @@ static vs_rc round_rows(float *x, size_t n, size_t len, vs_err *err) {
   return VS_OK;
 }
 
-/* One step of block power iteration: z = (C'C) v for `project` directions v (rows); y is scratch of nlist x lanes. */
-static void multiply_directions(const ivfpq_model *m, const float *v, size_t n_v, float *packed, const float *zero, float *y, float *z) {
-  size_t d = m->dim_padded, lanes = ivfpq_round(n_v, 16);
-  kern_pack_f32(v, n_v, d, packed);
-  kern_get()->scores_many_f32(m->centroids, m->nlist, d, d, packed, zero, n_v, y, lanes);
-  memset(z, 0, n_v * d * sizeof *z);
-  for (size_t c = 0; c < m->nlist; c++) {
-    const float *x = m->centroids + c * d;
-    for (size_t u = 0; u < n_v; u++) {
-      float s = y[c * lanes + u], *to = z + u * d;
-      for (size_t j = 0; j < d; j++) to[j] += s * x[j];
+/* gram = SUM c c' over the centroids (an even choice of PROJECT_SAMPLE of them when there are more), d x d. */
+static vs_rc gram_matrix(const ivfpq_model *m, float *gram, vs_err *err) {
+  enum { BLOCK = 256, ROWS = 48 };
+  size_t d = m->dim_padded, lanes = ivfpq_round(d, 16), n = m->nlist < PROJECT_SAMPLE ? m->nlist : PROJECT_SAMPLE;
+  float *turned = malloc(d * BLOCK * 4), *packed = malloc(kern_packed_len(d, BLOCK) * 4), *zero = calloc(lanes, 4), *part = malloc(ROWS * lanes * 4);
+  vs_rc rc = turned && packed && zero && part ? VS_OK : vs_nomem(err);
+  memset(gram, 0, d * d * sizeof *gram);
+  for (size_t first = 0; first < n && !rc; first += BLOCK) {
+    for (size_t i = 0; i < BLOCK; i++) {
+      const float *c = m->centroids + (size_t)((double)(first + i) * m->nlist / (double)n) * d;
+      for (size_t j = 0; j < d; j++) turned[j * BLOCK + i] = first + i < n ? c[j] : 0;
+    }
+    kern_pack_f32(turned, d, BLOCK, packed);
+    for (size_t j = 0; j < d; j += ROWS) {
+      size_t rows = d - j < ROWS ? d - j : ROWS;
+      kern_get()->scores_many_f32(turned + j * BLOCK, rows, BLOCK, BLOCK, packed, zero, d, part, lanes);
+      for (size_t r = 0; r < rows; r++)
+        for (size_t i = 0; i < d; i++) gram[(j + r) * d + i] += part[r * lanes + i];
     }
   }
+  free(turned), free(packed), free(zero), free(part);
+  return rc;
 }
 
-/* Gram-Schmidt; a direction that vanishes becomes zero. */
+/* Gram-Schmidt; a direction that vanishes becomes zero. Their signs do not matter. */
 static void orthonormalize(float *v, size_t n, size_t d) {
   const kern *k = kern_get();
   for (size_t u = 0; u < n; u++) {
     float *a = v + u * d;
-    for (size_t w = 0; w < u; w++) {
-      const float *b = v + w * d;
-      float s = k->dot_f32(a, b, d);
-      for (size_t j = 0; j < d; j++) a[j] -= s * b[j];
-    }
+    for (size_t w = 0; w < u; w++) kern_scale_sub_f32(v + w * d, k->dot_f32(a, v + w * d, d), a, d, a); /* minus what is left of a */
     float norm = sqrtf(k->dot_f32(a, a, d)), inv = norm > 1e-20f ? 1 / norm : 0;
     for (size_t j = 0; j < d; j++) a[j] *= inv;
   }
@@ -139,27 +147,29 @@ static uint32_t directions_needed(const ivfpq_model *m, const float *y, size_t n
 /* The leading principal directions of the centroids, kept when a few of them hold nearly all of their energy: ranking then reads a
  * fraction of the bytes. Sets of low intrinsic dimension allow that, most text embeddings do not. */
 static vs_rc learn_projection(ivfpq_model *m, const ivfpq_learn *p, vs_err *err) {
-  size_t d = m->dim_padded, n = d / 2 / PROJECT_STEP * PROJECT_STEP;
+  size_t d = m->dim_padded, lanes = ivfpq_round(d, 16), n = d / 2 / PROJECT_STEP * PROJECT_STEP;
   if (n > PROJECT_MAX) n = PROJECT_MAX;
-  if (d < PROJECT_FROM || m->nlist < PROJECT_NLIST || m->metric == IVFPQ_DOT) return VS_OK;
-  float *v = malloc(n * d * 4), *z = malloc(n * d * 4), *packed = malloc(kern_packed_len(n, d) * 4), *zero = calloc(n, 4);
-  float *y = malloc(m->nlist * n * 4);
-  vs_rc rc = v && z && packed && zero && y ? VS_OK : vs_nomem(err);
+  if (d < PROJECT_FROM || d > PROJECT_TO || m->nlist < PROJECT_NLIST || m->metric == IVFPQ_DOT) return VS_OK;
+  float *v = malloc(n * d * 4), *z = malloc(n * lanes * 4), *gram = malloc(d * d * 4), *packed = malloc(kern_packed_len(d, d) * 4);
+  float *zero = calloc(lanes, 4), *y = malloc(m->nlist * n * 4);
+  vs_rc rc = v && z && gram && packed && zero && y ? gram_matrix(m, gram, err) : vs_nomem(err);
   ivfpq_rng rng = {p->seed + 2};
+  if (!rc) kern_pack_f32(gram, d, d, packed);
   for (size_t i = 0; i < n * d && !rc; i++) v[i] = (float)(ivfpq_rng_next(&rng) >> 40) / 16777216.f - .5f;
-  for (int t = 0; t < PROJECT_ITERATIONS && !rc; t++) {
+  for (int t = 0; t < PROJECT_ITERATIONS && !rc; t++) { /* block power iteration */
     orthonormalize(v, n, d);
-    multiply_directions(m, v, n, packed, zero, y, z);
-    memcpy(v, z, n * d * 4);
+    kern_get()->scores_many_f32(v, n, d, d, packed, zero, d, z, lanes);
+    for (size_t u = 0; u < n; u++) memcpy(v + u * d, z + u * lanes, d * sizeof *v);
     if (p->stop && p->stop(p->ctx)) rc = vs_fail(err, VS_INTERRUPT, "interrupted");
   }
   if (!rc) {
     orthonormalize(v, n, d);
-    multiply_directions(m, v, n, packed, zero, y, z);
+    kern_pack_f32(v, n, d, packed);
+    kern_get()->scores_many_f32(m->centroids, m->nlist, d, d, packed, zero, n, y, n);
     m->project = directions_needed(m, y, n);
     if (m->project) m->directions = v, v = NULL;
   }
-  free(v), free(z), free(packed), free(zero), free(y);
+  free(v), free(z), free(gram), free(packed), free(zero), free(y);
   return rc;
 }
 
@@ -171,9 +181,9 @@ static vs_rc learn_coarse(ivfpq_model *m, const ivfpq_learn *p, const float *x, 
   if (!rc) rc = learn_groups(m, p, err);
   if (!rc) rc = round_rows(m->centroids, m->nlist, d, err);
   if (rc) return rc;
-  kern_pack_f32(m->centroids, m->nlist, d, m->packed);
   ivfpq_half_norms(m->centroids, m->nlist, d, m->bias);
-  return learn_projection(m, p, err);
+  rc = ivfpq_finder_open(&m->finder, m->centroids, m->nlist, d, err);
+  return rc ? rc : learn_projection(m, p, err);
 }
 
 typedef struct words_job {
@@ -190,17 +200,14 @@ static void words_of_sub(void *ctx, size_t j) {
   size_t words = ivfpq_words(m->bits), size = words * m->sub_dim;
   ivfpq_kmeans km = {.x = w->x + j * m->sub_dim, .n = w->n, .stride = m->dim_padded, .dim = m->sub_dim, .k = words,
                      .iterations = WORD_ITERATIONS, .threads = 1, .seed = w->p->seed + 100 + j};
-  if (ivfpq_kmeans_run(&km, m->words + j * size, NULL)) __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
+  if (ivfpq_words_run(&km, m->words + j * size, NULL)) __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
 }
 
 /* One scale per code byte: with 4 bits two sub-quantizers share it, so that a table of their sums can be made of integers. */
 static vs_rc round_words(ivfpq_model *m, vs_err *err) {
   size_t words = ivfpq_words(m->bits), size = words * m->sub_dim;
   vs_rc rc = round_rows(m->words, m->m, m->subs / m->m * size, err);
-  for (size_t j = 0; j < m->subs && !rc; j++) {
-    kern_pack_f32(m->words + j * size, words, m->sub_dim, m->words_packed + j * size);
-    ivfpq_half_norms(m->words + j * size, words, m->sub_dim, m->words_bias + j * words);
-  }
+  if (!rc) kern_words_init(&m->coder, m->words, m->subs, words, m->sub_dim, m->coder_mem);
   return rc;
 }
 
@@ -213,10 +220,10 @@ static vs_rc learn_words(ivfpq_model *m, const ivfpq_learn *p, float *x, vs_err 
     size_t from = (size_t)((double)i * (double)p->n / (double)n);
     if (from != i) memcpy(x + i * d, x + from * d, d * sizeof *x);
   }
-  ivfpq_assign(x, n, d, d, m->packed, m->bias, m->nlist, p->threads, id);
-  for (size_t i = 0; i < n; i++)
-    for (size_t j = 0; j < d; j++) x[i * d + j] -= m->centroids[id[i] * d + j];
+  vs_rc rc = ivfpq_finder_find_all(&m->finder, x, n, d, 1, p->threads, p->stop, p->ctx, id, err);
+  for (size_t i = 0; i < n && !rc; i++) kern_scale_sub_f32(x + i * d, 1, m->centroids + id[i] * d, d, x + i * d);
   free(id);
+  if (rc) return rc;
   words_job w = {m, p, x, n, 0};
   for (size_t j = 0; j < m->subs && !w.failed; j += 8) {
     /* eight at a time, so that a Ctrl-C is seen soon */
@@ -239,17 +246,12 @@ static vs_rc allocate(ivfpq_model *m, vs_err *err) {
   size_t d = m->dim_padded, k = m->nlist, lanes = ivfpq_round(k, 16), words = (size_t)m->subs * ivfpq_words(m->bits ? m->bits : 1);
   m->mean = calloc(d, 4);
   m->centroids = calloc(k * d + 1, 4);
-  m->packed = calloc(lanes * d + 16, 4);
   m->bias = calloc(lanes + 16, 4);
   m->group_first = calloc(m->n_groups + 1, 4);
   m->group_centroids = calloc(m->n_groups * d + 1, 4);
   m->words = calloc(words * m->sub_dim + 1, 4);
-  m->words_packed = calloc(words * m->sub_dim + 16, 4);
-  m->words_bias = calloc(words + 16, 4);
-  return m->mean && m->centroids && m->packed && m->bias && m->group_first && m->group_centroids && m->words &&
-                 m->words_packed && m->words_bias
-             ? VS_OK
-             : vs_nomem(err);
+  m->coder_mem = malloc(kern_words_bytes(m->subs, ivfpq_words(m->bits ? m->bits : 1), m->sub_dim) + 1);
+  return m->mean && m->centroids && m->bias && m->group_first && m->group_centroids && m->words && m->coder_mem ? VS_OK : vs_nomem(err);
 }
 
 uint32_t ivfpq_default_groups(uint32_t nlist) { return nlist < GROUPS_FROM ? 1 : (uint32_t)ceil(sqrt(nlist)); }
@@ -269,43 +271,107 @@ vs_rc ivfpq_model_learn(ivfpq_model *m, const ivfpq_learn *p, float *x, vs_err *
 }
 
 void ivfpq_model_reset(ivfpq_model *m) {
-  free(m->mean), free(m->centroids), free(m->packed), free(m->bias), free(m->group_first), free(m->group_centroids);
-  free(m->words), free(m->words_packed), free(m->words_bias), free(m->directions);
+  free(m->mean), free(m->centroids), free(m->bias), free(m->group_first), free(m->group_centroids);
+  free(m->words), free(m->coder_mem), free(m->directions);
+  ivfpq_finder_close(&m->finder);
   memset(m, 0, sizeof *m);
 }
 
-void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms, float *err2) {
+/* What was learned; the rest of a model follows from it. */
+void ivfpq_model_save(const ivfpq_model *m, ivfpq_state *s) {
+  size_t d = m->dim_padded;
+  uint32_t head[] = {m->metric, m->dim, m->dim_padded, m->nlist, m->bits, m->m, m->n_groups, m->project};
+  ivfpq_state_put(s, head, sizeof head);
+  ivfpq_state_put(s, m->mean, d * 4);
+  ivfpq_state_put(s, m->centroids, m->nlist * d * 4);
+  ivfpq_state_put(s, m->group_first, ((size_t)m->n_groups + 1) * 4);
+  ivfpq_state_put(s, m->group_centroids, m->n_groups * d * 4);
+  if (m->m) ivfpq_state_put(s, m->words, (size_t)m->subs * ivfpq_words(m->bits) * m->sub_dim * 4);
+  ivfpq_state_put(s, m->directions, m->project * d * 4);
+}
+
+vs_rc ivfpq_model_load(ivfpq_model *m, ivfpq_state *s, vs_err *err) {
+  size_t d = m->dim_padded;
+  uint32_t head[8], same[] = {m->metric, m->dim, m->dim_padded, m->nlist, m->bits, m->m};
+  ivfpq_state_get(s, head, sizeof head);
+  if (memcmp(head, same, sizeof same) || head[6] < 1 || head[6] > m->nlist || head[7] > PROJECT_MAX)
+    return vs_corrupt(err, "the kept model is of another shape");
+  m->n_groups = head[6];
+  vs_rc rc = allocate(m, err);
+  if (!rc && head[7] && !(m->directions = malloc(head[7] * d * 4))) rc = vs_nomem(err);
+  if (rc) return rc;
+  m->project = head[7];
+  ivfpq_state_get(s, m->mean, d * 4);
+  ivfpq_state_get(s, m->centroids, m->nlist * d * 4);
+  ivfpq_state_get(s, m->group_first, ((size_t)m->n_groups + 1) * 4);
+  ivfpq_state_get(s, m->group_centroids, m->n_groups * d * 4);
+  if (m->m) ivfpq_state_get(s, m->words, (size_t)m->subs * ivfpq_words(m->bits) * m->sub_dim * 4);
+  ivfpq_state_get(s, m->directions, m->project * d * 4);
+  for (uint32_t g = 0; g < m->n_groups; g++)
+    if (m->group_first[g] > m->group_first[g + 1]) return vs_corrupt(err, "the kept model's groups overlap");
+  if (m->group_first[0] || m->group_first[m->n_groups] != m->nlist) return vs_corrupt(err, "the kept model's groups have gaps");
+  if (!m->m) return VS_OK;
+  kern_words_init(&m->coder, m->words, m->subs, ivfpq_words(m->bits), m->sub_dim, m->coder_mem);
+  ivfpq_half_norms(m->centroids, m->nlist, d, m->bias);
+  return ivfpq_finder_open(&m->finder, m->centroids, m->nlist, d, err);
+}
+
+vs_rc ivfpq_model_assign(const ivfpq_model *m, const float *x, size_t n, uint32_t *centroid, vs_err *err) {
+  return ivfpq_finder_find(&m->finder, x, n, m->dim_padded, 1, centroid, err);
+}
+
+/* The squared error of a row's image by words, and what the image has in common with c. Words are put side by side for the kernels;
+ * wider ones than PART lie so already. */
+static void measure_image(const ivfpq_model *m, const uint8_t *id, const float *r, const float *c, float *e2, float *cr) {
+  enum { PART = 1024 };
   const kern *k = kern_get();
-  size_t d = m->dim_padded, ds = m->sub_dim, words = ivfpq_words(m->bits);
-  float rr[256], e2[256], cr[256], cx[256];
-  uint32_t id[256];
-  memset(codes, 0, n * m->m);
-  for (size_t i = 0; i < n; i++) {
-    const float *c = m->centroids + centroid[i] * d;
-    float *r = x + i * d;
-    for (size_t j = 0; j < d; j++) r[j] -= c[j];
-    rr[i] = k->dot_f32(r, r, d), cx[i] = k->dot_f32(r, c, d), e2[i] = cr[i] = 0;
-  }
-  for (size_t j = 0; j < m->subs; j++) { /* sub-quantizer outside: its words stay in L1 */
-    const float *w = m->words + j * words * ds;
-    k->argmax_f32(x + j * ds, n, d, ds, m->words_packed + j * words * ds, m->words_bias + j * words, words, id, NULL);
-    for (size_t i = 0; i < n; i++) {
-      const float *word = w + id[i] * ds, *c = m->centroids + centroid[i] * d + j * ds, *r = x + i * d + j * ds;
-      if (m->bits == 4) codes[i * m->m + j / 2] |= (uint8_t)(id[i] << (j % 2 ? 4 : 0));
-      else codes[i * m->m + j] = (uint8_t)id[i];
-      for (size_t e = 0; e < ds; e++) {
-        float v = r[e] - word[e];
-        e2[i] += v * v, cr[i] += word[e] * c[e];
+  size_t ds = m->sub_dim, size = ivfpq_words(m->bits) * ds;
+  float image[PART];
+  *e2 = *cr = 0;
+  for (size_t j = 0; j < m->subs;) {
+    const float *w = m->words + j * size + id[j] * ds;
+    size_t at = j * ds, len = ds;
+    if (ds <= PART) {
+      for (len = 0; j < m->subs && len + ds <= PART; j++, len += ds) {
+        w = m->words + j * size + id[j] * ds;
+        if (ds == 8) memcpy(image + len, w, 32);
+        else if (ds == 16) memcpy(image + len, w, 64);
+        else memcpy(image + len, w, ds * sizeof *w);
       }
-    }
+      w = image;
+    } else j++;
+    *e2 += k->l2sq_f32(r + at, w, len);
+    *cr += k->dot_f32(w, c + at, len);
   }
-  for (size_t i = 0; i < n; i++) {
-    if (m->metric != IVFPQ_DOT) {
-      terms[i] = rr[i] + 2 * cr[i], err2[i] = e2[i];
-      continue;
+}
+
+static void encode_row(const ivfpq_model *m, const uint8_t *id, const float *r, const float *c, float bias, float *term, float *err2) {
+  const kern *k = kern_get();
+  size_t d = m->dim_padded;
+  float e2, cr, rr = k->dot_f32(r, r, d);
+  measure_image(m, id, r, c, &e2, &cr);
+  if (m->metric != IVFPQ_DOT) {
+    *term = rr + 2 * cr, *err2 = e2;
+    return;
+  }
+  float cx = k->dot_f32(r, c, d), norm2 = rr + 2 * cx - 2 * bias; /* |c + r|^2 */
+  float inv = norm2 > 1e-30f ? 1 / sqrtf(norm2) : 0;
+  *term = -2 * (cx - cr) * inv, *err2 = e2 * inv;
+}
+
+void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms, float *err2) {
+  enum { ROWS = 16 };
+  size_t d = m->dim_padded;
+  uint8_t id[ROWS * 2 * IVFPQ_MAX_M];
+  for (size_t i = 0; i < n; i++) kern_scale_sub_f32(x + i * d, 1, m->centroids + centroid[i] * d, d, x + i * d);
+  if (m->bits == 8) kern_words_find(&m->coder, x, n, d, codes, m->m);
+  for (size_t i = 0; i < n; i++, codes += m->m) {
+    const uint8_t *row_id = codes;
+    if (m->bits == 4) {
+      if (i % ROWS == 0) kern_words_find(&m->coder, x + i * d, n - i < ROWS ? n - i : ROWS, d, id, m->subs);
+      row_id = id + i % ROWS * m->subs;
+      for (size_t j = 0; j < m->m; j++) codes[j] = (uint8_t)(row_id[2 * j] | row_id[2 * j + 1] << 4);
     }
-    float norm2 = rr[i] + 2 * cx[i] - 2 * m->bias[centroid[i]]; /* |c + r|^2 */
-    float inv = norm2 > 1e-30f ? 1 / sqrtf(norm2) : 0;
-    terms[i] = -2 * (cx[i] - cr[i]) * inv, err2[i] = e2[i] * inv;
+    encode_row(m, row_id, x + i * d, m->centroids + centroid[i] * d, m->bias[centroid[i]], terms + i, err2 + i);
   }
 }

@@ -2,6 +2,7 @@
 #ifndef IVFPQ_MODEL_H
 #define IVFPQ_MODEL_H
 #include "ivfpq_int.h"
+#include "ivfpq_state.h"
 
 typedef struct ivfpq_model {
   ivfpq_metric metric;
@@ -9,13 +10,15 @@ typedef struct ivfpq_model {
   float beta;
   float *mean;            /* dim_padded */
   float *centroids;       /* nlist x dim_padded, ordered by group; what 8 bits per element can say */
-  float *packed, *bias;   /* of the centroids; bias is -|c|^2/2 for every metric: rows go to the nearest one */
+  float *bias;            /* of the centroids: -|c|^2/2 for every metric: rows go to the nearest one */
+  ivfpq_finder finder;    /* of the centroids */
   uint32_t *group_first;  /* n_groups + 1 */
   float *group_centroids; /* n_groups x dim_padded */
   float *words;           /* subs x words x sub_dim; what 8 bits per element can say */
   uint32_t project;       /* directions that rank the centroids; 0: none pay */
   float *directions;      /* project x dim_padded, orthonormal */
-  float *words_packed, *words_bias;
+  kern_words coder;       /* of the words */
+  void *coder_mem;
 } ivfpq_model;
 
 typedef struct ivfpq_learn {
@@ -34,8 +37,14 @@ uint32_t ivfpq_default_groups(uint32_t nlist);
 vs_rc ivfpq_model_learn(ivfpq_model *m, const ivfpq_learn *p, float *sample_padded, vs_err *err) VS_WARN_UNUSED;
 void ivfpq_model_reset(ivfpq_model *m);
 
+/* A learned model in a state file, and back into one whose scalars are set as for learning. */
+void ivfpq_model_save(const ivfpq_model *m, ivfpq_state *s);
+vs_rc ivfpq_model_load(ivfpq_model *m, ivfpq_state *s, vs_err *err) VS_WARN_UNUSED;
+
 /* Raw row -> the space of the model: normalised for cosine, mean subtracted, zero padded. */
 void ivfpq_model_prepare(const ivfpq_model *m, const float *x, float *out);
+/* The partitions of n prepared rows (stride dim_padded), exactly. KERN_NEAREST_ROWS at a time is the fastest. */
+vs_rc ivfpq_model_assign(const ivfpq_model *m, const float *x, size_t n, uint32_t *centroid, vs_err *err) VS_WARN_UNUSED;
 /* n <= 256 prepared rows (stride dim_padded, overwritten by their residuals) -> code bytes (m each), terms at beta 0, and what
  * is taken off times beta. */
 void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms, float *err2);

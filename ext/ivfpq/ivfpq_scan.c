@@ -10,9 +10,8 @@
  * dimensions: recall equal in the third digit). Where a projection holds the centroids' energy, all of them are ranked in
  * its few dimensions and the leaders once more in full.
  *
- * When to stop. Partitions come nearest first. One whose centroid is farther than `reach` times the k-th best estimate so far
- * ends the scan (query-aware pruning as in SPANN, Chen et al. 2021, but against estimates): about half of the partitions of an
- * average query are never touched.
+ * When to stop. Partitions come nearest first. One that lies beyond `reach` of the k-th best estimate so far ends the scan: about half
+ * of the partitions of an average query are never touched.
  *
  * A scan's memory is kept in the segment for the next scan: allocating it costs as much as ranking.
  */
@@ -21,14 +20,15 @@
 #include <string.h>
 
 #include "../kernels/kern.h"
-#include "ivfpq_search.h"
-#include "ivfpq_table.h"
+#include "ivfpq_scan_int.h"
 
 enum {
+  AHEAD = 2,                    /* partitions whose codes are asked for before they are needed */
   SCAN_ROWS = 16 * KERN_BLOCK,  /* rows between two looks at the threshold */
   PARTS_BYTES = IVFPQ_PARTS_BYTES,
   CHUNK = 16,                   /* partitions put in order, and looked up, at once: most queries stop early */
-  RESERVE = 16                  /* projected ranks that are looked at in full before they can be due */
+  RESERVE = 16,                 /* projected ranks that are looked at in full before they can be due */
+  FILTERED = 128                /* ranks kept beyond nprobe when a filter may want more */
 };
 
 uint32_t ivfpq_default_nprobe(uint32_t nlist) {
@@ -41,46 +41,10 @@ static vs_rc interrupted(vs_err *err) { return vs_fail(err, VS_INTERRUPT, "inter
 
 static int bit(const uint64_t *bitmap, size_t i) { return bitmap[i / 64] >> i % 64 & 1; }
 
-/* What was begun and not yet worked on. */
-typedef enum pending { NOTHING, GROUPS, PARTS } pending;
-
 typedef struct ivfpq_scan_state scan;
-struct ivfpq_scan_state {
-  ivfpq_segment *s;
-  const ivfpq_query *q;
-  ivfpq_keys *out;
-  ivfpq_stats *stats;
-  ivfpq_table table;
-  /* ranking: keys of (distance, lane) */
-  const ivfpq_group_view *resident;
-  uint32_t *order;         /* all groups; the first n_views of them are read */
-  ivfpq_group_view *views; /* by place in `order` */
-  uint32_t *place;         /* of a group in `order` */
-  size_t n_views;
-  float *projected;
-  int8_t *projected8;
-  int32_t *score;
-  uint64_t *rank, *rank_scratch;
-  size_t n_ranked, next;   /* rank[0..next) went out to be probed */
-  size_t settled, scored;  /* rank[0..settled) is in its final order; with a projection rank[0..scored) was looked at in full */
-  int cut;                 /* only the nearest were kept */
-  uint64_t seen;           /* rows that pass the filter */
-  uint64_t worst, kth;     /* keys; UINT64_MAX while the buffer was not cut */
-  uint32_t *out_row;
-  uint16_t *out_sum;
-  uint64_t *bitmap;
-  /* reads under way */
-  pending pending;
-  int has_table, probed, arrived; /* arrived: what is left lies out of reach */
-  vs_range codebook[2];
-  size_t n_begun;          /* GROUPS: views behind n_views */
-  size_t to_probe;         /* partitions of this round that are not begun yet */
-  ivfpq_part *parts;       /* PARTS */
-  uint64_t *part_keys;
-  size_t n_parts, parts_room;
-  vs_range *flat;          /* a flat segment's rows, stretch by stretch */
-  size_t n_flat;
-};
+
+/* Nothing is to be gained from reading many partitions at once. */
+static int at_hand(const scan *c) { return c->s->io->local || c->held; }
 
 /* ---- memory ---- */
 
@@ -89,7 +53,7 @@ static void scan_free(void *p) {
   if (!c) return;
   ivfpq_table_reset(&c->table);
   free(c->order), free(c->views), free(c->place), free(c->projected), free(c->projected8), free(c->score), free(c->rank);
-  free(c->rank_scratch), free(c->out_row), free(c->out_sum), free(c->bitmap), free(c->parts), free(c->part_keys), free(c->flat);
+  free(c->rank_scratch), free(c->out_row), free(c->out_sum), free(c->bitmap), free(c->parts), free(c->part_keys), free(c->flat), free(c->done);
   free(c);
 }
 
@@ -111,25 +75,26 @@ static vs_rc scan_allocate(scan *c, vs_err *err) {
   return ok ? VS_OK : vs_nomem(err);
 }
 
-/* The one kept in the segment, or a new one; reset to the state before a scan. */
-static scan *scan_take(ivfpq_segment *s) {
-  scan *c = __atomic_exchange_n((scan **)&s->spare, NULL, __ATOMIC_ACQ_REL);
-  if (!c) {
-    if ((c = calloc(1, sizeof *c))) c->s = s;
-    return c;
-  }
-  c->resident = NULL;
+/* To the state before a scan. */
+static void scan_reset(scan *c) {
+  c->resident = NULL, c->elsewhere = c->held = 0;
   c->n_views = c->n_ranked = c->next = c->settled = c->scored = 0, c->cut = 0;
-  c->seen = 0, c->pending = NOTHING, c->has_table = c->probed = c->arrived = 0;
+  c->seen = 0, c->pending = IVFPQ_NOTHING, c->has_table = c->has_done = c->probed = c->arrived = 0;
   c->n_begun = c->to_probe = c->n_parts = c->n_flat = 0;
   memset(c->codebook, 0, sizeof c->codebook);
+}
+
+scan *ivfpq_scan_take(ivfpq_segment *s) {
+  scan *c = __atomic_exchange_n((scan **)&s->spare, NULL, __ATOMIC_ACQ_REL);
+  if (!c && (c = calloc(1, sizeof *c))) c->s = s;
+  if (c) scan_reset(c);
   return c;
 }
 
 static void scan_give_back(scan *c) {
   scan *none = NULL;
   ivfpq_segment *s = c->s;
-  s->free_spare = scan_free;
+  __atomic_store_n(&s->free_spare, scan_free, __ATOMIC_RELAXED);
   if (!__atomic_compare_exchange_n((scan **)&s->spare, &none, c, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) scan_free(c);
 }
 
@@ -139,68 +104,86 @@ static const ivfpq_group_view *view_of(const scan *c, uint32_t group) {
   return c->resident ? &c->resident[group] : &c->views[c->place[group]];
 }
 
-/* All groups into c->order, and how many of them to read at first. Groups are rough: on two clustered sets (1,000,000 x 128 and
+int ivfpq_ranks_all(const ivfpq_segment *s, const ivfpq_query *q) {
+  return s->section[IVFPQ_GROUPS].size <= IVFPQ_ALL_GROUPS_BYTES || q->n_candidates > s->params.n_rows / 8;
+}
+
+/* All groups in their order, and how many of them to read at first. Groups are rough: on two clustered sets (1,000,000 x 128 and
  * 300,000 x 960, nprobe 20) the nearest half of the centroids holds .997 of the recall that all of them give, a quarter .96. So
  * all are read while that is cheap, the nearest half or more else. The same for files and stores: they give the same rows. */
-static vs_rc choose_groups(scan *c, size_t *n, vs_err *err) {
-  const ivfpq_params *p = &c->s->params;
-  uint64_t lanes = ivfpq_round(p->n_groups, 16), enough = ivfpq_enough_centroids(p->nlist, c->q->nprobe), have = 0;
-  int all = c->s->section[IVFPQ_GROUPS].size <= IVFPQ_ALL_GROUPS_BYTES || c->q->n_candidates > p->n_rows / 8;
+vs_rc ivfpq_choose_groups(const ivfpq_segment *s, const ivfpq_query *q, const float *x, uint32_t *order, uint32_t *place, size_t *n,
+                          vs_err *err) {
+  const ivfpq_params *p = &s->params;
+  uint64_t lanes = ivfpq_round(p->n_groups, 16), enough = ivfpq_enough_centroids(p->nlist, q->nprobe), have = 0;
   *n = p->n_groups;
-  for (uint32_t g = 0; g < p->n_groups; g++) c->order[g] = c->place[g] = g;
-  if (all) return VS_OK;
+  for (uint32_t g = 0; g < p->n_groups; g++) order[g] = place[g] = g;
+  if (ivfpq_ranks_all(s, q)) return VS_OK;
   float *score = malloc(lanes * sizeof *score + 64);
   uint64_t *key = malloc(2 * (p->n_groups + 1) * sizeof *key);
   if (!score || !key) {
     free(score), free(key);
     return vs_nomem(err);
   }
-  kern_get()->scores_f32(c->table.x, p->dim_padded, c->s->group_centroids, c->s->group_bias, p->n_groups, score);
+  kern_get()->scores_f32(x, p->dim_padded, s->group_centroids, s->group_bias, p->n_groups, score);
   for (uint32_t g = 0; g < p->n_groups; g++) key[g] = kern_key(-score[g], g);
   kern_sort_u64(key, p->n_groups, key + p->n_groups + 1);
   *n = 0;
   for (uint32_t i = 0; i < p->n_groups; i++) {
     uint32_t g = kern_key_number(key[i]);
-    c->order[i] = g, c->place[g] = i;
+    order[i] = g, place[g] = i;
     if (have < enough) ++*n;
-    have += c->s->groups[g].n;
+    have += s->groups[g].n;
   }
   free(score), free(key);
   return VS_OK;
 }
 
-/* The query in the directions of the projection, as bytes; returns their step. */
-static float project(scan *c) {
-  const ivfpq_segment *s = c->s;
-  uint32_t n = s->params.project;
-  int32_t *score = c->score;
-  kern_get()->scores_i8(c->table.bytes, 1, 0, ivfpq_coded_dim(&s->params), s->projection, n, score, 0);
-  for (uint32_t u = 0; u < n; u++) c->projected[u] = c->table.step8 * s->projection_scale[u] * (float)score[u];
-  return kern_get()->quantize_i8(c->projected, n, c->projected8);
+static vs_rc choose_groups(scan *c, size_t *n, vs_err *err) {
+  return ivfpq_choose_groups(c->s, c->q, c->table.x, c->order, c->place, n, err);
 }
 
-/* Ranks that a round may want; more are kept only when a filter uses these up. */
-static size_t ranks_wanted(const scan *c) { return c->q->nprobe + (c->s->params.project ? RESERVE : 0); }
+float ivfpq_project(const ivfpq_segment *s, const ivfpq_table *t, int32_t *score, float *projected, int8_t *out) {
+  uint32_t n = s->params.project;
+  kern_get()->scores_i8(t->bytes, 1, 0, ivfpq_coded_dim(&s->params), s->projection, n, score, 0);
+  for (uint32_t u = 0; u < n; u++) projected[u] = t->step8 * s->projection_scale[u] * (float)score[u];
+  return kern_get()->quantize_i8(projected, n, out);
+}
 
-/* Ranks n groups of c->order, from the at-th on, behind what is ranked already; keeps about the nearest `want`. */
+size_t ivfpq_ranks_wanted(const ivfpq_segment *s, const ivfpq_query *q) {
+  size_t lanes = s->first_lane[s->params.n_groups], n = q->nprobe + (s->params.project ? RESERVE : 0) + (q->filter ? FILTERED : 0);
+  return n < lanes ? n : lanes;
+}
+
+void ivfpq_ranking_add(ivfpq_ranking *r, const int32_t *score, const float *scale, const float *norm2, uint32_t lanes, uint32_t first,
+                       float step, float qq) {
+  r->n += kern_get()->keys_i8(score, scale, norm2, lanes, -2 * step, qq, first, r->limit, r->key + r->n);
+  if (r->n < 2 * r->want + 128) return;
+  r->limit = kern_get()->select_u64(r->key, r->n, r->want, r->scratch);
+  r->n = r->want;
+}
+
+void ivfpq_ranking_end(ivfpq_ranking *r) {
+  if (r->n > r->want) kern_get()->select_u64(r->key, r->n, r->want, r->scratch), r->n = r->want;
+}
+
+/* Ranks n groups of c->order, from the at-th on, behind what is ranked already; keeps the nearest `want`. */
 static void rank_groups(scan *c, size_t at, size_t n, size_t want) {
   const ivfpq_params *p = &c->s->params;
-  const kern *k = kern_get();
   uint32_t width = p->project ? p->project : ivfpq_coded_dim(p);
-  float step = p->project ? project(c) : c->table.step8;
+  float step = p->project ? ivfpq_project(c->s, &c->table, c->score, c->projected, c->projected8) : c->table.step8;
   const int8_t *q = p->project ? c->projected8 : c->table.bytes;
-  uint64_t limit = UINT64_MAX;
+  ivfpq_ranking r = {.key = c->rank + c->next, .scratch = c->rank_scratch, .n = c->n_ranked - c->next, .want = want, .limit = UINT64_MAX};
+  size_t seen = r.n;
   for (size_t i = at; i < at + n; i++) {
-    uint32_t g = c->order[i], lanes = c->s->first_lane[g + 1] - c->s->first_lane[g];
+    uint32_t g = c->order[i], first = c->s->first_lane[g], lanes = c->s->first_lane[g + 1] - first;
     const ivfpq_group_view *v = view_of(c, g);
-    k->scores_i8(q, 1, 0, width, v->packed, v->n, c->score, 0);
-    c->n_ranked += k->keys_i8(c->score, v->scale, v->norm2, lanes, -2 * step, c->table.qq, c->s->first_lane[g], limit,
-                              c->rank + c->n_ranked);
-    if (c->n_ranked - c->next >= 2 * want + 128) {
-      limit = k->select_u64(c->rank + c->next, c->n_ranked - c->next, want, c->rank_scratch);
-      c->n_ranked = c->next + want, c->cut = 1;
-    }
+    kern_get()->scores_i8(q, 1, 0, width, v->packed, v->n, c->score, 0);
+    ivfpq_ranking_add(&r, c->score, v->scale, v->norm2, lanes, first, step, c->table.qq);
+    seen += lanes;
   }
+  ivfpq_ranking_end(&r);
+  c->n_ranked = c->next + r.n;
+  if (r.n < seen) c->cut = 1;
 }
 
 /* Full distances of the projected leaders, rank[from, to). */
@@ -230,31 +213,47 @@ static vs_rc begin_ranking(scan *c, vs_err *err) {
   vs_rc rc = ivfpq_resident(c->s, &c->resident, err);
   if (!rc) rc = choose_groups(c, &n, err);
   if (!rc && !c->resident) rc = ivfpq_groups_begin(c->s, c->order, n, c->views, err);
-  if (!rc) c->pending = GROUPS, c->n_begun = n;
+  if (!rc) c->pending = IVFPQ_GROUPS_COME, c->n_begun = n;
+  return rc;
+}
+
+/* What was ranked elsewhere has to be known here to go on: which groups that were. */
+static vs_rc know_groups(scan *c, vs_err *err) {
+  if (!c->elsewhere) return VS_OK;
+  ivfpq_table_query(c->s, c->q->vector, &c->table);
+  vs_rc rc = choose_groups(c, &c->n_views, err);
+  if (!rc && c->s->resident != c->resident) rc = ivfpq_groups_fetch(c->s, c->order, c->n_views, c->views, err);
+  if (rc) c->n_views = 0;
+  else if (c->s->resident != c->resident) c->resident = NULL;
+  c->elsewhere = 0;
   return rc;
 }
 
 /* A strict filter may use up the groups that were chosen: twice as many then. */
 static vs_rc begin_more_groups(scan *c, vs_err *err) {
+  vs_rc rc = know_groups(c, err);
+  if (rc) return rc;
   size_t left = c->s->params.n_groups - c->n_views, n = left < c->n_views ? left : c->n_views;
-  vs_rc rc = c->resident ? VS_OK : ivfpq_groups_begin(c->s, c->order + c->n_views, n, c->views + c->n_views, err);
-  if (!rc) c->pending = GROUPS, c->n_begun = n;
+  rc = c->resident ? VS_OK : ivfpq_groups_begin(c->s, c->order + c->n_views, n, c->views + c->n_views, err);
+  if (!rc) c->pending = IVFPQ_GROUPS_COME, c->n_begun = n;
   return rc;
 }
 
 /* What was cut off is ranked after all, without what was probed. */
 static vs_rc rank_rest(scan *c, vs_err *err) {
   uint32_t lanes = c->s->first_lane[c->s->params.n_groups];
-  uint64_t *done = calloc(lanes / 64 + 1, sizeof *done);
-  if (!done) return vs_nomem(err);
-  for (size_t i = 0; i < c->next; i++) done[kern_key_number(c->rank[i]) / 64] |= 1ull << kern_key_number(c->rank[i]) % 64;
+  vs_rc rc = know_groups(c, err);
+  if (rc) return rc;
+  if (!c->done && !(c->done = malloc((lanes / 64 + 1) * sizeof *c->done))) return vs_nomem(err);
+  if (!c->has_done) memset(c->done, 0, (lanes / 64 + 1) * sizeof *c->done);
+  c->has_done = 1;
+  for (size_t i = 0; i < c->next; i++) c->done[kern_key_number(c->rank[i]) / 64] |= 1ull << kern_key_number(c->rank[i]) % 64;
   c->n_ranked = c->next = c->settled = c->scored = 0, c->cut = 0;
   rank_groups(c, 0, c->n_views, lanes);
   size_t n = 0;
   for (size_t i = 0; i < c->n_ranked; i++)
-    if (!bit(done, kern_key_number(c->rank[i]))) c->rank[n++] = c->rank[i];
+    if (!bit(c->done, kern_key_number(c->rank[i]))) c->rank[n++] = c->rank[i];
   c->n_ranked = n;
-  free(done);
   return VS_OK;
 }
 
@@ -295,14 +294,13 @@ static uint32_t threshold_of(const scan *c, float base) {
 static void cut_when_full(scan *c) {
   uint64_t want = c->q->n_candidates;
   if (c->out->n < want + (want > 256 ? want : 256)) return;
-  c->worst = ivfpq_keys_cut(c->out, want);
+  uint64_t kth = c->worst = ivfpq_keys_cut(c->out, want);
   if (!(c->q->reach > 0)) return;
-  if (c->q->k >= want) {
-    c->kth = c->worst;
-    return;
+  if (c->q->k < want) {
+    memcpy(c->out->scratch, c->out->key, want * sizeof *c->out->key);
+    kth = kern_get()->select_u64(c->out->scratch, want, c->q->k, c->out->scratch + want);
   }
-  memcpy(c->out->scratch, c->out->key, want * sizeof *c->out->key);
-  c->kth = kern_get()->select_u64(c->out->scratch, want, c->q->k, c->out->scratch + want);
+  c->limit = ivfpq_table_reach(c->s, &c->table, c->q->reach, kern_key_value(kth));
 }
 
 static vs_rc take_survivors(scan *c, size_t n, uint32_t first_row, const uint64_t *bitmap, uint32_t at, float base, vs_err *err) {
@@ -317,7 +315,7 @@ static vs_rc take_survivors(scan *c, size_t n, uint32_t first_row, const uint64_
   }
   kern_get()->keys_u16(c->out_sum, c->out_row, n, base, c->table.step, first_row + at, c->out->key + c->out->n);
   c->out->n += n;
-  if (!c->q->probe) cut_when_full(c);
+  cut_when_full(c);
   return VS_OK;
 }
 
@@ -342,6 +340,7 @@ static vs_rc scan_part(scan *c, const ivfpq_part *part, float coarse, vs_err *er
     bitmap = c->bitmap;
   } else c->seen += n;
   c->stats->partitions++, c->stats->rows += n;
+  if (c->q->visit && c->q->visit(c->q->visit_ctx, part, coarse)) c->arrived = 1;
   for (uint32_t at = 0; at < n && !rc; at += SCAN_ROWS) {
     uint32_t m = n - at < SCAN_ROWS ? n - at : SCAN_ROWS, threshold = threshold_of(c, base);
     if (!threshold) break;
@@ -349,7 +348,6 @@ static vs_rc scan_part(scan *c, const ivfpq_part *part, float coarse, vs_err *er
                                       threshold, c->out_row, c->out_sum);
     rc = take_survivors(c, hits, (uint32_t)part->entry.row0, bitmap, at, base, err);
   }
-  if (c->q->probe && !rc) c->q->probe(c->q->probe_ctx, part, coarse, c->out->key), c->out->n = 0;
   return rc;
 }
 
@@ -360,7 +358,7 @@ static int seen_enough(const scan *c) {
 
 /* Does this partition, and so every later one, lie out of reach? */
 static int out_of_reach(const scan *c, float coarse) {
-  return c->q->reach > 0 && c->kth != UINT64_MAX && coarse > c->q->reach * kern_key_value(c->kth) && seen_enough(c);
+  return coarse > c->limit && seen_enough(c);
 }
 
 static vs_rc parts_room(scan *c, size_t n, vs_err *err) {
@@ -374,7 +372,7 @@ static vs_rc parts_room(scan *c, size_t n, vs_err *err) {
 /* Starts reading the nearest of the partitions that are still to be probed: all of them, or as many as may be held at once. */
 static vs_rc begin_parts(scan *c, vs_err *err) {
   const uint64_t *keys;
-  size_t want = c->s->io->local && c->to_probe > CHUNK ? CHUNK : c->to_probe;
+  size_t want = at_hand(c) && c->to_probe > CHUNK ? CHUNK : c->to_probe;
   size_t n = next_ranked(c, want, &keys), m = 0, taken = 0;
   int what = IVFPQ_WANT_CODES | (c->q->filter ? IVFPQ_WANT_COLUMNS : 0);
   uint64_t bytes = 0;
@@ -395,7 +393,7 @@ static vs_rc begin_parts(scan *c, vs_err *err) {
   c->next -= n - taken; /* they stay sorted */
   c->to_probe = c->next < c->n_ranked && taken < c->to_probe ? c->to_probe - taken : 0;
   rc = ivfpq_parts_begin(c->s, what, c->parts, m, err);
-  if (!rc) c->pending = PARTS, c->n_parts = m;
+  if (!rc) c->pending = IVFPQ_PARTS_COME, c->n_parts = m;
   return rc;
 }
 
@@ -409,27 +407,30 @@ static void prefetch_part(const scan *c, const ivfpq_part *p) {
 
 static vs_rc scan_parts(scan *c, vs_err *err) {
   size_t n = c->n_parts;
-  c->pending = NOTHING, c->n_parts = 0;
+  c->pending = IVFPQ_NOTHING, c->n_parts = 0;
   vs_rc rc = ivfpq_parts_wait(c->s, c->parts, n, err);
   if (rc) return rc;
+  for (size_t i = 0; i < n && i < AHEAD; i++) prefetch_part(c, &c->parts[i]);
+  if (!c->has_table) ivfpq_table_make(c->s, &c->table), c->has_table = 1;
   for (size_t i = 0; i < n && !rc; i++) {
     float coarse = kern_key_value(c->part_keys[i]);
     if (out_of_reach(c, coarse)) {
       c->arrived = 1;
       break;
     }
-    if (i + 1 < n) prefetch_part(c, &c->parts[i + 1]);
+    if (i + AHEAD < n) prefetch_part(c, &c->parts[i + AHEAD]);
     rc = scan_part(c, &c->parts[i], coarse, err);
+    if (c->arrived) break;
   }
   if (!rc && stopped(c->q)) rc = interrupted(err);
   ivfpq_parts_release(c->s, c->parts, n);
   return rc;
 }
 
-/* Everything a coded segment's scan needs to know is there once the first groups and the codebook are: ranks, table. */
+/* Once the first groups and the codebook are there. */
 static vs_rc finish_ranking(scan *c, vs_err *err) {
   size_t n = c->n_begun;
-  c->pending = NOTHING, c->n_begun = 0;
+  c->pending = IVFPQ_NOTHING, c->n_begun = 0;
   vs_rc rc = c->resident ? VS_OK : ivfpq_groups_wait(c->s, c->views + c->n_views, n, err);
   int held = !rc && !c->resident;
   if (!rc && c->codebook[0].len) {
@@ -441,25 +442,24 @@ static vs_rc finish_ranking(scan *c, vs_err *err) {
     if (!c->resident) memset(c->views + c->n_views, 0, n * sizeof *c->views);
     return rc;
   }
-  rank_groups(c, c->n_views, n, ranks_wanted(c));
+  rank_groups(c, c->n_views, n, ivfpq_ranks_wanted(c->s, c->q));
   c->n_views += n;
-  if (!c->has_table) ivfpq_table_make(c->s, &c->table), c->has_table = 1;
   return VS_OK;
 }
 
 /* What to read next: the rest of this round, more partitions while the filter let too few rows through, more groups; nothing
- * (pending stays NOTHING) when enough was seen. */
+ * (pending stays IVFPQ_NOTHING) when enough was seen. */
 static vs_rc begin_next(scan *c, vs_err *err) {
   const ivfpq_params *p = &c->s->params;
   if (c->arrived) return VS_OK;
   if (!c->to_probe && !c->probed) c->to_probe = c->q->nprobe;
-  else if (!c->to_probe && !seen_enough(c)) c->to_probe = c->q->nprobe < 64 ? 64 : c->q->nprobe;
+  else if (!c->to_probe && !seen_enough(c)) c->to_probe = c->q->nprobe < 64 ? 64 : c->q->nprobe, c->held = 0;
   c->probed = 1;
   if (c->to_probe && c->next < c->n_ranked) return begin_parts(c, err);
   if (seen_enough(c)) return VS_OK;
   if (c->cut) {
     vs_rc rc = rank_rest(c, err);
-    c->to_probe = c->q->nprobe < 64 ? 64 : c->q->nprobe;
+    c->to_probe = c->q->nprobe < 64 ? 64 : c->q->nprobe, c->held = 0;
     return rc ? rc : begin_parts(c, err);
   }
   c->to_probe = 0;
@@ -469,17 +469,22 @@ static vs_rc begin_next(scan *c, vs_err *err) {
 static vs_rc step_coded(scan *c, int *more, vs_err *err) {
   vs_rc rc = VS_OK;
   do {
-    rc = c->pending == GROUPS ? finish_ranking(c, err) : c->pending == PARTS ? scan_parts(c, err) : VS_OK;
+    rc = c->pending == IVFPQ_GROUPS_COME ? finish_ranking(c, err) : c->pending == IVFPQ_PARTS_COME ? scan_parts(c, err) : VS_OK;
     if (!rc) rc = begin_next(c, err);
-  } while (!rc && c->pending != NOTHING && c->s->io->local);
-  *more = !rc && c->pending != NOTHING;
+  } while (!rc && c->pending != IVFPQ_NOTHING && at_hand(c));
+  *more = !rc && c->pending != IVFPQ_NOTHING;
   if (!rc && !*more) ivfpq_keys_cut(c->out, c->q->n_candidates);
   return rc;
 }
 
-static vs_rc open_coded(scan *c, vs_err *err) {
+static vs_rc ready_memory(scan *c, vs_err *err) {
   vs_rc rc = c->rank ? VS_OK : scan_allocate(c, err);
   if (!rc && c->q->filter && !c->bitmap && !(c->bitmap = malloc(IVFPQ_MAX_PARTITION / 8 + 64))) rc = vs_nomem(err);
+  return rc;
+}
+
+static vs_rc open_coded(scan *c, vs_err *err) {
+  vs_rc rc = ready_memory(c, err);
   if (rc) return rc;
   ivfpq_table_query(c->s, c->q->vector, &c->table);
   rc = ivfpq_codebook_begin(c->s, c->codebook, err);
@@ -508,21 +513,54 @@ static vs_rc open_flat(scan *c, vs_err *err) {
   return rc;
 }
 
+void ivfpq_flat_estimates(const ivfpq_segment *s, ivfpq_keys *k) {
+  for (size_t i = 0; i < k->n; i++) {
+    float d = kern_key_value(k->key[i]);
+    k->key[i] = kern_key(s->params.metric == IVFPQ_L2 ? d * d : 2 * d, kern_key_number(k->key[i]));
+  }
+}
+
 static vs_rc step_flat(scan *c, vs_err *err) {
   vs_rc rc = ivfpq_exact(c->s, c->q, NULL, c->q->brute ? c->q->threads : 1, c->out, c->stats, err);
-  for (size_t i = 0; i < c->out->n && !rc; i++) {
-    float d = kern_key_value(c->out->key[i]);
-    c->out->key[i] = kern_key(c->s->params.metric == IVFPQ_L2 ? d * d : 2 * d, kern_key_number(c->out->key[i]));
-  }
+  if (!rc) ivfpq_flat_estimates(c->s, c->out);
   return rc;
 }
 
+/* Gives back what was read or begun. */
+static void scan_release(scan *c) {
+  if (c->pending == IVFPQ_PARTS_COME) ivfpq_parts_release(c->s, c->parts, c->n_parts);
+  if (c->views && !c->resident) ivfpq_groups_release(c->s, c->views, c->n_views + c->n_begun);
+  for (int i = 0; i < 2; i++)
+    if (c->codebook[i].len) vs_io_release(c->s->io, &c->codebook[i], 1);
+  if (c->n_flat) vs_io_release(c->s->io, c->flat, c->n_flat);
+}
+
+static void scan_begin(scan *c, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats) {
+  c->q = q, c->out = out, c->stats = stats, c->worst = UINT64_MAX, c->limit = INFINITY;
+}
+
+vs_rc ivfpq_scan_ranked(scan *c, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, const ivfpq_ranked *r, vs_err *err) {
+  scan_release(c);
+  scan_reset(c);
+  scan_begin(c, q, out, stats);
+  vs_rc rc = ready_memory(c, err);
+  if (rc) return rc;
+  c->resident = r->views, c->elsewhere = 1, c->held = 1;
+  memcpy(c->table.bytes, r->bytes, ivfpq_coded_dim(&c->s->params));
+  c->table.step8 = r->step8, c->table.qq = r->qq, c->table.constant = r->constant, c->table.term_scale = r->term_scale;
+  memcpy(c->rank, r->key, r->n * sizeof *r->key);
+  c->n_ranked = r->n, c->cut = r->cut, c->n_views = r->n_groups;
+  return VS_OK;
+}
+
+size_t ivfpq_scan_first(scan *c, size_t n, const uint64_t **keys) { return next_ranked(c, n, keys); }
+
 vs_rc ivfpq_scan_open(ivfpq_segment *s, const ivfpq_query *q, ivfpq_keys *out, ivfpq_stats *stats, ivfpq_scan_state **scan_out,
                       vs_err *err) {
-  scan *c = scan_take(s);
+  scan *c = ivfpq_scan_take(s);
   *scan_out = c;
   if (!c) return vs_nomem(err);
-  c->q = q, c->out = out, c->stats = stats, c->worst = c->kth = UINT64_MAX;
+  scan_begin(c, q, out, stats);
   if (!s->params.n_rows || !q->n_candidates) return VS_OK;
   vs_rc rc = ivfpq_is_flat(s) ? open_flat(c, err) : q->brute ? VS_OK : open_coded(c, err);
   if (rc) ivfpq_scan_close(c), *scan_out = NULL;
@@ -537,11 +575,7 @@ vs_rc ivfpq_scan_step(ivfpq_scan_state *c, int *more, vs_err *err) {
 
 void ivfpq_scan_close(ivfpq_scan_state *c) {
   if (!c) return;
-  if (c->pending == PARTS) ivfpq_parts_release(c->s, c->parts, c->n_parts);
-  if (c->views && !c->resident) ivfpq_groups_release(c->s, c->views, c->n_views + c->n_begun);
-  for (int i = 0; i < 2; i++)
-    if (c->codebook[i].len) vs_io_release(c->s->io, &c->codebook[i], 1);
-  if (c->n_flat) vs_io_release(c->s->io, c->flat, c->n_flat);
+  scan_release(c);
   if (c->rank || c->flat) scan_give_back(c);
   else scan_free(c);
 }

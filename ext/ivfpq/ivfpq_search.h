@@ -14,14 +14,14 @@ typedef struct ivfpq_query {
   const float *vector;        /* params.dim raw floats, finite */
   uint32_t nprobe;            /* partitions, nearest first; easy queries need fewer: see `reach` */
   uint64_t k;                 /* rows that are wanted in the end */
-  float reach;                /* leave out partitions whose centroid is farther than reach * the k-th best estimate; 0: none */
+  float reach;                /* leave out partitions that lie so far beyond the k-th best estimate (ivfpq_table.h); 0: none */
   uint64_t n_candidates;      /* keep so many of the best estimates */
   int brute;                  /* compares all stored vectors instead, on `threads` (0: vs_threads()): as exact as a flat segment */
   int threads;
   const ivfpq_filter *filter; /* NULL: every row */
-  void (*probe)(void *ctx, const ivfpq_part *part, float coarse, const uint64_t *keys); /* for measuring: sees the estimates of all
-                                 rows of each partition, in row order; nothing is kept then. NULL mostly. */
-  void *probe_ctx;
+  int (*visit)(void *ctx, const ivfpq_part *part, float coarse); /* for measuring: told of each partition that is scanned, and its
+                                 centroid's distance; non-zero: it is the last. NULL mostly. */
+  void *visit_ctx;
   int (*stop)(void *ctx);     /* polled now and then; non-zero: VS_INTERRUPT. May be NULL. */
   void *stop_ctx;
 } ivfpq_query;
@@ -55,12 +55,17 @@ void ivfpq_scan_close(ivfpq_scan_state *scan); /* NULL is legal */
 vs_rc ivfpq_exact(ivfpq_segment *s, const ivfpq_query *q, const uint64_t *after, int threads, ivfpq_keys *out, ivfpq_stats *stats,
                   vs_err *err) VS_WARN_UNUSED;
 
+/* The same for n queries (q->vector is not looked at): out[i] are the rows nearest to vectors + i * dim. Each row is read once. */
+vs_rc ivfpq_exact_many(ivfpq_segment *s, const ivfpq_query *q, const float *vectors, size_t n, int threads, ivfpq_keys *out,
+                       ivfpq_stats *stats, vs_err *err) VS_WARN_UNUSED;
+
 uint32_t ivfpq_stretch_rows(const ivfpq_params *p); /* rows that it reads at once */
 
 /* The true distances of some rows, read in one round. */
 vs_rc ivfpq_distances(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *out, vs_err *err) VS_WARN_UNUSED;
 
-/* The same of rows of a mapped file, without fetching. */
+/* The same of rows, of one row, of a mapped file, without fetching. */
+vs_rc ivfpq_distance_mapped(ivfpq_segment *s, const float *query, uint32_t row, float *out, vs_err *err) VS_WARN_UNUSED;
 vs_rc ivfpq_distances_mapped(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *out, vs_err *err) VS_WARN_UNUSED;
 
 /* The bitmap of all rows of a segment that pass the filter (by row number): for exact searches and full scans. */

@@ -22,10 +22,10 @@ int ivfpq_setting_for(const ivfpq_segment *s, uint64_t k, double recall, ivfpq_s
   low = high && c->k[high] > k ? high - 1 : high;
   const ivfpq_level *a = level_for(c, low, recall), *b = level_for(c, high, recall);
   if (!a || !b) return 0;
-  /* between two curves on the scale of log k; beyond the last one lists fill up: more partitions, with the root of k */
+  /* between two curves on the scale of log k; beyond the last one the neighbours fill ever more partitions */
   double w = low == high ? 0 : log((double)k / c->k[low]) / log((double)c->k[high] / c->k[low]);
   double nprobe = between(a->nprobe, b->nprobe, w), candidates = between(a->n_candidates, b->n_candidates, w);
-  if (k > c->k[high]) nprobe *= sqrt((double)k / c->k[high]), candidates *= (double)k / c->k[high];
+  if (k > c->k[high]) nprobe *= (double)k / c->k[high], candidates *= (double)k / c->k[high];
   out->nprobe = nprobe < s->params.nlist ? (uint32_t)ceil(nprobe) : s->params.nlist;
   out->n_candidates = candidates < (double)s->params.n_rows ? (uint64_t)ceil(candidates) : s->params.n_rows;
   out->reach = a->reach == 0 || b->reach == 0 ? 0 : a->reach > b->reach ? a->reach : b->reach;

@@ -34,46 +34,42 @@ void ivfpq_sketch_make(ivfpq_metric metric, const float *x, uint32_t dim_padded,
   memcpy(record + coded + 8, &check, 4);
 }
 
-typedef struct planes {
-  ivfpq_table t; /* x and bytes of it are used */
-  int8_t *fine;  /* what the first plane left, in steps of fine_step */
-  float fine_step, norm;
-} planes;
-
-static vs_rc open_planes(const ivfpq_segment *s, const float *query, planes *p, vs_err *err) {
+void ivfpq_sketch_query_make(const ivfpq_segment *s, const float *query, float *x, ivfpq_sketch_query *out) {
   const ivfpq_params *h = &s->params;
-  uint32_t coded = ivfpq_coded_dim(h);
-  memset(p, 0, sizeof *p);
-  p->t.x = calloc(coded + 16, sizeof *p->t.x), p->t.bytes = calloc(coded + 64, 1), p->fine = calloc(coded + 64, 1);
-  if (!p->t.x || !p->t.bytes || !p->fine) return vs_nomem(err);
-  ivfpq_table_query(s, query, &p->t);
-  p->norm = sqrtf(kern_get()->dot_f32(p->t.x, p->t.x, h->dim));
-  for (uint32_t j = 0; j < h->dim_padded; j++) p->t.x[j] -= p->t.step8 * p->t.bytes[j];
-  p->fine_step = kern_get()->quantize_i8(p->t.x, h->dim_padded, p->fine);
-  return VS_OK;
+  ivfpq_table t = {.x = x, .bytes = out->bytes};
+  ivfpq_table_query(s, query, &t);
+  out->step = t.step8, out->qq = t.qq, out->constant = t.constant;
+  out->norm = sqrtf(kern_get()->dot_f32(x, x, h->dim));
+  for (uint32_t j = 0; j < h->dim_padded; j++) x[j] -= t.step8 * t.bytes[j];
+  out->fine_step = kern_get()->quantize_i8(x, h->dim_padded, out->fine);
 }
 
-static void close_planes(planes *p) { free(p->t.x), free(p->t.bytes), free(p->fine); }
-
-vs_rc ivfpq_sketch_estimate(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *est, float *width, vs_err *err) {
+void ivfpq_sketch_compare(const ivfpq_segment *s, const ivfpq_sketch_query *q, const uint8_t *record, float *est, float *width) {
   const kern *k = kern_get();
   uint32_t coded = ivfpq_coded_dim(&s->params);
   int dot = s->params.metric == IVFPQ_DOT;
-  planes p;
-  vs_rc rc = open_planes(s, query, &p, err);
+  float tail[2];
+  memcpy(tail, record + coded, sizeof tail);
+  float product = q->step * (float)k->dot_i8(q->bytes, record, coded) + q->fine_step * (float)k->dot_i8(q->fine, record, coded);
+  float d = q->qq + tail[1] - 2 * tail[0] * product, spread = dot ? q->norm : sqrtf(d > 0 ? d : 0),
+        lost = dot ? 0 : (float)coded * tail[0] * tail[0] / 12;
+  *est = d + q->constant - lost;
+  *width = SIGMAS * 2 * spread * tail[0] / sqrtf(12) + lost + 1e-5f * (q->qq + tail[1]); /* floats round, too */
+}
+
+vs_rc ivfpq_sketch_estimate(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *est, float *width, vs_err *err) {
+  size_t room = ivfpq_round(ivfpq_coded_dim(&s->params), 64);
+  float *x = calloc(room + 16, sizeof *x);
+  ivfpq_sketch_query q = {.bytes = calloc(room, 1), .fine = calloc(room, 1)};
+  vs_rc rc = x && q.bytes && q.fine ? VS_OK : vs_nomem(err);
+  if (!rc) ivfpq_sketch_query_make(s, query, x, &q);
   for (size_t i = 0; i < n + AHEAD && !rc; i++) {
+    const uint8_t *record;
     if (i < n) ivfpq_sketch_prefetch(s, rows[i]);
     if (i < AHEAD) continue;
-    const uint8_t *record;
-    float tail[2];
-    if ((rc = ivfpq_sketch_mapped(s, rows[i - AHEAD], &record, err))) break;
-    memcpy(tail, record + coded, sizeof tail);
-    float product = p.t.step8 * (float)k->dot_i8(p.t.bytes, record, coded) + p.fine_step * (float)k->dot_i8(p.fine, record, coded);
-    float d = p.t.qq + tail[1] - 2 * tail[0] * product, spread = dot ? p.norm : sqrtf(d > 0 ? d : 0),
-          lost = dot ? 0 : (float)coded * tail[0] * tail[0] / 12;
-    est[i - AHEAD] = d + p.t.constant - lost;
-    width[i - AHEAD] = SIGMAS * 2 * spread * tail[0] / sqrtf(12) + lost + 1e-5f * (p.t.qq + tail[1]); /* floats round, too */
+    rc = ivfpq_sketch_mapped(s, rows[i - AHEAD], &record, err);
+    if (!rc) ivfpq_sketch_compare(s, &q, record, &est[i - AHEAD], &width[i - AHEAD]);
   }
-  close_planes(&p);
+  free(x), free(q.bytes), free(q.fine);
   return rc;
 }

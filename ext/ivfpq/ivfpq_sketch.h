@@ -7,6 +7,16 @@
  * within est[i] +- width[i]. query: params.dim floats. */
 vs_rc ivfpq_sketch_estimate(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *est, float *width,
                             vs_err *err) VS_WARN_UNUSED;
+/* The same piece by piece, for many queries: a query against one record after another. */
+typedef struct ivfpq_sketch_query {
+  int8_t *bytes, *fine;      /* two planes of coded dims: fine is what the first plane left */
+  float step, fine_step;
+  float norm, qq, constant;  /* |x|, |x|^2 (0 for dot), what dot adds for the mean */
+} ivfpq_sketch_query;
+/* x: scratch of coded dims + 16 floats, zeros behind dim. bytes and fine have room for coded dims rounded up to 64. */
+void ivfpq_sketch_query_make(const ivfpq_segment *s, const float *query, float *x, ivfpq_sketch_query *out);
+void ivfpq_sketch_compare(const ivfpq_segment *s, const ivfpq_sketch_query *q, const uint8_t *record, float *est, float *width);
+
 static inline int ivfpq_sketches_mapped(const ivfpq_segment *s) { return s->mapped_sketches != NULL; }
 
 /* A row in the model's space (params.dim_padded floats) -> its sketch record of ivfpq_sketch_bytes. q: scratch of so many bytes. */

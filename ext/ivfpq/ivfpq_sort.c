@@ -62,11 +62,55 @@ struct ivfpq_sorter {
   size_t n_heap;
 };
 
-static int compare(const void *pa, const void *pb) {
-  const ivfpq_record *a = pa, *b = pb;
+static int compare(const ivfpq_record *a, const ivfpq_record *b) {
   if (a->hi != b->hi) return a->hi < b->hi ? -1 : 1;
   if (a->lo != b->lo) return a->lo < b->lo ? -1 : 1;
   return a->value < b->value ? -1 : a->value > b->value;
+}
+
+/* ---- sorting in place: American flag sort, byte after byte from the first; short stretches by insertion ---- */
+
+enum { FLAG_MIN = 48, RECORD_BYTES = sizeof(ivfpq_record) };
+
+static inline unsigned byte_of(const ivfpq_record *r, unsigned at) {
+  uint64_t v = at < 8 ? r->hi : at < 16 ? r->lo : r->value;
+  return (unsigned)(v >> (56 - 8 * (at % 8))) & 255;
+}
+
+static void insertion_sort(ivfpq_record *a, size_t n) {
+  for (size_t i = 1; i < n; i++) {
+    ivfpq_record x = a[i];
+    size_t j = i;
+    for (; j && compare(&x, &a[j - 1]) < 0; j--) a[j] = a[j - 1];
+    a[j] = x;
+  }
+}
+
+/* Recursion is one level per byte of a record, at most RECORD_BYTES. */
+static void flag_sort(ivfpq_record *a, size_t n, unsigned at) {
+  size_t count[256], next[256], end[256];
+  for (;; at++) { /* bytes that all share are passed over */
+    if (n < FLAG_MIN) {
+      insertion_sort(a, n);
+      return;
+    }
+    if (at == RECORD_BYTES) return;
+    memset(count, 0, sizeof count);
+    for (size_t i = 0; i < n; i++) count[byte_of(&a[i], at)]++;
+    if (count[byte_of(a, at)] != n) break;
+  }
+  for (size_t b = 0, sum = 0; b < 256; b++) next[b] = sum, end[b] = sum += count[b];
+  for (size_t b = 0; b < 256; b++)
+    while (next[b] < end[b]) {
+      ivfpq_record x = a[next[b]];
+      for (unsigned to = byte_of(&x, at); to != b; to = byte_of(&x, at)) {
+        ivfpq_record y = a[next[to]];
+        a[next[to]++] = x, x = y;
+      }
+      a[next[b]++] = x;
+    }
+  for (size_t b = 0, from = 0; b < 256; from += count[b++])
+    if (count[b] > 1) flag_sort(a + from, count[b], at + 1);
 }
 
 vs_rc ivfpq_sorter_open(const char *dir, size_t memory, ivfpq_sorter **out, vs_err *err) {
@@ -88,7 +132,7 @@ static vs_rc spill(ivfpq_sorter *s, vs_err *err) {
   if (!runs) return vs_nomem(err);
   s->runs = runs;
   if (s->fd < 0 && (s->fd = ivfpq_tmpfile(s->dir, err)) < 0) return VS_IO;
-  qsort(s->buf, s->n, sizeof *s->buf, compare);
+  flag_sort(s->buf, s->n, 0);
   vs_rc rc = ivfpq_pwrite(s->fd, s->buf, s->n * sizeof *s->buf, s->file_end, s->dir, err);
   if (rc) return rc;
   s->runs[s->n_runs++] = (sort_run){.off = s->file_end, .n = s->n};
@@ -138,7 +182,7 @@ static void sift_down(ivfpq_sorter *s, size_t i) {
 
 vs_rc ivfpq_sorter_finish(ivfpq_sorter *s, vs_err *err) {
   if (!s->n_runs) {
-    if (s->n) qsort(s->buf, s->n, sizeof *s->buf, compare);
+    if (s->n) flag_sort(s->buf, s->n, 0);
     return VS_OK;
   }
   vs_rc rc = s->n ? spill(s, err) : VS_OK;

@@ -1,6 +1,8 @@
 /* ivfpq_table.h - a query as a scan needs it: in the model's space, as bytes, and as a table of code distances. */
 #ifndef IVFPQ_TABLE_H
 #define IVFPQ_TABLE_H
+#include <math.h>
+
 #include "ivfpq_segment.h"
 
 typedef struct ivfpq_table {
@@ -27,6 +29,21 @@ void ivfpq_table_make(const ivfpq_segment *s, ivfpq_table *t);
 /* What the estimates of a partition at coarse distance d start from. */
 static inline float ivfpq_table_base(const ivfpq_segment *s, const ivfpq_table *t, float d) {
   return d + t->constant + t->min_sum + s->params.term0 * t->term_scale;
+}
+
+/* How far a partition at coarse distance d lies beyond an estimate E, and which d lies so far: a scan ends at the first partition beyond
+ * its reach (query-aware pruning as in SPANN, Chen et al. 2021, but against estimates). Squared distances: (d - 3/4 E) / sqrt(E), about
+ * the distance that a row lies on this side of its centroid. At equal recall that scans 10 to 40 % fewer rows than the ratio d / E
+ * (1,000,000 x 128, 300,000 x 960, real sets of 128, 300 and 784 dimensions); with all of E it is negative for text embeddings.
+ * Products, which may be negative: the difference in units of |query - mean|. */
+#define IVFPQ_REACH_PART .75f
+static inline float ivfpq_table_beyond(const ivfpq_segment *s, const ivfpq_table *t, float d, float estimate) {
+  if (s->params.metric == IVFPQ_DOT) return t->term_scale > 0 ? (d + t->constant - estimate) / t->term_scale : 0;
+  return estimate > 0 ? (d - IVFPQ_REACH_PART * estimate) / sqrtf(estimate) : d > 0 ? INFINITY : 0;
+}
+static inline float ivfpq_table_reach(const ivfpq_segment *s, const ivfpq_table *t, float reach, float estimate) {
+  if (s->params.metric == IVFPQ_DOT) return estimate - t->constant + reach * t->term_scale;
+  return estimate > 0 ? IVFPQ_REACH_PART * estimate + reach * sqrtf(estimate) : 0;
 }
 
 #endif

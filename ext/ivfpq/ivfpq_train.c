@@ -1,5 +1,12 @@
 /* ivfpq_train.c - k-means for coarse centroids and code words.
  *
+ * Lloyd's iterations from random rows; the first ones look at a part of the rows only. The nearest centroids are found by bytes where the
+ * CPU has instructions for that (kern_nearest, not exact): a row between two centroids may go to the second one, which moves neither.
+ * After each iteration but the last two, the smallest clusters give up their place to rows of the largest ones: this fills empty
+ * clusters and evens out the lists, of which the longest cost a query most. Measured on the set of 1,000,000 x 128 with 4,000
+ * centroids (recall@10 in the 2,000 nearest rows, longest list in means): 8 plain iterations .932, 4.2; as here .939, 3.7 in 7/10 of the
+ * time; 20 plain ones .940.
+ *
  * Work is cut into slices of fixed size and sums are added up slice by slice, so the result depends on the data, the seed and
  * the kernel variant alone, never on the number of threads or on their timing.
  */
@@ -10,7 +17,17 @@
 #include "../kernels/kern.h"
 #include "ivfpq_int.h"
 
-enum { SLICE = 512 }; /* rows per task */
+enum {
+  SLICE = KERN_NEAREST_ROWS, /* rows per task */
+  STRETCH = 16 * SLICE,      /* rows between two looks at `stop` */
+  WARM_ROWS = 8              /* per centroid: fewer are not worth an iteration */
+};
+
+/* The first iterations look at every fourth, then at every other row only: they move centroids far, and roughly is enough. */
+static const size_t warm[] = {4, 4, 4, 2};
+
+#define LARGE 2.5 /* times the mean size: such a cluster is cut, */
+#define SMALL .25 /* and such a one gives its centroid away */
 
 uint64_t ivfpq_rng_next(ivfpq_rng *r) {
   uint64_t z = (r->state += 0x9e3779b97f4a7c15ull);
@@ -26,32 +43,59 @@ void ivfpq_half_norms(const float *c, size_t n, size_t dim, float *bias) {
   for (size_t i = 0; i < n; i++) bias[i] = -0.5f * k->dot_f32(c + i * dim, c + i * dim, dim);
 }
 
-typedef struct assign_job {
-  const float *x, *packed, *bias;
-  size_t n, stride, dim, k;
+/* ---- the nearest centroid ---- */
+
+vs_rc ivfpq_finder_open(ivfpq_finder *f, const float *c, size_t k, size_t dim, vs_err *err) {
+  f->mem = malloc(kern_nearest_bytes(k, dim));
+  if (!f->mem) return vs_nomem(err);
+  kern_nearest_init(&f->m, c, k, dim, f->mem);
+  return VS_OK;
+}
+void ivfpq_finder_close(ivfpq_finder *f) { free(f->mem), f->mem = NULL; }
+
+vs_rc ivfpq_finder_find(const ivfpq_finder *f, const float *x, size_t n, size_t stride, int exact, uint32_t *id, vs_err *err) {
+  void *scratch = malloc(kern_nearest_scratch(&f->m));
+  if (!scratch) return vs_nomem(err);
+  kern_nearest_find(&f->m, x, n, stride, exact, id, scratch);
+  free(scratch);
+  return VS_OK;
+}
+
+typedef struct find_job {
+  const ivfpq_finder *f;
+  const float *x;
+  size_t n, stride;
+  int exact, failed;
   uint32_t *id;
-} assign_job;
+} find_job;
 
-static void assign_slice(void *ctx, size_t i) {
-  const assign_job *a = ctx;
-  size_t at = i * SLICE, n = a->n - at < SLICE ? a->n - at : SLICE;
-  kern_get()->argmax_f32(a->x + at * a->stride, n, a->stride, a->dim, a->packed, a->bias, a->k, a->id + at, NULL);
+static void find_slice(void *ctx, size_t i) {
+  find_job *j = ctx;
+  size_t at = i * SLICE, n = j->n - at < SLICE ? j->n - at : SLICE;
+  if (ivfpq_finder_find(j->f, j->x + at * j->stride, n, j->stride, j->exact, j->id + at, NULL))
+    __atomic_store_n(&j->failed, 1, __ATOMIC_RELAXED);
 }
 
-void ivfpq_assign(const float *x, size_t n, size_t stride, size_t dim, const float *packed, const float *bias, size_t k,
-                  int threads, uint32_t *id) {
-  assign_job a = {x, packed, bias, n, stride, dim, k, id};
-  vs_pool_run((n + SLICE - 1) / SLICE, threads, assign_slice, &a);
+vs_rc ivfpq_finder_find_all(const ivfpq_finder *f, const float *x, size_t n, size_t stride, int exact, int threads, ivfpq_stop stop,
+                            void *stop_ctx, uint32_t *id, vs_err *err) {
+  for (size_t at = 0; at < n; at += STRETCH) {
+    find_job j = {f, x + at * stride, n - at < STRETCH ? n - at : STRETCH, stride, exact, 0, id + at};
+    vs_pool_run((j.n + SLICE - 1) / SLICE, threads, find_slice, &j);
+    if (j.failed) return vs_nomem(err);
+    if (stop && stop(stop_ctx)) return vs_fail(err, VS_INTERRUPT, "interrupted");
+  }
+  return VS_OK;
 }
+
+/* ---- k-means ---- */
 
 /* Distinct random rows while there are enough (Floyd would do; a partial shuffle is as cheap here). */
-static vs_rc pick_rows(const ivfpq_kmeans *p, float *c, vs_err *err) {
-  ivfpq_rng rng = {p->seed};
+static vs_rc pick_rows(const ivfpq_kmeans *p, ivfpq_rng *rng, float *c, vs_err *err) {
   uint32_t *order = malloc(p->n * sizeof *order);
   if (!order) return vs_nomem(err);
   for (size_t i = 0; i < p->n; i++) order[i] = (uint32_t)i;
   for (size_t i = 0; i < p->k; i++) {
-    size_t at = i < p->n ? i + ivfpq_rng_below(&rng, p->n - i) : ivfpq_rng_below(&rng, p->n);
+    size_t at = i < p->n ? i + ivfpq_rng_below(rng, p->n - i) : ivfpq_rng_below(rng, p->n);
     uint32_t row = order[at];
     if (i < p->n) order[at] = order[i], order[i] = row;
     memcpy(c + i * p->dim, p->x + row * p->stride, p->dim * sizeof *c);
@@ -60,81 +104,142 @@ static vs_rc pick_rows(const ivfpq_kmeans *p, float *c, vs_err *err) {
   return VS_OK;
 }
 
-/* Rows sorted by cluster (counting sort), so that each cluster is summed by one task in row order. */
-typedef struct mean_job {
+/* What an iteration works on: rows 0, step, 2 step, ... of p->x. */
+typedef struct lloyd {
   const ivfpq_kmeans *p;
-  const uint32_t *order, *start; /* start has k + 1 entries */
+  size_t n, stride;
   float *c;
-} mean_job;
+  uint32_t *id, *order, *start; /* row -> cluster; rows by cluster; k + 1 places in it */
+  uint32_t *by_size;            /* clusters, the smallest first */
+} lloyd;
 
-static void mean_of_cluster(void *ctx, size_t i) {
-  const mean_job *m = ctx;
-  size_t dim = m->p->dim, n = m->start[i + 1] - m->start[i];
-  float *c = m->c + i * dim;
-  if (!n) return;
-  memset(c, 0, dim * sizeof *c);
-  for (uint32_t at = m->start[i]; at < m->start[i + 1]; at++) {
-    const float *x = m->p->x + m->order[at] * m->p->stride;
-    for (size_t j = 0; j < dim; j++) c[j] += x[j];
-  }
-  for (size_t j = 0; j < dim; j++) c[j] /= (float)n;
+/* Counting sort, so that each cluster is summed by one task in row order. */
+static void sort_by_cluster(lloyd *l) {
+  size_t k = l->p->k;
+  memset(l->start, 0, (k + 1) * sizeof *l->start);
+  for (size_t i = 0; i < l->n; i++) l->start[l->id[i] + 1]++;
+  for (size_t i = 0; i < k; i++) l->start[i + 1] += l->start[i];
+  for (size_t i = 0; i < l->n; i++) l->order[l->start[l->id[i]]++] = (uint32_t)i;
+  memmove(l->start + 1, l->start, k * sizeof *l->start);
+  l->start[0] = 0;
 }
+static uint32_t size_of(const lloyd *l, size_t c) { return l->start[c + 1] - l->start[c]; }
 
 static void mean_slice(void *ctx, size_t i) {
-  const mean_job *m = ctx;
-  for (size_t c = i * 16; c < i * 16 + 16 && c < m->p->k; c++) mean_of_cluster(ctx, c);
-}
-
-/* n: scratch, k counts. */
-static void split_empty(const ivfpq_kmeans *p, const uint32_t *start, uint32_t *n, float *c) {
-  for (size_t i = 0; i < p->k; i++) n[i] = start[i + 1] - start[i];
-  for (size_t i = 0; i < p->k; i++) {
-    size_t big = 0;
-    if (n[i]) continue;
-    for (size_t b = 1; b < p->k; b++)
-      if (n[b] > n[big]) big = b;
-    if (n[big] < 2) break;
-    for (size_t j = 0; j < p->dim; j++) {
-      float e = (j & 1 ? 1 : -1) * 1e-3f;
-      c[i * p->dim + j] = c[big * p->dim + j] * (1 + e);
-      c[big * p->dim + j] *= 1 - e;
-    }
-    n[i] = n[big] / 2, n[big] -= n[i];
+  const lloyd *l = ctx;
+  size_t dim = l->p->dim;
+  for (size_t c = i * 16; c < i * 16 + 16 && c < l->p->k; c++) {
+    uint32_t n = size_of(l, c);
+    float *to = l->c + c * dim, inv = n ? 1 / (float)n : 0;
+    if (!n) continue;
+    kern_sum_rows_f32(l->p->x, l->stride, l->order + l->start[c], n, dim, to);
+    for (size_t j = 0; j < dim; j++) to[j] *= inv;
   }
 }
 
-static void sort_by_cluster(const uint32_t *id, size_t n, size_t k, uint32_t *start, uint32_t *order) {
-  memset(start, 0, (k + 1) * sizeof *start);
-  for (size_t i = 0; i < n; i++) start[id[i] + 1]++;
-  for (size_t i = 0; i < k; i++) start[i + 1] += start[i];
-  for (size_t i = 0; i < n; i++) order[start[id[i]]++] = (uint32_t)i;
-  memmove(start + 1, start, k * sizeof *start);
-  start[0] = 0;
+/* Clusters by size, in place of a sort: sizes are small numbers around n / k. */
+static void order_by_size(const lloyd *l, uint32_t *count) {
+  size_t k = l->p->k, top = 8 * l->n / k + 1; /* larger ones share the last place */
+  memset(count, 0, (top + 2) * sizeof *count);
+  for (size_t c = 0; c < k; c++) count[(size_of(l, c) < top ? size_of(l, c) : top) + 1]++;
+  for (size_t i = 0; i < top + 1; i++) count[i + 1] += count[i];
+  for (size_t c = 0; c < k; c++) l->by_size[count[size_of(l, c) < top ? size_of(l, c) : top]++] = (uint32_t)c;
+}
+
+/* The smallest clusters give up their place to rows of the largest ones, which so are cut. */
+static void reseed(const lloyd *l, ivfpq_rng *rng, uint32_t *count) {
+  size_t k = l->p->k, small = 0;
+  double mean = (double)l->n / (double)k;
+  order_by_size(l, count);
+  for (size_t b = k; b-- > 0;) {
+    uint32_t big = l->by_size[b], n = size_of(l, big);
+    size_t cuts = (size_t)(n / (LARGE * mean));
+    for (; cuts; cuts--, small++) {
+      uint32_t to = l->by_size[small];
+      if (small >= b || size_of(l, to) > SMALL * mean) break;
+      uint32_t row = l->order[l->start[big] + ivfpq_rng_below(rng, n)];
+      memcpy(l->c + to * l->p->dim, l->p->x + row * l->stride, l->p->dim * sizeof *l->c);
+    }
+    if (small >= b || size_of(l, l->by_size[small]) > SMALL * mean || n <= 1) break;
+  }
+}
+
+static vs_rc iterate(lloyd *l, size_t step, vs_err *err) {
+  const ivfpq_kmeans *p = l->p;
+  ivfpq_finder f;
+  l->n = p->n / step, l->stride = p->stride * step;
+  vs_rc rc = ivfpq_finder_open(&f, l->c, p->k, p->dim, err);
+  if (rc) return rc;
+  rc = ivfpq_finder_find_all(&f, p->x, l->n, l->stride, 0, p->threads, p->stop, p->stop_ctx, l->id, err);
+  ivfpq_finder_close(&f);
+  if (rc) return rc;
+  sort_by_cluster(l);
+  vs_pool_run((p->k + 15) / 16, p->threads, mean_slice, l);
+  return VS_OK;
 }
 
 vs_rc ivfpq_kmeans_run(const ivfpq_kmeans *p, float *c, vs_err *err) {
-  size_t n = p->n, lanes = ivfpq_round(p->k, 16);
-  uint32_t *id = malloc(n * sizeof *id + 1), *order = malloc(n * sizeof *order + 1), *start = malloc((p->k + 1) * sizeof *start);
-  uint32_t *counts = malloc(p->k * sizeof *counts + 1);
-  float *packed = malloc(kern_packed_len(p->k, p->dim) * sizeof *packed), *bias = malloc(lanes * sizeof *bias);
-  vs_rc rc = id && order && start && counts && packed && bias ? VS_OK : vs_nomem(err);
+  size_t n = p->n, k = p->k;
+  lloyd l = {.p = p, .c = c, .id = malloc(n * 4 + 1), .order = malloc(n * 4 + 1), .start = malloc((k + 1) * 4), .by_size = malloc(k * 4 + 1)};
+  uint32_t *count = malloc((8 * (n / (k ? k : 1) + 1) + 16) * sizeof *count);
+  ivfpq_rng rng = {p->seed};
+  vs_rc rc = l.id && l.order && l.start && l.by_size && count ? VS_OK : vs_nomem(err);
   if (!rc && !n) rc = vs_fail(err, VS_INVALID, "k-means needs at least one row");
-  if (!rc) rc = pick_rows(p, c, err);
-  for (int t = 0; t < p->iterations && !rc; t++) {
-    kern_pack_f32(c, p->k, p->dim, packed);
-    ivfpq_half_norms(c, p->k, p->dim, bias);
-    /* in stretches, so that a Ctrl-C is seen soon */
-    for (size_t at = 0; at < n && !rc; at += 16 * SLICE) {
-      size_t m = n - at < 16 * SLICE ? n - at : 16 * SLICE;
-      ivfpq_assign(p->x + at * p->stride, m, p->stride, p->dim, packed, bias, p->k, p->threads, id + at);
-      if (p->stop && p->stop(p->stop_ctx)) rc = vs_fail(err, VS_INTERRUPT, "interrupted");
-    }
-    if (rc) break;
-    sort_by_cluster(id, n, p->k, start, order);
-    mean_job m = {p, order, start, c};
-    vs_pool_run((p->k + 15) / 16, p->threads, mean_slice, &m);
-    split_empty(p, start, counts, c);
+  if (!rc) rc = pick_rows(p, &rng, c, err);
+  for (size_t t = 0; t < sizeof warm / sizeof *warm && !rc; t++) {
+    if (n / warm[t] < WARM_ROWS * k) continue;
+    rc = iterate(&l, warm[t], err);
+    if (!rc) reseed(&l, &rng, count);
   }
-  free(id), free(order), free(start), free(counts), free(packed), free(bias);
+  for (int t = 0; t < p->iterations && !rc; t++) {
+    rc = iterate(&l, 1, err);
+    if (!rc && t + 2 < p->iterations) reseed(&l, &rng, count);
+  }
+  free(l.id), free(l.order), free(l.start), free(l.by_size), free(count);
+  return rc;
+}
+
+/* ---- code words ---- */
+
+/* Means of the rows of each word; a word without rows takes a random row. */
+static void move_words(const float *x, size_t n, size_t dim, size_t k, const uint8_t *code, ivfpq_rng *rng, float *sum, uint32_t *count, float *c) {
+  memset(sum, 0, k * dim * sizeof *sum);
+  memset(count, 0, k * sizeof *count);
+  for (size_t i = 0; i < n; i++, x += dim) {
+    float *to = sum + code[i] * dim;
+    for (size_t e = 0; e < dim; e++) to[e] += x[e];
+    count[code[i]]++;
+  }
+  x -= n * dim;
+  for (size_t w = 0; w < k; w++) {
+    const float *row = x + ivfpq_rng_below(rng, n) * dim;
+    float inv = count[w] ? 1 / (float)count[w] : 0;
+    for (size_t e = 0; e < dim; e++) c[w * dim + e] = count[w] ? sum[w * dim + e] * inv : row[e];
+  }
+}
+
+vs_rc ivfpq_words_run(const ivfpq_kmeans *p, float *c, vs_err *err) {
+  enum { WARM_PART = 4, WARM = 4, WARM_WORD_ROWS = 24 };
+  size_t n = p->n, dim = p->dim, k = p->k;
+  float *x = malloc(n * dim * sizeof *x + 1), *sum = malloc(k * dim * sizeof *sum + 1);
+  uint8_t *code = malloc(n + 1);
+  uint32_t *count = malloc(k * sizeof *count + 1);
+  void *mem = malloc(kern_words_bytes(1, k, dim));
+  ivfpq_rng rng = {p->seed};
+  vs_rc rc = x && sum && code && count && mem ? VS_OK : vs_nomem(err);
+  if (!rc && !n) rc = vs_fail(err, VS_INVALID, "k-means needs at least one row");
+  if (!rc) rc = pick_rows(p, &rng, c, err);
+  /* side by side, and so that every WARM_PART-th row of the sample comes first */
+  for (size_t first = 0, at = 0; first < WARM_PART && !rc; first++)
+    for (size_t i = first; i < n; i += WARM_PART, at++) memcpy(x + at * dim, p->x + i * p->stride, dim * sizeof *x);
+  int warm_up = n / WARM_PART >= WARM_WORD_ROWS * k ? WARM : 0;
+  for (int t = 0; t < warm_up + p->iterations && !rc; t++) {
+    size_t rows = t < warm_up ? n / WARM_PART : n;
+    kern_words w;
+    kern_words_init(&w, c, 1, k, dim, mem);
+    kern_words_find(&w, x, rows, dim, code, 1);
+    move_words(x, rows, dim, k, code, &rng, sum, count, c);
+  }
+  free(x), free(sum), free(code), free(count), free(mem);
   return rc;
 }

@@ -12,7 +12,7 @@
 
 #include "ivfpq_int.h"
 
-enum { BUFFER = 1 << 20 };
+enum { BUFFER = 1 << 20, HASH_STEP = 64 << 10 };
 
 struct ivfpq_writer {
   int fd;
@@ -49,7 +49,21 @@ static vs_rc put(ivfpq_writer *w, const void *p, size_t n, vs_err *err) {
   return VS_OK;
 }
 
+/* A large piece goes out as it is, without a copy, and both hashes see it while it is in the cache. */
+static vs_rc put_large(ivfpq_writer *w, const uint8_t *p, size_t n, vs_err *err) {
+  vs_rc rc = flush(w, err);
+  for (size_t at = 0; at < n && !rc; at += HASH_STEP) {
+    size_t m = n - at < HASH_STEP ? n - at : HASH_STEP;
+    XXH3_64bits_update(w->part, p + at, m);
+    XXH3_128bits_update(w->file, p + at, m);
+  }
+  if (!rc) rc = ivfpq_pwrite(w->fd, p, n, w->off, w->path, err);
+  w->off += n;
+  return rc;
+}
+
 vs_rc ivfpq_writer_put(ivfpq_writer *w, const void *p, size_t n, vs_err *err) {
+  if (n >= BUFFER / 4) return put_large(w, p, n, err);
   if (n) XXH3_64bits_update(w->part, p, n);
   return put(w, p, n, err);
 }
@@ -63,7 +77,7 @@ vs_rc ivfpq_writer_open(const char *path, ivfpq_writer **out, vs_err *err) {
   w->file = XXH3_createState(), w->part = XXH3_createState(), w->mark_file = XXH3_createState();
   w->path = strdup(path);
   vs_rc rc = w->file && w->part && w->mark_file && w->path ? VS_OK : vs_nomem(err);
-  if (!rc && (w->fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644)) < 0)
+  if (!rc && (w->fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644)) < 0)
     rc = vs_fail(err, errno == EEXIST ? VS_EXISTS : VS_IO, "%s: cannot create: %s", path, strerror(errno));
   if (!rc) {
     XXH3_128bits_reset(w->file);
@@ -99,10 +113,28 @@ void ivfpq_writer_end(ivfpq_writer *w) {
 }
 
 uint64_t ivfpq_writer_tell(const ivfpq_writer *w) { return w->off - w->start; }
+uint64_t ivfpq_writer_start(const ivfpq_writer *w) { return w->start; }
 
 vs_rc ivfpq_writer_pad(ivfpq_writer *w, size_t to, vs_err *err) {
   uint64_t at = ivfpq_writer_tell(w);
   return zeros(w, ivfpq_round(at, to) - at, 1, err);
+}
+
+vs_rc ivfpq_writer_ahead(ivfpq_writer *w, const void *p, size_t n, uint64_t off, vs_err *err) {
+  return ivfpq_pwrite(w->fd, p, n, off, w->path, err);
+}
+
+vs_rc ivfpq_writer_adopt(ivfpq_writer *w, ivfpq_section_id id, uint64_t n, vs_err *err) {
+  vs_rc rc = ivfpq_writer_begin(w, id, err);
+  if (!rc) rc = flush(w, err);
+  for (uint64_t at = 0; at < n && !rc;) { /* through the buffer, which is empty */
+    size_t m = n - at < BUFFER ? (size_t)(n - at) : BUFFER;
+    rc = ivfpq_pread(w->fd, w->buf, m, w->off, w->path, err);
+    if (!rc) XXH3_64bits_update(w->part, w->buf, m), XXH3_128bits_update(w->file, w->buf, m);
+    w->off += m, at += m;
+  }
+  ivfpq_writer_end(w);
+  return rc;
 }
 
 vs_rc ivfpq_writer_copy(ivfpq_writer *w, int fd, uint64_t n, vs_err *err) {

@@ -15,6 +15,7 @@
 
 /* A partition's codes are cut into blocks of KERN_BLOCK rows, a block into groups of KERN_GROUP rows; see kern_code_offset. */
 enum { KERN_BLOCK = 256, KERN_GROUP = 64, KERN_LANES = 16 };
+enum { KERN_FEW = 64 }; /* keys that are sorted by comparing each with each */
 
 typedef struct kern {
   const char *name; /* "scalar", "avx2", "avx512", "neon", "dotprod" (NEON with the instructions of that name) */
@@ -88,6 +89,9 @@ typedef struct kern {
   size_t (*pq_scan)(const uint8_t *codes, size_t m, const uint16_t *terms, size_t n_rows, const uint8_t *table,
                     uint16_t term_mul, uint32_t threshold, uint32_t *out_row, uint16_t *out_sum);
 
+  /* Sorts n <= KERN_FEW keys, ascending. */
+  void (*sort_few_u64)(uint64_t *a, size_t n);
+
   /* Reorders a[0..n) so that its `want` smallest keys come first, in any order; a stays a permutation of itself. scratch has
    * room for 2*(n+8) keys. Expected O(n), never worse than O(n log n). Returns the largest of them (0 when want is 0; the
    * largest of all when want >= n). */
@@ -125,6 +129,64 @@ static inline size_t kern_code_offset(size_t n_rows, size_t m, size_t r, size_t 
   size_t half = (width - group < KERN_GROUP ? width - group : KERN_GROUP) / 2, lane = in - group;
   return block * KERN_BLOCK * m + j * width + group + (lane < half ? 2 * lane : 2 * (lane - half) + 1);
 }
+
+/* ---- the nearest row of a matrix (kern_nearest.c, kern_nearest_avx512.c) ----
+ *
+ * What kern.argmax_f32 says with bias = -|c|^2/2, several times sooner where the CPU multiplies bytes: VNNI, and AMX tiles. Tiles need
+ * a permission for the whole process, for good: kern_amx_request asks for it and says whether tiles are used from now on. They are
+ * not without the instructions, when the system refuses, or when VECSHARD_SIMD names a lower variant than amx. */
+int kern_amx_request(void);
+int kern_amx_ready(void); /* has it been granted? */
+
+enum { KERN_NEAREST_ROWS = 1024 }; /* a call with so many rows is as fast as any */
+
+typedef struct kern_nearest {
+  size_t n_c, dim;
+  const float *rows;    /* n_c x dim: the caller's, which must stay */
+  float *bias;          /* n_c padded to 32: -|c|^2/2, behind n_c -Inf */
+  float *packed;        /* kern_pack_f32, or NULL and: */
+  int amx;
+  int8_t *bytes;        /* the rows in steps of their scale */
+  float *scale;
+  int32_t *zero;        /* -128 * the sum of the bytes */
+  float longest, sigma; /* the longest row, the largest deviation of a row from its bytes */
+} kern_nearest;
+
+/* Memory for kern_nearest_init, and scratch for one call of kern_nearest_find. dim is 65536 at most. */
+size_t kern_nearest_bytes(size_t n_c, size_t dim);
+size_t kern_nearest_scratch(const kern_nearest *m);
+/* Prepares n_c rows of dim floats in mem, which stays in use until the last find. */
+void kern_nearest_init(kern_nearest *m, const float *rows, size_t n_c, size_t dim, void *mem);
+/* id[r] = the row nearest to row r of x (n_x rows, stride floats apart), the lowest number on ties. exact = 1: as fp32 has it (distances
+ * that differ by less than their rounding may change places); 0: to train with, as bytes have it where bytes are used. A row's
+ * result does not depend on the rows beside it. */
+void kern_nearest_find(const kern_nearest *m, const float *x, size_t n_x, size_t stride, int exact, uint32_t *id, void *scratch);
+
+/* ---- the nearest code words (kern_words.c, kern_words_avx512.c) ----
+ *
+ * Rows of n_subs * sub_dim floats; part j of a row is told the nearest of the n_words (16 or 256) words of sub-quantizer j: what
+ * argmax_f32 says with bias = -|w|^2/2, for words that are bytes times one scale per sub-quantizer. With VNNI words that are not
+ * are rounded so, and parts of up to 32 dimensions are integers of 11 to 16 bits times a power of two of the row: then distances that differ by
+ * less than that may change places. A row's codes do not depend on the rows beside it. */
+typedef struct kern_words {
+  size_t n_subs, n_words, sub_dim;
+  float *packed, *bias; /* fp32, or NULL and: */
+  int16_t *pairs;       /* words in pairs of dimensions, sixteen side by side, times 256 */
+  int32_t *start;       /* per sub-quantizer and level: -|w|^2/2, its number in the low byte */
+  float step;           /* of the rows at level 0 */
+} kern_words;
+
+size_t kern_words_bytes(size_t n_subs, size_t n_words, size_t sub_dim);
+/* words: n_subs x n_words x sub_dim; not needed afterwards. */
+void kern_words_init(kern_words *w, const float *words, size_t n_subs, size_t n_words, size_t sub_dim, void *mem);
+/* code[r*code_stride + j] for n rows, stride floats apart. */
+void kern_words_find(const kern_words *w, const float *x, size_t n, size_t stride, uint8_t *code, size_t code_stride);
+
+/* out[j] = SUM x[row[i]*stride + j] over the n numbers in row, added in their order, j in [0, dim): the same on every machine. */
+void kern_sum_rows_f32(const float *x, size_t stride, const uint32_t *row, size_t n, size_t dim, float *out);
+
+/* out[j] = x[j] * scale - y[j], not fused: the same on every machine. out may be x. */
+void kern_scale_sub_f32(const float *x, float scale, const float *y, size_t n, float *out);
 
 /* (distance, number) as one key whose integer order is the order of the float, then of the number; NaN sorts last. */
 static inline uint64_t kern_key(float d, uint32_t number) {

@@ -736,7 +736,8 @@ static size_t split_u64(uint64_t *a, size_t n, uint64_t pivot, uint64_t *spill) 
 }
 
 static uint64_t select_u64(uint64_t *a, size_t n, size_t want, uint64_t *scratch) {
-  return kern_select_by(split_u64, a, n, want, scratch);
+  enum { SELECT_FEW = 24 }; /* a split of a few dozen keys is cheaper than sorting them */
+  return kern_select_by(split_u64, kern_sort_insertion, SELECT_FEW, a, n, want, scratch);
 }
 
 const kern kern_table_avx2 = {
@@ -760,6 +761,7 @@ const kern kern_table_avx2 = {
   .pq_table_raw = pq_table_raw,
   .pq_table = pq_table,
   .pq_scan = pq_scan,
+  .sort_few_u64 = kern_sort_insertion,
   .select_u64 = select_u64,
 };
 #else

@@ -106,7 +106,7 @@ void kern_pack_i8(const int8_t *c, size_t n_c, size_t dim, uint8_t *packed) {
 /* ------------------------------------------------------------------ sorting */
 
 enum {
-  INSERTION_MAX = 64, /* below this counting digits costs more than the quadratic moves */
+  INSERTION_MAX = KERN_FEW, /* below this counting digits costs more than the quadratic moves */
   WIDE_FROM = 4096,   /* keys from which on fewer passes with wide digits pay for their larger tables */
   NARROW = 8, WIDE = 11
 };
@@ -119,7 +119,7 @@ static inline void sort_insertion_from(uint64_t *a, size_t n, int bit) {
     a[at] = key;
   }
 }
-static void sort_insertion(uint64_t *a, size_t n) { sort_insertion_from(a, n, 0); }
+void kern_sort_insertion(uint64_t *a, size_t n) { sort_insertion_from(a, n, 0); }
 
 /* One pass: stable, by the digit of `width` bits from `shift` on. */
 static void sort_digit(const uint64_t *from, uint64_t *to, size_t n, int shift, int width) {
@@ -159,39 +159,43 @@ void kern_sort_u64_from(uint64_t *a, size_t n, int bit, uint64_t *scratch) {
 }
 
 void kern_sort_u64(uint64_t *a, size_t n, uint64_t *scratch) {
-  if (n <= INSERTION_MAX) sort_insertion(a, n); /* made for all bits: small sorts are many */
+  if (n <= KERN_FEW) kern_get()->sort_few_u64(a, n); /* made for all bits: small sorts are many */
   else kern_sort_u64_from(a, n, 0, scratch);
 }
 
 /* ------------------------------------------------------------------ selection */
 
-/* A split of a few dozen keys is cheaper than sorting them. */
-enum { N_SAMPLES = 16, WORK_FACTOR = 8, SELECT_MAX = 24 };
+enum { N_SAMPLES = 16, WORK_FACTOR = 8 };
 
 /* A key of a[0..n) (n >= N_SAMPLES) that about `need` keys do not exceed. The sample of that rank, but one towards the
  * middle: the cut then most likely falls into the smaller part and the larger one is settled. */
-static uint64_t choose_pivot(const uint64_t *a, size_t n, size_t need) {
+static uint64_t choose_pivot(kern_sort_few_fn sort_few, const uint64_t *a, size_t n, size_t need) {
   uint64_t sample[N_SAMPLES];
   size_t step = n / N_SAMPLES, rank = (size_t)((double)need * N_SAMPLES / (double)n);
   for (size_t i = 0; i < N_SAMPLES; i++) sample[i] = a[step / 2 + i * step];
-  sort_insertion(sample, N_SAMPLES);
+  sort_few(sample, N_SAMPLES);
   return sample[rank < N_SAMPLES / 2 ? rank + 1 : rank - 1]; /* need < n, so rank < N_SAMPLES */
 }
 
 /* Quickselect: a[0..base) is known to belong in front, a[end..n) behind, the cut lies between. Evenly spaced samples
  * make sorted and reversed input the easiest; an input made against them, or bad luck, runs into the work limit and is
  * sorted, so the worst case is linear: WORK_FACTOR splits of the array and one radix sort. */
-uint64_t kern_select_by(kern_split_fn split, uint64_t *a, size_t n, size_t want, uint64_t *scratch) {
+uint64_t kern_select_by(kern_split_fn split, kern_sort_few_fn sort_few, size_t few, uint64_t *a, size_t n, size_t want,
+                        uint64_t *scratch) {
   size_t base = 0, end = n, work = 0;
   if (want > n) want = n;
   while (base < want && want < end) {
     uint64_t *rest = a + base;
     size_t n_rest = end - base, need = want - base;
-    if (n_rest <= SELECT_MAX || work / WORK_FACTOR > n) {
+    if (n_rest <= few) {
+      sort_few(rest, n_rest);
+      break;
+    }
+    if (work / WORK_FACTOR > n) {
       kern_sort_u64(rest, n_rest, scratch);
       break;
     }
-    uint64_t pivot = choose_pivot(rest, n_rest, need);
+    uint64_t pivot = choose_pivot(sort_few, rest, n_rest, need);
     size_t n_low = split(rest, n_rest, pivot, scratch);
     work += n_rest;
     if (n_low <= need) {

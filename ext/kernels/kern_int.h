@@ -46,8 +46,27 @@ float kern_neon_table_row(const int32_t score[256], float factor, float *raw, fl
  * are in front. spill: n + 8 keys. */
 typedef size_t (*kern_split_fn)(uint64_t *a, size_t n, uint64_t pivot, uint64_t *spill);
 
-/* kern.select_u64 on top of one split. */
-uint64_t kern_select_by(kern_split_fn split, uint64_t *a, size_t n, size_t want, uint64_t *scratch);
+typedef void (*kern_sort_few_fn)(uint64_t *a, size_t n);
+
+/* kern.select_u64 on top of one split and one small sort, of which `few` keys are worth no split any more. */
+uint64_t kern_select_by(kern_split_fn split, kern_sort_few_fn sort_few, size_t few, uint64_t *a, size_t n, size_t want,
+                        uint64_t *scratch);
+void kern_sort_insertion(uint64_t *a, size_t n);
+
+#if defined(__x86_64__)
+/* ---- kern_nearest_avx512.c: kern_nearest by bytes; ask the CPU before calling it */
+enum { KERN_NEAREST_CHUNK = 256 };
+size_t kern_nearest512_block(size_t dim); /* bytes of 32 points */
+size_t kern_nearest512_chunk(size_t dim); /* points that the scratch holds: KERN_NEAREST_CHUNK or fewer */
+void kern_nearest512_pack(kern_nearest *m);
+void kern_nearest512_find(const kern_nearest *m, const float *x, size_t n_x, size_t stride, int exact, uint32_t *id, uint8_t *scratch);
+void kern_sum_rows512(const float *x, size_t stride, const uint32_t *row, size_t n, size_t dim, float *out);
+void kern_scale_sub512(const float *x, float scale, const float *y, size_t n, float *out);
+
+/* ---- kern_words_avx512.c: kern_words by integers; ask the CPU before calling it */
+enum { KERN_WORDS_LEVELS = 16, KERN_WORDS_MAX_DIM = 32 };
+void kern_words512_find(const kern_words *w, const float *x, size_t n, size_t stride, uint8_t *code, size_t code_stride);
+#endif
 
 /* ---- arithmetic every pq_scan agrees on */
 

@@ -546,7 +546,7 @@ static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, siz
   .dot_f32 = dot_f32, .l2sq_f32 = l2sq_f32, .cosine_f32 = cosine_f32, .f16_to_f32 = f16_to_f32, .f32_to_f16 = f32_to_f16, \
   .all_finite_f32 = all_finite_f32, .scores_f32 = scores_f32, .scores_many_f32 = scores_many_f32,                         \
   .argmax_f32 = argmax_f32, .dot_f16 = dot_f16, .l2sq_f16 = l2sq_f16, .quantize_i8 = quantize_i8, .keys_i8 = keys_i8,     \
-  .keys_u16 = keys_u16, .pq_table = pq_table, .pq_scan = pq_scan, .select_u64 = kern_scalar_select_u64
+  .keys_u16 = keys_u16, .pq_table = pq_table, .pq_scan = pq_scan, .sort_few_u64 = kern_sort_insertion, .select_u64 = kern_scalar_select_u64
 
 const kern kern_table_neon = {
   .name = "neon",

@@ -84,6 +84,27 @@ typedef struct shard_stats {
  * stopped; whether it is, is asked on this thread only. */
 vs_rc shard_search_run(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) VS_WARN_UNUSED;
 
+/* ---- many searches ---- */
+
+typedef struct shard_batch {
+  shard_search search;     /* what they share: `query` is not looked at, `after` is NULL */
+  const float *queries;    /* n x search.dim */
+  size_t n;
+} shard_batch;
+
+typedef struct shard_answers {
+  shard_hit *hits;         /* query after query, each as shard_search_run gives them */
+  size_t *first;           /* n + 1: where each query's begin */
+  int64_t *ids;            /* of the hits; NULL where ids are texts, or would have to be read */
+  size_t n;                /* queries */
+} shard_answers;
+
+/* As many queries as one call should get: its memory is bounded, and nothing is gained from more. */
+size_t shard_batch_most(const shard_search *q);
+/* The same rows as shard_search_run for one query after another. */
+vs_rc shard_batch_run(const shard_batch *b, shard_answers *out, shard_stats *stats, vs_err *err) VS_WARN_UNUSED;
+void shard_answers_reset(shard_answers *a); /* legal when zeroed */
+
 /* ---- single rows ---- */
 /* Finds a row by id. */
 vs_rc shard_find(shard *s, const ivfpq_id *id, uint32_t *segment, uint32_t *row, int *found, vs_err *err) VS_WARN_UNUSED;

@@ -18,11 +18,10 @@
 #include "../kernels/kern.h"
 
 enum {
-  SPARE = 8,            /* candidates beyond k from which on sketches pay */
   SLICE = 256,          /* rows per task */
   SKETCH_SLICE = 1024,  /* the same for sketches: each task prepares the query */
   FEW = 48,             /* hits that an insertion sort puts in order faster than others */
-  MANY = 4096           /* candidates from which on it pays to read them in storage order */
+  MANY = SHARD_MANY
 };
 
 int shard_hit_order(const void *pa, const void *pb) {
@@ -42,7 +41,7 @@ static void sort_few(shard_hit *hits, size_t n) {
   }
 }
 
-static int storage_order(const void *pa, const void *pb) {
+int shard_storage_order(const void *pa, const void *pb) {
   const shard_hit *a = pa, *b = pb;
   if (a->shard != b->shard) return a->shard < b->shard ? -1 : 1;
   if (a->segment != b->segment) return a->segment < b->segment ? -1 : 1;
@@ -104,7 +103,7 @@ static vs_rc order_by_storage(shard_hit *hits, size_t *n_hits, ivfpq_keys *work,
   if (rc) return rc;
   for (size_t i = 1; i < n; i++)
     if (hits[i].shard < hits[i - 1].shard || (hits[i].shard == hits[i - 1].shard && hits[i].segment < hits[i - 1].segment)) {
-      qsort(hits, n, sizeof *hits, storage_order);
+      qsort(hits, n, sizeof *hits, shard_storage_order);
       return VS_OK;
     }
   for (size_t at = 0, m; at < n; at += m) {
@@ -171,7 +170,7 @@ static vs_rc compare(job *j, size_t at, size_t n, vs_err *err) {
   uint32_t rows[SLICE];
   float distance[SLICE];
   vs_rc rc = VS_OK;
-  if (!all_mapped(q, hits, n)) qsort(hits, n, sizeof *hits, storage_order);
+  if (!all_mapped(q, hits, n)) qsort(hits, n, sizeof *hits, shard_storage_order);
   for (size_t from = 0, m; from < n && !rc; from += m) {
     shard_hit *h = hits + from;
     ivfpq_segment *s = segment_of(q, h);
@@ -191,10 +190,7 @@ static vs_rc compare_all(const shard_refine *r, shard_hit *hits, size_t n, vs_er
 
 /* ---- rows in stores ---- */
 
-typedef struct held { shard_hit *hits; ivfpq_row *rows; size_t n; } held;
-
-/* Starts reading all rows that lie in stores; what is compared later is found in the cache. */
-static vs_rc hold_remote(const shard_search *q, const shard_hit *hits, size_t n, held *h, vs_err *err) {
+vs_rc shard_hold(const shard_search *q, const shard_hit *hits, size_t n, shard_held *h, vs_err *err) {
   int any = 0;
   for (size_t i = 0; i < n && !any; i++) any = !segment_of(q, &hits[i])->io->local;
   if (!any) return VS_OK;
@@ -203,7 +199,7 @@ static vs_rc hold_remote(const shard_search *q, const shard_hit *hits, size_t n,
   vs_rc rc = rows && h->hits && h->rows ? VS_OK : vs_nomem(err);
   if (!rc) {
     memcpy(h->hits, hits, n * sizeof *hits);
-    qsort(h->hits, n, sizeof *hits, storage_order);
+    qsort(h->hits, n, sizeof *hits, shard_storage_order);
     h->n = n;
   }
   for (size_t at = 0, m; at < n && !rc; at += m) {
@@ -217,7 +213,7 @@ static vs_rc hold_remote(const shard_search *q, const shard_hit *hits, size_t n,
   return rc;
 }
 
-static void release_remote(const shard_search *q, held *h) {
+void shard_release(const shard_search *q, shard_held *h) {
   for (size_t i = 0; i < h->n; i++)
     if (h->rows[i].range.len) ivfpq_rows_release(segment_of(q, &h->hits[i]), &h->rows[i], 1);
   free(h->hits), free(h->rows);
@@ -254,8 +250,8 @@ static vs_rc bound(job *j, size_t at, size_t n, vs_err *err) {
 static vs_rc drop_far(const shard_refine *r, shard_hit *hits, size_t *n_hits, vs_err *err) {
   size_t n = *n_hits, kept = 0;
   int one = r->q->n_shards == 1 && r->q->shards[0]->manifest.n_segments == 1;
-  if (n <= r->k + SPARE || !all_sketched(r->q, hits, n)) return VS_OK;
-  if (!one && n < MANY) qsort(hits, n, sizeof *hits, storage_order);
+  if (n <= r->k + SHARD_SPARE || !all_sketched(r->q, hits, n)) return VS_OK;
+  if (!one && n < MANY) qsort(hits, n, sizeof *hits, shard_storage_order);
   vs_rc rc = ivfpq_keys_room(r->work, n, err);
   job j;
   j.r = r, j.run = bound, j.hits = hits, j.n = n, j.slice = SKETCH_SLICE;
@@ -270,8 +266,8 @@ static vs_rc drop_far(const shard_refine *r, shard_hit *hits, size_t *n_hits, vs
 
 /* ---- the whole ---- */
 
-/* Leaves the k nearest in order. Only they are sorted, and what ties with the last of them: ties are decided by storage order. */
-static vs_rc keep_nearest(const shard_refine *r, shard_hit *hits, size_t *n_hits, vs_err *err) {
+/* Only they are sorted, and what ties with the last of them: ties are decided by storage order. */
+vs_rc shard_keep_nearest(const shard_refine *r, shard_hit *hits, size_t *n_hits, vs_err *err) {
   size_t n = *n_hits, m = 0;
   if (n > r->k) {
     vs_rc rc = ivfpq_keys_room(r->work, n, err);
@@ -289,14 +285,14 @@ static vs_rc keep_nearest(const shard_refine *r, shard_hit *hits, size_t *n_hits
 }
 
 vs_rc shard_refine_run(const shard_refine *r, shard_hit *hits, size_t *n, uint64_t *refined, vs_err *err) {
-  held h = {0};
+  shard_held h = {0};
   int many = *n >= MANY;
   vs_rc rc = many ? order_by_storage(hits, n, r->work, err) : VS_OK;
   if (!rc) rc = drop_far(r, hits, n, err);
-  if (!rc) rc = hold_remote(r->q, hits, *n, &h, err);
+  if (!rc) rc = shard_hold(r->q, hits, *n, &h, err);
   if (!rc) rc = compare_all(r, hits, *n, err);
-  release_remote(r->q, &h);
+  shard_release(r->q, &h);
   *refined = *n;
   if (rc) return rc;
-  return many ? shard_hits_nearest(hits, n, r->k, r->work, err) : keep_nearest(r, hits, n, err);
+  return many ? shard_hits_nearest(hits, n, r->k, r->work, err) : shard_keep_nearest(r, hits, n, err);
 }

@@ -15,6 +15,24 @@ typedef struct shard_refine {
  * shard_hit_order; *refined says how many vectors were looked at. Rows in stores are read in one round. */
 vs_rc shard_refine_run(const shard_refine *r, shard_hit *hits, size_t *n, uint64_t *refined, vs_err *err) VS_WARN_UNUSED;
 
+/* Starts reading all rows that lie in stores; what is compared before shard_release is found in the cache. */
+typedef struct shard_held { shard_hit *hits; ivfpq_row *rows; size_t n; } shard_held;
+vs_rc shard_hold(const shard_search *q, const shard_hit *hits, size_t n, shard_held *h, vs_err *err) VS_WARN_UNUSED;
+void shard_release(const shard_search *q, shard_held *h); /* also after a failure */
+
+/* Leaves the k nearest in the order of shard_hit_order; distances are true. */
+vs_rc shard_keep_nearest(const shard_refine *r, shard_hit *hits, size_t *n, vs_err *err) VS_WARN_UNUSED;
+int shard_storage_order(const void *a, const void *b); /* (shard, segment, row) */
+enum {
+  SHARD_SPARE = 8,  /* candidates beyond k from which on sketches pay */
+  SHARD_MANY = 4096 /* candidates from which on it pays to read them in storage order */
+};
+
+/* The candidates of many queries at once. Rows that several want are read once. */
+typedef struct shard_found { shard_hit *hits; size_t n, room; } shard_found; /* of one query */
+vs_rc shard_refine_many(const shard_refine *r, const float *queries, shard_found *found, size_t n, uint64_t *refined,
+                        vs_err *err) VS_WARN_UNUSED;
+
 /* (distance, shard, segment, row) */
 int shard_hit_order(const void *a, const void *b);
 /* Leaves the k nearest in order; of equal distances those that come first in hits. */

@@ -7,7 +7,6 @@
  *
  * Bytes that fail their check may have been damaged on their way: a search that met some is run once more with fresh ones.
  */
-#include <pthread.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,8 +16,8 @@
 #include "../base/vs_scope.h"
 #include "../kernels/kern.h"
 #include "../s3vfs/io_s3.h"
-#include "shard.h"
 #include "shard_refine.h"
+#include "shard_search_int.h"
 #include "shard_spend.h"
 
 enum { SPARE_BYTES = 16 << 20 }; /* of memory kept between searches: what one for k = 50,000 takes */
@@ -53,16 +52,26 @@ typedef struct run {
   memory *memory;
   segment_task *tasks;
   size_t n_tasks;
-  pthread_t caller;
-  vs_scope *outer; /* of the caller's thread: asked there only, because it may ask SQLite */
-  int stop; /* set once by the caller's thread, read by all */
+  shard_stop stop;
 } run;
 
-static int poll_stop(void *ctx) {
-  run *r = ctx;
-  if (pthread_equal(pthread_self(), r->caller) && r->outer && r->outer->stop && r->outer->stop(r->outer->stop_ctx))
-    __atomic_store_n(&r->stop, 1, __ATOMIC_RELAXED);
-  return __atomic_load_n(&r->stop, __ATOMIC_RELAXED);
+int shard_stop_poll(void *ctx) {
+  shard_stop *s = ctx;
+  if (pthread_equal(pthread_self(), s->caller) && s->outer && s->outer->stop && s->outer->stop(s->outer->stop_ctx))
+    __atomic_store_n(&s->stop, 1, __ATOMIC_RELAXED);
+  return __atomic_load_n(&s->stop, __ATOMIC_RELAXED);
+}
+
+void shard_stop_enter(shard_stop *s) {
+  s->outer = vs_scope_current(), s->inner = s->outer ? *s->outer : (vs_scope){0};
+  s->caller = pthread_self(), s->stop = 0;
+  s->inner.stop = shard_stop_poll, s->inner.stop_ctx = s;
+  vs_scope_enter(&s->inner);
+}
+
+void shard_stop_leave(shard_stop *s) {
+  vs_scope_enter(s->outer);
+  if (s->outer) s->outer->traffic = s->inner.traffic;
 }
 
 /* ---- memory ---- */
@@ -109,6 +118,24 @@ static int is_zero(const float *v, uint32_t dim) {
   return 1;
 }
 
+vs_rc shard_check_query(const shard_search *q, const float *query, vs_err *err) {
+  if (q->n_shards && q->shards[0]->manifest.metric == SHARD_COSINE && is_zero(query, q->dim))
+    return vs_fail(err, VS_INVALID, "the query is a zero vector, which has no direction (the metric is cosine)");
+  return VS_OK;
+}
+
+vs_rc shard_check_dims(const shard_search *q, size_t *n_segments, uint64_t *n_rows, vs_err *err) {
+  *n_segments = 0, *n_rows = 0;
+  for (size_t i = 0; i < q->n_shards; i++) {
+    const shard *s = q->shards[i];
+    if (s->manifest.dim != q->dim)
+      return vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", q->dim, s->path, s->manifest.dim);
+    *n_segments += s->manifest.n_segments;
+    *n_rows += s->manifest.n_rows;
+  }
+  return VS_OK;
+}
+
 static void plan_spend(run *r) {
   const memory *m = r->memory;
   for (size_t i = 0; i < r->n_tasks; i++) m->segments[i] = r->tasks[i].segment;
@@ -119,16 +146,10 @@ static void plan_spend(run *r) {
 
 static vs_rc prepare(run *r, vs_err *err) {
   const shard_search *q = r->q;
-  size_t n = 0;
-  if (q->n_shards && q->shards[0]->manifest.metric == SHARD_COSINE && is_zero(q->query, q->dim))
-    return vs_fail(err, VS_INVALID, "the query is a zero vector, which has no direction (the metric is cosine)");
-  for (size_t i = 0; i < q->n_shards; i++) {
-    const shard *s = q->shards[i];
-    if (s->manifest.dim != q->dim)
-      return vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", q->dim, s->path, s->manifest.dim);
-    n += s->manifest.n_segments;
-    r->n_rows += s->manifest.n_rows;
-  }
+  size_t n;
+  vs_rc rc = shard_check_query(q, q->query, err);
+  if (!rc) rc = shard_check_dims(q, &n, &r->n_rows, err);
+  if (rc) return rc;
   r->k = q->k < r->n_rows ? q->k : r->n_rows;
   if (!(r->memory = memory_take(n))) return vs_nomem(err);
   r->tasks = r->memory->tasks;
@@ -148,7 +169,7 @@ static vs_rc prepare(run *r, vs_err *err) {
 static ivfpq_query segment_query(run *r, const segment_task *t) {
   return (ivfpq_query){.vector = r->q->query, .nprobe = t->spend.nprobe, .k = r->k, .reach = t->spend.reach,
                        .n_candidates = r->exact ? r->k : t->spend.n_candidates, .brute = !t->spend.nprobe, .threads = r->q->threads,
-                       .filter = r->q->filters ? r->q->filters[t->shard] : NULL, .stop = poll_stop, .stop_ctx = r};
+                       .filter = r->q->filters ? r->q->filters[t->shard] : NULL, .stop = shard_stop_poll, .stop_ctx = &r->stop};
 }
 
 static void step_task(void *ctx, size_t i) {
@@ -197,17 +218,20 @@ static vs_rc run_scans(run *r, vs_err *err) {
   return rc;
 }
 
-/* Brute force over shards in stores that cannot end well is refused before it reads a byte. */
-static vs_rc check_exact_bytes(const run *r, vs_err *err) {
-  uint64_t bytes = 0;
-  for (size_t i = 0; i < r->n_tasks; i++)
-    if (!r->tasks[i].segment->io->local && (r->exact || !r->tasks[i].spend.nprobe)) bytes += r->tasks[i].segment->section[IVFPQ_ROWS].size;
+vs_rc shard_check_bytes(uint64_t bytes, vs_err *err) {
   if (bytes <= io_s3_max_bytes()) return VS_OK;
   return vs_fail(err, VS_INVALID,
                  "comparing every vector (exact = 1, a recall beyond what was measured, or more rows than an approximate search gives) would read %llu MB from the "
                  "store, more than the limit of %llu MB: ask for fewer rows with k or LIMIT, or raise VECSHARD_MAX_BYTES or "
                  "vecshard_config('max_bytes', n)",
                  (unsigned long long)(bytes >> 20), (unsigned long long)(io_s3_max_bytes() >> 20));
+}
+
+static vs_rc check_exact_bytes(const run *r, vs_err *err) {
+  uint64_t bytes = 0;
+  for (size_t i = 0; i < r->n_tasks; i++)
+    if (!r->tasks[i].segment->io->local && (r->exact || !r->tasks[i].spend.nprobe)) bytes += r->tasks[i].segment->section[IVFPQ_ROWS].size;
+  return shard_check_bytes(bytes, err);
 }
 
 static vs_rc run_exact(run *r, vs_err *err) {
@@ -221,8 +245,7 @@ static vs_rc run_exact(run *r, vs_err *err) {
   return VS_OK;
 }
 
-/* The n_best hits with the smallest estimates, in the order they had. */
-static vs_rc keep_best(shard_hit *h, size_t *n, uint64_t n_best, ivfpq_keys *work, vs_err *err) {
+vs_rc shard_keep_best(shard_hit *h, size_t *n, uint64_t n_best, ivfpq_keys *work, vs_err *err) {
   vs_rc rc = ivfpq_keys_room(work, *n, err);
   if (rc) return rc;
   for (size_t i = 0; i < *n; i++) work->key[i] = kern_key(h[i].distance, (uint32_t)i);
@@ -251,7 +274,7 @@ static vs_rc collect(run *r, uint64_t n_best, shard_hit **hits, size_t *n, vs_er
       h[at++] = (shard_hit){kern_key_value(k->key[j]), r->tasks[i].shard, r->tasks[i].number, kern_key_number(k->key[j])};
   }
   *n = total;
-  if (total > n_best) return r->exact ? shard_hits_nearest(h, n, n_best, work_of(r), err) : keep_best(h, n, n_best, work_of(r), err);
+  if (total > n_best) return r->exact ? shard_hits_nearest(h, n, n_best, work_of(r), err) : shard_keep_best(h, n, n_best, work_of(r), err);
   return r->exact && r->n_tasks > 1 ? shard_hits_nearest(h, n, n_best, work_of(r), err) : VS_OK;
 }
 
@@ -263,15 +286,22 @@ static int64_t now_us(void) {
   return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
+void shard_refine_begin(shard_refine_mark *m) { m->traffic = vs_scope_current()->traffic, m->us = now_us(); }
+
+void shard_refine_end(const shard_refine_mark *m, shard_stats *stats) {
+  const vs_traffic *now = &vs_scope_current()->traffic, *before = &m->traffic;
+  stats->refine_us = now_us() - m->us;
+  stats->refine = (vs_traffic){.requests = now->requests - before->requests, .retries = now->retries - before->retries,
+                               .rounds = now->rounds - before->rounds, .bytes = now->bytes - before->bytes,
+                               .hits = now->hits - before->hits};
+}
+
 static vs_rc refine_counted(run *r, shard_hit *hits, size_t *n, shard_stats *stats, vs_err *err) {
-  const vs_traffic before = vs_scope_current()->traffic, *now = &vs_scope_current()->traffic;
-  shard_refine refine = {.q = r->q, .k = r->k, .stop = poll_stop, .stop_ctx = r, .work = work_of(r)};
-  int64_t start = now_us();
+  shard_refine refine = {.q = r->q, .k = r->k, .stop = shard_stop_poll, .stop_ctx = &r->stop, .work = work_of(r)};
+  shard_refine_mark mark;
+  shard_refine_begin(&mark);
   vs_rc rc = shard_refine_run(&refine, hits, n, &stats->refined, err);
-  stats->refine_us = now_us() - start;
-  stats->refine = (vs_traffic){.requests = now->requests - before.requests, .retries = now->retries - before.retries,
-                               .rounds = now->rounds - before.rounds, .bytes = now->bytes - before.bytes,
-                               .hits = now->hits - before.hits};
+  shard_refine_end(&mark, stats);
   return rc;
 }
 
@@ -321,8 +351,7 @@ static vs_rc order_tie(const shard_search *q, shard_hit *hits, size_t n, vs_err 
   return rc;
 }
 
-/* Equal distances within a shard come in the order of their ids. */
-static vs_rc order_ties(const shard_search *q, shard_hit *hits, size_t n, vs_err *err) {
+vs_rc shard_order_ties(const shard_search *q, shard_hit *hits, size_t n, vs_err *err) {
   for (size_t i = 0; i < n;) {
     size_t m = 1;
     while (i + m < n && hits[i + m].distance == hits[i].distance && hits[i + m].shard == hits[i].shard) m++;
@@ -344,12 +373,10 @@ static size_t skip_until(const shard_hit *after, shard_hit *hits, size_t n) {
 }
 
 static vs_rc search_once(const shard_search *q, shard_hit **hits, size_t *n, shard_stats *stats, vs_err *err) {
-  vs_scope *outer = vs_scope_current(), inner = outer ? *outer : (vs_scope){0};
-  run r = {.q = q, .caller = pthread_self(), .outer = outer};
+  run r = {.q = q};
   *hits = NULL, *n = 0;
   memset(stats, 0, sizeof *stats);
-  inner.stop = poll_stop, inner.stop_ctx = &r;
-  vs_scope_enter(&inner);
+  shard_stop_enter(&r.stop);
   vs_rc rc = prepare(&r, err);
   if (!rc && r.k) rc = check_exact_bytes(&r, err);
   if (!rc && r.k && r.exact) {
@@ -361,9 +388,8 @@ static vs_rc search_once(const shard_search *q, shard_hit **hits, size_t *n, sha
     if (!rc) rc = refine_counted(&r, *hits, n, stats, err);
     if (!rc && q->after) *n = skip_until(q->after, *hits, *n);
   }
-  if (!rc) rc = order_ties(q, *hits, *n, err);
-  vs_scope_enter(outer);
-  if (outer) outer->traffic = inner.traffic;
+  if (!rc) rc = shard_order_ties(q, *hits, *n, err);
+  shard_stop_leave(&r.stop);
   for (size_t i = 0; i < r.n_tasks; i++) {
     stats->partitions += r.tasks[i].stats.partitions, stats->rows += r.tasks[i].stats.rows;
   }
@@ -372,8 +398,7 @@ static vs_rc search_once(const shard_search *q, shard_hit **hits, size_t *n, sha
   return rc;
 }
 
-/* 1: some of it lies in a store, and will be read anew. */
-static int forget_remote(const shard_search *q) {
+int shard_forget_remote(const shard_search *q) {
   int any = 0;
   for (size_t i = 0; i < q->n_shards; i++)
     for (size_t g = 0; g < q->shards[i]->manifest.n_segments; g++) {
@@ -387,10 +412,10 @@ vs_rc shard_search_run(const shard_search *q, shard_hit **hits, size_t *n, shard
   vs_err why;
   vs_err_reset(&why);
   vs_rc rc = search_once(q, hits, n, stats, &why);
-  if (rc == VS_CORRUPT && forget_remote(q)) {
+  if (rc == VS_CORRUPT && shard_forget_remote(q)) {
     vs_err_reset(&why);
     rc = search_once(q, hits, n, stats, &why);
-    if (rc == VS_CORRUPT) forget_remote(q);
+    if (rc == VS_CORRUPT) shard_forget_remote(q);
   }
   return rc ? vs_fail(err, rc, "%s", why.text) : VS_OK;
 }

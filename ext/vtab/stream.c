@@ -11,7 +11,7 @@ SQLITE_EXTENSION_INIT3
 enum {
   FIRST_BATCH = 16,    /* LIMIT 10 is the common case: hardly dearer than k = 10 */
   WIDEN = 4,
-  MOST = 1 << 20,      /* rows in one batch, and of the first phase: bounds the memory of a query without end */
+  MOST = STREAM_MOST,  /* rows in one batch, and of the first phase */
   APPROXIMATE_PART = 8, /* up to this part of the rows an approximate search reads less than brute force */
   PREFETCH = 12,       /* rows between asking for a row's bytes and handing it out */
   PREFETCH_FROM = 64,  /* results; fewer are still in the caches from being compared */

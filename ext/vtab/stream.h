@@ -22,6 +22,8 @@
 #include "filter.h"
 #include "statement.h"
 
+enum { STREAM_MOST = 1 << 20 }; /* rows that one search is asked for: bounds the memory of a query without end */
+
 /* A bound of distance. open: rows at that distance are not meant. */
 typedef struct stream_bound { int given, open; double at; } stream_bound;
 

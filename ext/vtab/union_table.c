@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "many.h"
 #include "modules.h"
 #include "plan.h"
 #include "schema.h"
@@ -37,23 +38,16 @@ typedef struct union_table {
   shard_manifest m;  /* table form: id type and metadata columns */
 } union_table;
 
-typedef struct ranked_hit { shard_hit hit; uint32_t query_no; size_t rank; } ranked_hit;
-
 typedef struct union_cursor {
   sqlite3_vtab_cursor base;
   statement statement;
   shard_set set;
   plan_search plan;
   vec_batch batch;
-  stream hits;        /* one query */
-  ranked_hit *all;    /* several queries: every result */
-  size_t n_all, at;
+  stream hits;        /* of one query */
+  many answers;       /* of several */
   int many, eof;
-  ivfpq_segment *segment; /* the current row of several queries, read on demand */
-  ivfpq_row row;
-  int has_row;
-  row_values values;      /* of the current row */
-  ahead ahead;
+  row_values values;  /* of the current row */
 } union_cursor;
 
 /* ---- connecting ---- */
@@ -330,22 +324,14 @@ static int x_open(sqlite3_vtab *v, sqlite3_vtab_cursor **out) {
   return SQLITE_OK;
 }
 
-static void drop_row(union_cursor *c) {
-  if (c->has_row) ivfpq_rows_release(c->segment, &c->row, 1);
-  c->has_row = 0;
-}
-
 static void cursor_reset(union_cursor *c) {
-  drop_row(c);
-  ahead_reset(&c->ahead);
   row_values_reset(&c->values);
   stream_reset(&c->hits);
+  many_reset(&c->answers);
   plan_search_reset(&c->plan);
   vec_batch_free(&c->batch);
   memset(&c->batch, 0, sizeof c->batch);
   shard_set_reset(&c->set);
-  free(c->all);
-  c->all = NULL, c->n_all = c->at = 0;
   c->many = 0, c->eof = 1;
 }
 
@@ -356,46 +342,10 @@ static int x_close(sqlite3_vtab_cursor *v) {
   return SQLITE_OK;
 }
 
-static stream_options options_of(union_cursor *c, const union_table *t, uint32_t query_no) {
-  return (stream_options){.query = c->batch.vectors + (size_t)query_no * c->batch.dim, .dim = c->batch.dim, .has_k = c->plan.has_k,
-                          .k = c->plan.k, .nprobe = c->plan.nprobe, .refine = c->plan.refine, .recall = c->plan.recall, .exact = c->plan.exact,
+static stream_options options_of(const union_cursor *c, const union_table *t) {
+  return (stream_options){.query = c->batch.vectors, .dim = c->batch.dim, .has_k = c->plan.has_k, .k = c->plan.k,
+                          .nprobe = c->plan.nprobe, .refine = c->plan.refine, .recall = c->plan.recall, .exact = c->plan.exact,
                           .filter = &c->plan.filter, .floor = c->plan.floor, .limit = c->plan.limit, .threads = t->c->threads};
-}
-
-static vs_rc add_results(union_cursor *c, stream *s, uint32_t query_no, vs_err *err) {
-  vs_rc rc = VS_OK;
-  while (!rc && !stream_eof(s)) {
-    size_t n = s->n - s->at;
-    ranked_hit *grown = realloc(c->all, (c->n_all + n + 1) * sizeof *grown);
-    if (!grown) return vs_nomem(err);
-    c->all = grown;
-    for (size_t i = 0; i < n; i++) c->all[c->n_all] = (ranked_hit){s->hits[s->at + i], query_no, c->n_all}, c->n_all++;
-    s->at = s->n - 1;
-    rc = stream_next(s, err);
-  }
-  return rc;
-}
-
-static int by_distance(const void *pa, const void *pb) {
-  const ranked_hit *a = pa, *b = pb;
-  if (a->hit.distance != b->hit.distance) return a->hit.distance < b->hit.distance ? -1 : 1;
-  return a->rank < b->rank ? -1 : a->rank > b->rank; /* by query, then as its search ranked them */
-}
-
-static vs_rc search_many(union_cursor *c, union_table *t, int sorted, vs_err *err) {
-  vs_rc rc = VS_OK;
-  c->many = 1;
-  if (!c->plan.has_k) return vs_fail(err, VS_INVALID, "several queries at once need k");
-  for (uint32_t i = 0; i < c->batch.n && !rc; i++) {
-    stream_options o = options_of(c, t, i);
-    stream s = {0};
-    rc = stream_open(&s, &c->statement, c->set.shards, c->set.n, &o, err);
-    if (!rc) rc = add_results(c, &s, i, err);
-    stream_reset(&s);
-  }
-  if (!rc && sorted && c->n_all) qsort(c->all, c->n_all, sizeof *c->all, by_distance);
-  c->eof = c->at >= c->n_all;
-  return rc;
 }
 
 /* `shard = ...`: the others are not searched. */
@@ -417,10 +367,12 @@ static vs_rc search(union_cursor *c, union_table *t, int idx_num, vs_err *err) {
                      c->set.shards[i]->path, t->name);
   }
   if (c->batch.dim != dim) return vs_fail(err, VS_INVALID, "the query has %u dimensions, %s has %u", c->batch.dim, c->set.shards[0]->path, dim);
-  if (c->batch.n > 1) return search_many(c, t, (idx_num & PLAN_SORTED) != 0, err);
-  stream_options o = options_of(c, t, 0);
-  vs_rc rc = stream_open(&c->hits, &c->statement, c->set.shards, c->set.n, &o, err);
-  c->eof = stream_eof(&c->hits);
+  stream_options o = options_of(c, t);
+  vs_rc rc;
+  c->many = c->batch.n > 1;
+  if (c->many) rc = many_open(&c->answers, &c->statement, c->set.shards, c->set.n, &o, c->batch.n, (idx_num & PLAN_SORTED) != 0, err);
+  else rc = stream_open(&c->hits, &c->statement, c->set.shards, c->set.n, &o, err);
+  c->eof = c->many ? many_eof(&c->answers) : stream_eof(&c->hits);
   return rc;
 }
 
@@ -456,7 +408,7 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
 static int next_batch(union_cursor *c) {
   vs_err err = {0};
   statement_enter(&c->statement, PHASE_SCAN);
-  vs_rc rc = stream_next(&c->hits, &err);
+  vs_rc rc = c->many ? many_next(&c->answers, &err) : stream_next(&c->hits, &err);
   statement_leave(&c->statement);
   return rc ? conn_error(&err, &c->base.pVtab->zErrMsg) : SQLITE_OK;
 }
@@ -464,44 +416,14 @@ static int next_batch(union_cursor *c) {
 static int x_next(sqlite3_vtab_cursor *v) {
   union_cursor *c = (union_cursor *)v;
   c->values.valid = 0;
-  if (c->many) {
-    drop_row(c);
-    c->eof = ++c->at >= c->n_all;
-    return SQLITE_OK;
-  }
-  int rc = stream_step(&c->hits) ? SQLITE_OK : next_batch(c);
-  c->eof = stream_eof(&c->hits);
+  int rc = (c->many ? many_step(&c->answers) : stream_step(&c->hits)) ? SQLITE_OK : next_batch(c);
+  c->eof = c->many ? many_eof(&c->answers) : stream_eof(&c->hits);
   return rc;
 }
 
 static int x_eof(sqlite3_vtab_cursor *v) { return ((union_cursor *)v)->eof; }
 
-static const shard_hit *current(const union_cursor *c) { return c->many ? &c->all[c->at].hit : stream_hit(&c->hits); }
-
-static const shard_hit *many_hit(void *ctx, size_t i) { return &((union_cursor *)ctx)->all[i].hit; }
-
-/* The current row where reading it is no work, as in a mapped file; 0: it has to be fetched, by a statement. */
-static int row_at_hand(union_cursor *c, stream_want want, ivfpq_segment **s, const uint8_t **record, vs_rc *rc, vs_err *err) {
-  if (!c->many) return stream_row_at_hand(&c->hits, want, s, record, rc, err);
-  const shard_hit *h = current(c);
-  *s = c->set.shards[h->shard]->segments[h->segment];
-  if (!ivfpq_rows_mapped(*s)) return 0;
-  *rc = ivfpq_row_at(*s, h->row, record, err);
-  return 1;
-}
-
-static vs_rc fetch_row(union_cursor *c, int with_columns, ivfpq_segment **s, const uint8_t **record, vs_err *err) {
-  if (!c->many) return stream_row(&c->hits, with_columns, s, record, err); /* it reads ahead, and keeps the row */
-  const shard_hit *h = current(c);
-  vs_rc rc = ahead_want(&c->ahead, c->set.shards, many_hit, c, c->at, c->n_all, with_columns, err);
-  if (!rc && !c->has_row) {
-    c->segment = c->set.shards[h->shard]->segments[h->segment];
-    rc = ivfpq_rows_fetch(c->segment, &h->row, 1, &c->row, err);
-    c->has_row = !rc;
-  }
-  *s = c->segment, *record = c->row.record;
-  return rc;
-}
+static const shard_hit *current(const union_cursor *c) { return c->many ? many_hit(&c->answers) : stream_hit(&c->hits); }
 
 /* {"organism":"E. coli","length":312} */
 static vs_rc result_row(sqlite3_context *ctx, ivfpq_segment *s, const uint8_t *record, vs_err *err) {
@@ -542,14 +464,16 @@ static vs_rc row_column(union_cursor *c, sqlite3_context *ctx, int column, vs_er
   const uint8_t *record;
   vs_rc rc;
   sqlite3_int64 id;
-  if (column == COL_ID && !c->many && stream_id_at_hand(&c->hits, &id)) {
+  if (column == COL_ID && (c->many ? many_id_at_hand(&c->answers, &id) : stream_id_at_hand(&c->hits, &id))) {
     sqlite3_result_int64(ctx, id);
     return VS_OK;
   }
-  if (row_at_hand(c, column == COL_EMBEDDING ? STREAM_VECTOR : STREAM_ID, &s, &record, &rc, err))
+  stream_want want = column == COL_EMBEDDING ? STREAM_VECTOR : STREAM_ID;
+  int with_columns = column == COL_ROW || column >= N_FIXED;
+  if (c->many ? many_row_at_hand(&c->answers, &s, &record, &rc, err) : stream_row_at_hand(&c->hits, want, &s, &record, &rc, err))
     return rc ? rc : stored_column(c, ctx, s, record, column, err);
   statement_enter(&c->statement, PHASE_ROWS);
-  rc = fetch_row(c, column == COL_ROW || column >= N_FIXED, &s, &record, err);
+  rc = c->many ? many_row(&c->answers, with_columns, &s, &record, err) : stream_row(&c->hits, with_columns, &s, &record, err);
   if (!rc) rc = stored_column(c, ctx, s, record, column, err);
   statement_leave(&c->statement);
   return rc;
@@ -575,7 +499,7 @@ static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
   vs_err err;
   vs_rc rc = VS_OK;
   vs_err_reset(&err);
-  uint32_t query_no = c->many ? c->all[c->at].query_no : 0;
+  uint32_t query_no = c->many ? many_query_no(&c->answers) : 0;
   if (hidden_of(t, column) >= 0) hidden_column(c, t, ctx, hidden_of(t, column));
   else if (column == COL_SHARD) sqlite3_result_text(ctx, c->set.names[current(c)->shard], -1, SQLITE_TRANSIENT);
   else if (column == COL_DISTANCE) sqlite3_result_double(ctx, current(c)->distance);
@@ -588,7 +512,7 @@ static int x_column(sqlite3_vtab_cursor *v, sqlite3_context *ctx, int column) {
 static int x_rowid(sqlite3_vtab_cursor *v, sqlite3_int64 *rowid) {
   union_cursor *c = (union_cursor *)v;
   const shard_hit *h = current(c); /* of one query: the row's place, by which OR over two searches leaves out doubles */
-  *rowid = (sqlite3_int64)(c->many ? c->at : (uint64_t)h->shard << 48 | (uint64_t)h->segment << 32 | h->row);
+  *rowid = (sqlite3_int64)(c->many ? c->answers.row_no : (uint64_t)h->shard << 48 | (uint64_t)h->segment << 32 | h->row);
   return SQLITE_OK;
 }
 
