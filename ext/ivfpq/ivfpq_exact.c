@@ -14,7 +14,8 @@ enum {
   STRETCH_BYTES = 16 << 20, /* of stored vectors between two looks at `stop` */
   EXACT_SLICE = 512,        /* rows per task */
   EXACT_QUERIES = 16,       /* that meet a row while it lies in the cache */
-  ROWS_PER_ROUND = 4096
+  ROWS_PER_ROUND = 4096,
+  AHEAD_BYTES = 4096        /* of mapped rows asked for before they are needed */
 };
 
 /* Rows of one stretch. */
@@ -199,13 +200,32 @@ vs_rc ivfpq_distances(ivfpq_segment *s, const float *query, const uint32_t *rows
   return rc;
 }
 
+static const float *vector_at(const ivfpq_segment *s, const uint8_t *record, float *buf) {
+  return !s->params.store && (uintptr_t)record % sizeof(float) == 0 ? (const float *)record : ivfpq_row_vector(s, record, buf);
+}
+
 vs_rc ivfpq_distance_mapped(ivfpq_segment *s, const float *query, uint32_t row, float *out, vs_err *err) {
   float buf[IVFPQ_MAX_DIM]; /* written when rows are stored as halves only */
   const uint8_t *record;
-  vs_rc rc = ivfpq_row_mapped(s, row, &record, err);
-  if (!rc)
-    *out = (float)ivfpq_distance((ivfpq_metric)s->params.metric, query, ivfpq_row_vector(s, record, buf), s->params.dim);
+  vs_rc rc = ivfpq_row_at(s, row, &record, err);
+  if (!rc) *out = (float)ivfpq_distance((ivfpq_metric)s->params.metric, query, vector_at(s, record, buf), s->params.dim);
   return rc;
+}
+
+vs_rc ivfpq_distances_mapped(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *out, vs_err *err) {
+  const ivfpq_params *p = &s->params;
+  const kern *k = kern_get();
+  size_t ahead = AHEAD_BYTES / p->row_bytes + 1;
+  float buf[IVFPQ_MAX_DIM]; /* written when rows are stored as halves only */
+  for (size_t i = 0; i < ahead && i < n; i++) ivfpq_row_prefetch(s, rows[i]);
+  for (size_t i = 0; i < n; i++) {
+    const uint8_t *record;
+    if (i + ahead < n) ivfpq_row_prefetch(s, rows[i + ahead]);
+    vs_rc rc = ivfpq_row_at(s, rows[i], &record, err);
+    if (rc) return rc;
+    out[i] = (float)ivfpq_distance_by(k, (ivfpq_metric)p->metric, query, vector_at(s, record, buf), p->dim);
+  }
+  return VS_OK;
 }
 
 /* ---- filters over a whole segment ---- */

@@ -39,8 +39,7 @@ static double slow_distance(ivfpq_metric metric, const float *a, const float *b,
   return aa > 0 && bb > 0 ? 1 - dot / (sqrt(aa) * sqrt(bb)) : 1;
 }
 
-double ivfpq_distance(ivfpq_metric metric, const float *a, const float *b, uint32_t dim) {
-  const kern *k = kern_get();
+double ivfpq_distance_by(const kern *k, ivfpq_metric metric, const float *a, const float *b, uint32_t dim) {
   if (metric == IVFPQ_L2) {
     float d = k->l2sq_f32(a, b, dim);
     if (d > SAFE_MIN && d < SAFE_MAX) return sqrt((double)d);
@@ -54,4 +53,8 @@ double ivfpq_distance(ivfpq_metric metric, const float *a, const float *b, uint3
       return 1 - (double)d[0] / (sqrt((double)d[1]) * sqrt((double)d[2]));
   }
   return slow_distance(metric, a, b, dim);
+}
+
+double ivfpq_distance(ivfpq_metric metric, const float *a, const float *b, uint32_t dim) {
+  return ivfpq_distance_by(kern_get(), metric, a, b, dim);
 }

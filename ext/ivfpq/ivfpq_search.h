@@ -64,8 +64,9 @@ uint32_t ivfpq_stretch_rows(const ivfpq_params *p); /* rows that it reads at onc
 /* The true distances of some rows, read in one round. */
 vs_rc ivfpq_distances(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *out, vs_err *err) VS_WARN_UNUSED;
 
-/* The true distance of one row of a mapped file. */
+/* The same of rows, of one row, of a mapped file, without fetching. */
 vs_rc ivfpq_distance_mapped(ivfpq_segment *s, const float *query, uint32_t row, float *out, vs_err *err) VS_WARN_UNUSED;
+vs_rc ivfpq_distances_mapped(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *out, vs_err *err) VS_WARN_UNUSED;
 
 /* The bitmap of all rows of a segment that pass the filter (by row number): for exact searches and full scans. */
 vs_rc ivfpq_filter_all(ivfpq_segment *s, const ivfpq_filter *f, uint64_t **bitmap, vs_err *err) VS_WARN_UNUSED;

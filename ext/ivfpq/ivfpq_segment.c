@@ -14,8 +14,6 @@
 #include "ivfpq_int.h"
 #include "ivfpq_sketch.h"
 
-enum { ROWS_PER_FLAGS = 65536 };
-
 /* What is read again must come anew: bytes may have been damaged on their way, or been repaired since. */
 static vs_rc damaged(const ivfpq_segment *s, vs_err *err, const char *what) {
   if (s->io->forget) vs_io_forget(s->io);
@@ -344,8 +342,8 @@ vs_rc ivfpq_segment_open(vs_io *io, ivfpq_segment **out, vs_err *err) {
   if (!rc && io->stable) {
     s->group_checked = calloc(p->n_groups + 1, 1);
     s->part_checked = calloc((size_t)p->nlist + 1, 1);
-    s->rows_checked = calloc(p->n_rows / ROWS_PER_FLAGS + 1, sizeof *s->rows_checked);
-    s->sketches_checked = calloc(p->n_rows / ROWS_PER_FLAGS + 1, sizeof *s->sketches_checked);
+    s->rows_checked = calloc(p->n_rows / IVFPQ_ROWS_PER_FLAGS + 1, sizeof *s->rows_checked);
+    s->sketches_checked = calloc(p->n_rows / IVFPQ_ROWS_PER_FLAGS + 1, sizeof *s->sketches_checked);
     if (!s->group_checked || !s->part_checked || !s->rows_checked || !s->sketches_checked) rc = vs_nomem(err);
   }
   if (rc) {
@@ -359,8 +357,8 @@ vs_rc ivfpq_segment_open(vs_io *io, ivfpq_segment **out, vs_err *err) {
 void ivfpq_segment_close(ivfpq_segment *s) {
   if (!s) return;
   for (uint32_t i = 0; s->columns && i < s->params.n_columns; i++) free(s->columns[i].name);
-  for (uint64_t i = 0; s->rows_checked && i <= s->params.n_rows / ROWS_PER_FLAGS; i++) free(s->rows_checked[i]);
-  for (uint64_t i = 0; s->sketches_checked && i <= s->params.n_rows / ROWS_PER_FLAGS; i++) free(s->sketches_checked[i]);
+  for (uint64_t i = 0; s->rows_checked && i <= s->params.n_rows / IVFPQ_ROWS_PER_FLAGS; i++) free(s->rows_checked[i]);
+  for (uint64_t i = 0; s->sketches_checked && i <= s->params.n_rows / IVFPQ_ROWS_PER_FLAGS; i++) free(s->sketches_checked[i]);
   if (s->spare) s->free_spare(s->spare);
   if (s->resident) ivfpq_groups_release(s, s->resident, s->params.n_groups);
   free(s->columns), free(s->groups), free(s->group_bias), free(s->mean), free(s->codebook), free(s->projection);
@@ -572,9 +570,9 @@ size_t ivfpq_vector_bytes(const ivfpq_segment *s) { return (size_t)s->params.dim
 /* The bitmap of 65,536 rows, made on first use; NULL when memory is short: then rows are just checked again. */
 static unsigned char *row_flags(unsigned char **flags, uint32_t row) {
   if (!flags) return NULL;
-  unsigned char **slot = &flags[row / ROWS_PER_FLAGS], *have = __atomic_load_n(slot, __ATOMIC_ACQUIRE);
+  unsigned char **slot = &flags[row / IVFPQ_ROWS_PER_FLAGS], *have = __atomic_load_n(slot, __ATOMIC_ACQUIRE);
   if (have) return have;
-  unsigned char *made = calloc(1, ROWS_PER_FLAGS / 8);
+  unsigned char *made = calloc(1, IVFPQ_ROWS_PER_FLAGS / 8);
   if (made && !__atomic_compare_exchange_n(slot, &have, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
     free(made);
     return have;
@@ -584,7 +582,7 @@ static unsigned char *row_flags(unsigned char **flags, uint32_t row) {
 
 static vs_rc check_row(ivfpq_segment *s, uint32_t row, const vs_range *r, const uint8_t *record, vs_err *err) {
   unsigned char *flags = row_flags(s->rows_checked, row);
-  uint32_t at = row % ROWS_PER_FLAGS, size = s->params.row_bytes;
+  uint32_t at = row % IVFPQ_ROWS_PER_FLAGS, size = s->params.row_bytes;
   if (was_checked(r, flags, at / 8, 1u << at % 8)) return VS_OK;
   if (load_u32(record + size - 4) != ivfpq_check32(record, size - 4)) {
     if (s->io->forget) vs_io_forget(s->io);
@@ -596,7 +594,7 @@ static vs_rc check_row(ivfpq_segment *s, uint32_t row, const vs_range *r, const 
 
 vs_rc ivfpq_sketch_mapped(ivfpq_segment *s, uint32_t row, const uint8_t **record, vs_err *err) {
   unsigned char *flags = row_flags(s->sketches_checked, row);
-  uint32_t at = row % ROWS_PER_FLAGS, size = s->params.sketch_bytes;
+  uint32_t at = row % IVFPQ_ROWS_PER_FLAGS, size = s->params.sketch_bytes;
   *record = s->mapped_sketches + (uint64_t)row * size;
   if (flag_get(flags, at / 8, 1u << at % 8)) return VS_OK;
   if (load_u32(*record + size - 4) != ivfpq_check32(*record, size - 4))

@@ -10,6 +10,8 @@
 #include "../base/vs_io.h"
 #include "ivfpq_format.h"
 
+enum { IVFPQ_ROWS_PER_FLAGS = 65536 };
+
 /* The words as a scan's table is made from them: per code byte 256 words of table_dim bytes, packed by kern_pack_i8. With 4 bits a
  * byte is two words side by side: 256 pairs. */
 typedef struct ivfpq_codebook {
@@ -49,7 +51,7 @@ typedef struct ivfpq_segment {
   void (*free_spare)(void *);
   unsigned char *group_checked; /* n_groups flags: the block was verified (stable io only) */
   unsigned char *part_checked;  /* nlist: bit 0 codes, bit 1 columns were verified (stable io only) */
-  unsigned char **rows_checked, **sketches_checked; /* per 65,536 rows a lazily made bitmap (stable io only) */
+  unsigned char **rows_checked, **sketches_checked; /* per IVFPQ_ROWS_PER_FLAGS a lazily made bitmap (stable io only) */
 } ivfpq_segment;
 
 /* Takes the io, also on failure. */
@@ -130,6 +132,13 @@ static inline void ivfpq_row_id_prefetch(const ivfpq_segment *s, uint32_t row) {
   __asm__ volatile("" : : "r"(p)); /* else GCC takes this for a function without effect, and leaves it out */
 }
 vs_rc ivfpq_row_mapped(ivfpq_segment *s, uint32_t row, const uint8_t **record, vs_err *err) VS_WARN_UNUSED;
+/* The same, quick where the row was checked before. */
+static inline VS_WARN_UNUSED vs_rc ivfpq_row_at(ivfpq_segment *s, uint32_t row, const uint8_t **record, vs_err *err) {
+  const unsigned char *flags = __atomic_load_n(&s->rows_checked[row / IVFPQ_ROWS_PER_FLAGS], __ATOMIC_ACQUIRE);
+  uint32_t at = row % IVFPQ_ROWS_PER_FLAGS;
+  *record = s->mapped_rows + (uint64_t)row * s->params.row_bytes;
+  return flags && __atomic_load_n(&flags[at / 8], __ATOMIC_RELAXED) >> at % 8 & 1 ? VS_OK : ivfpq_row_mapped(s, row, record, err);
+}
 
 static inline void ivfpq_sketch_prefetch(const ivfpq_segment *s, uint32_t row) {
   const uint8_t *p = s->mapped_sketches + (uint64_t)row * s->params.sketch_bytes;

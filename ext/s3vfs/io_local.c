@@ -15,6 +15,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+enum { HUGE_PAGE = 2 << 20 };
+
 typedef struct local_io {
   vs_io base;
   int fd;           /* -1 once mapped */
@@ -73,12 +75,24 @@ static void close_local(vs_io *io) {
   free(l);
 }
 
+/* Reserves n bytes of addresses. Large ones start at a multiple of HUGE_PAGE: where the kernel holds a file in large folios it then maps
+ * them whole. */
+static uint8_t *reserve(size_t n) {
+  size_t spare = n >= HUGE_PAGE ? HUGE_PAGE : 0;
+  uint8_t *at = mmap(NULL, n + spare, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED || !spare) return at;
+  size_t before = (HUGE_PAGE - (uintptr_t)at % HUGE_PAGE) % HUGE_PAGE;
+  if (before) munmap(at, before);
+  if (spare - before) munmap(at + before + n, spare - before);
+  return at + before;
+}
+
 /* Reserves one page more than the file needs, so that what lies behind the last byte can be read, and maps the file
  * over it. */
 static int map_file(local_io *l) {
   /* cannot wrap: off_t is signed, so size is below 2^63 */
   size_t page = (size_t)sysconf(_SC_PAGESIZE), size = (size_t)l->base.size, whole = (size + page - 1) / page * page;
-  uint8_t *at = mmap(NULL, whole + page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  uint8_t *at = reserve(whole + page);
   if (at == MAP_FAILED) return 0;
   if (size && mmap(at, size, PROT_READ, MAP_SHARED | MAP_FIXED, l->fd, 0) == MAP_FAILED) {
     munmap(at, whole + page);

@@ -234,7 +234,7 @@ static void answer_slice(void *ctx, size_t slice) {
     const shard_hit *x = &h[i - AHEAD];
     const uint8_t *record;
     ivfpq_segment *s = r->q.shards[x->shard]->segments[x->segment];
-    rc = ivfpq_row_mapped(s, x->row, &record, &err);
+    rc = ivfpq_row_at(s, x->row, &record, &err);
     if (!rc) memcpy(&r->ids[r->out->first[from] + i - AHEAD], record + ivfpq_vector_bytes(s), sizeof *r->ids);
   }
   if (rc) fail(r, rc, &err);

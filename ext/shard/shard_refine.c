@@ -21,8 +21,7 @@ enum {
   SLICE = 256,          /* rows per task */
   SKETCH_SLICE = 1024,  /* the same for sketches: each task prepares the query */
   FEW = 48,             /* hits that an insertion sort puts in order faster than others */
-  MANY = SHARD_MANY,
-  AHEAD_BYTES = 4096    /* of stored vectors asked for before they are needed */
+  MANY = SHARD_MANY
 };
 
 int shard_hit_order(const void *pa, const void *pb) {
@@ -158,42 +157,29 @@ static vs_rc run_job(job *j, vs_err *err) {
 
 /* ---- comparing ---- */
 
-/* Rows whose bytes lie at fixed addresses, each asked for a little before it is needed. */
-static vs_rc compare_mapped(const shard_search *q, shard_hit *hits, size_t n, vs_err *err) {
-  size_t ahead = AHEAD_BYTES / (q->dim * sizeof(float)) + 1;
-  vs_rc rc = VS_OK;
-  for (size_t i = 0; i < n + ahead && !rc; i++) {
-    if (i < n) ivfpq_row_prefetch(segment_of(q, &hits[i]), hits[i].row);
-    if (i >= ahead) rc = ivfpq_distance_mapped(segment_of(q, &hits[i - ahead]), q->query, hits[i - ahead].row, &hits[i - ahead].distance, err);
-  }
-  return rc;
-}
-
-/* Stretches of one segment, each read in one round. */
-static vs_rc compare_read(const shard_search *q, shard_hit *hits, size_t n, vs_err *err) {
-  uint32_t rows[SLICE];
-  float distance[SLICE];
-  vs_rc rc = VS_OK;
-  qsort(hits, n, sizeof *hits, shard_storage_order);
-  for (size_t at = 0, m; at < n && !rc; at += m) {
-    const shard_hit *h = hits + at;
-    m = stretch(h, n - at);
-    for (size_t i = 0; i < m; i++) rows[i] = h[i].row;
-    rc = ivfpq_distances(segment_of(q, h), q->query, rows, m, distance, err);
-    for (size_t i = 0; i < m && !rc; i++) hits[at + i].distance = distance[i];
-  }
-  return rc;
-}
-
 static int all_mapped(const shard_search *q, const shard_hit *hits, size_t n) {
   for (size_t i = 0; i < n; i++)
     if (!(i && same_segment(&hits[i - 1], &hits[i])) && !ivfpq_rows_mapped(segment_of(q, &hits[i]))) return 0;
   return 1;
 }
 
+/* Stretches of one segment, each addressed, or read in one round. */
 static vs_rc compare(job *j, size_t at, size_t n, vs_err *err) {
   const shard_search *q = j->r->q;
-  return all_mapped(q, j->hits + at, n) ? compare_mapped(q, j->hits + at, n, err) : compare_read(q, j->hits + at, n, err);
+  shard_hit *hits = j->hits + at;
+  uint32_t rows[SLICE];
+  float distance[SLICE];
+  vs_rc rc = VS_OK;
+  if (!all_mapped(q, hits, n)) qsort(hits, n, sizeof *hits, shard_storage_order);
+  for (size_t from = 0, m; from < n && !rc; from += m) {
+    shard_hit *h = hits + from;
+    ivfpq_segment *s = segment_of(q, h);
+    m = stretch(h, n - from);
+    for (size_t i = 0; i < m; i++) rows[i] = h[i].row;
+    rc = ivfpq_rows_mapped(s) ? ivfpq_distances_mapped(s, q->query, rows, m, distance, err) : ivfpq_distances(s, q->query, rows, m, distance, err);
+    for (size_t i = 0; i < m && !rc; i++) h[i].distance = distance[i];
+  }
+  return rc;
 }
 
 static vs_rc compare_all(const shard_refine *r, shard_hit *hits, size_t n, vs_err *err) {

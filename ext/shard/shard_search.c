@@ -320,6 +320,10 @@ static int id_order(const void *pa, const void *pb) {
 static vs_rc own_id(const shard_search *q, tied *t, vs_err *err) {
   ivfpq_segment *s = q->shards[t->hit.shard]->segments[t->hit.segment];
   ivfpq_row row;
+  if (ivfpq_rows_mapped(s)) {
+    vs_rc rc = ivfpq_row_at(s, t->hit.row, &row.record, err);
+    return rc ? rc : ivfpq_row_id(s, row.record, &t->id, err);
+  }
   vs_rc rc = ivfpq_rows_fetch(s, &t->hit.row, 1, &row, err);
   if (rc) return rc;
   rc = ivfpq_row_id(s, row.record, &t->id, err);

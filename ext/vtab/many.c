@@ -157,7 +157,7 @@ int many_row_at_hand(many *m, ivfpq_segment **segment, const uint8_t **record, v
   const shard_hit *h = many_hit(m);
   *segment = m->shards[h->shard]->segments[h->segment];
   if (!ivfpq_rows_mapped(*segment)) return 0;
-  *rc = ivfpq_row_mapped(*segment, h->row, record, err);
+  *rc = ivfpq_row_at(*segment, h->row, record, err);
   return 1;
 }
 

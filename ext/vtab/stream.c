@@ -14,6 +14,7 @@ enum {
   MOST = STREAM_MOST,  /* rows in one batch, and of the first phase */
   APPROXIMATE_PART = 8, /* up to this part of the rows an approximate search reads less than brute force */
   PREFETCH = 12,       /* rows between asking for a row's bytes and handing it out */
+  PREFETCH_FROM = 64,  /* results; fewer are still in the caches from being compared */
   IDS_FROM = 1024,     /* results from which on it pays to read ids together */
   IDS_AT_ONCE = 1 << 16
 };
@@ -244,7 +245,7 @@ vs_rc stream_next(stream *s, vs_err *err) {
 
 /* Results lie all over the file: each would be waited for. */
 static void prefetch(const stream *s, size_t at) {
-  if (at >= s->n || s->want == STREAM_NOTHING) return;
+  if (at >= s->n || s->n < PREFETCH_FROM || s->want == STREAM_NOTHING) return;
   const shard_hit *h = &s->hits[at];
   const ivfpq_segment *segment = s->shards[h->shard]->segments[h->segment];
   if (!ivfpq_rows_mapped(segment)) return;
@@ -267,7 +268,7 @@ int stream_row_at_hand(stream *s, stream_want want, ivfpq_segment **segment, con
     s->want = want;
     for (size_t i = 1; i <= PREFETCH; i++) prefetch(s, s->at + i);
   }
-  *rc = ivfpq_row_mapped(*segment, h->row, record, err);
+  *rc = ivfpq_row_at(*segment, h->row, record, err);
   return 1;
 }
 
@@ -293,7 +294,7 @@ static int gather_ids(stream *s) {
     const shard_hit *row = &h[key[i] & (IDS_AT_ONCE - 1)];
     const uint8_t *unused;
     if (i + PREFETCH < n) __builtin_prefetch((const void *)(uintptr_t)(key[i + PREFETCH] >> PLACE));
-    ok = !ivfpq_row_mapped(s->shards[row->shard]->segments[row->segment], row->row, &unused, NULL);
+    ok = !ivfpq_row_at(s->shards[row->shard]->segments[row->segment], row->row, &unused, NULL);
     if (ok) memcpy(&s->ids[row - h], (const void *)(uintptr_t)(key[i] >> PLACE), sizeof *s->ids);
   }
   free(key);

@@ -552,7 +552,7 @@ static int row_at_hand(cursor *c, stream_want want, ivfpq_segment **s, const uin
   if (c->kind == PLAN_SEARCH) return stream_row_at_hand(&c->hits, want, s, record, rc, err);
   *s = c->s->segments[c->segment];
   if (!ivfpq_rows_mapped(*s)) return 0;
-  *rc = ivfpq_row_mapped(*s, c->row, record, err);
+  *rc = ivfpq_row_at(*s, c->row, record, err);
   return 1;
 }
 
