@@ -4,6 +4,8 @@
  * compares. A query probes nprobe of nlist partitions; taken as drawn by chance, n queries touch nlist * (1 - (1 - nprobe/nlist)^n)
  * of them, and so with rows. Queries that lie together touch fewer, so this is rather too much; but what a cache does not hold
  * from one block of queries to the next is read again, so it is counted per block when it is more than the cache.
+ * Those bytes come in small pieces, each a request, and are gone afterwards; pulled ones come in large pieces and stay. So half of
+ * what is missing is taken to be as dear as all of it.
  */
 #include "query_pull.h"
 
@@ -15,6 +17,8 @@
 #include "../ext/shard/shard_spend.h"
 #include "output.h"
 #include "pull.h"
+
+#define PIECES_COST 2 /* a byte read in small pieces, in bytes pulled */
 
 typedef struct estimate { double bytes; uint64_t n_queries; } estimate;
 
@@ -66,7 +70,7 @@ static int worth(void *ctx, uint64_t missing) {
     tool_note("the shards are there already: nothing is read from the store");
     return 1;
   }
-  int yes = (double)missing <= e->bytes;
+  int yes = (double)missing <= PIECES_COST * e->bytes;
   tool_note("%llu queries would read about %s from the store, pulling the shards first %s: %s", (unsigned long long)e->n_queries, read, pull,
             yes ? "they are pulled" : "they stay there");
   return yes;
