@@ -1,6 +1,6 @@
 /* shard_batch.c - many queries at once: what shard_search.c does for one; see there, and ivfpq_batch.c.
  *
- * Phase 1 scans segment after segment, each for all queries, and in step, so that segments in stores share their rounds.
+ * Phase 1 scans segment after segment, each for all queries. Shards in a store are searched query by query instead (search_singly).
  * The threads divide the queries, never one query: so the rows do not depend on their number.
  * Phase 2 compares the best candidates of all queries by stored vectors (shard_refine_many.c).
  */
