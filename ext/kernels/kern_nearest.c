@@ -50,7 +50,9 @@ int kern_amx_ready(void) { return 0; }
 
 /* ------------------------------------------------------------------ matrices */
 
+#if defined(__x86_64__)
 static int use_bytes(void) { return strcmp(kern_get()->name, "avx512") == 0; }
+#endif
 
 size_t kern_nearest_bytes(size_t n_c, size_t dim) {
   size_t lanes = round_up(n_c, LANES), values = kern_packed_len(n_c, dim) * sizeof(float);

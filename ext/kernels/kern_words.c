@@ -10,20 +10,14 @@
 #include "kern_int.h"
 
 enum { ALIGN = 64 };
-#define START_MAX 4194304.f /* 2^22 */
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 static void *aligned(void *p) { return (void *)(((uintptr_t)p + ALIGN - 1) / ALIGN * ALIGN); }
 
-static int use_integers(size_t sub_dim) {
 #if defined(__x86_64__)
-  return strcmp(kern_get()->name, "avx512") == 0 && sub_dim <= KERN_WORDS_MAX_DIM;
-#else
-  return sub_dim && 0;
-#endif
-}
-
+static int use_integers(size_t sub_dim) { return strcmp(kern_get()->name, "avx512") == 0 && sub_dim <= KERN_WORDS_MAX_DIM; }
 static size_t pairs_len(size_t n_words, size_t sub_dim) { return round_up(sub_dim, 2) * round_up(n_words, 16); }
+#endif
 
 size_t kern_words_bytes(size_t n_subs, size_t n_words, size_t sub_dim) {
   size_t fp32 = (kern_packed_len(n_words, sub_dim) + round_up(n_words, 16)) * sizeof(float);
@@ -47,6 +41,8 @@ static void init_fp32(kern_words *w, const float *words) {
 }
 
 #if defined(__x86_64__)
+#define START_MAX 4194304.f /* 2^22 */
+
 /* The scale of a sub-quantizer's words, and the greatest |b|^2 of them. */
 static float scale_of(const kern_words *w, const float *words, float *most) {
   float top = 0;

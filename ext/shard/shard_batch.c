@@ -224,7 +224,7 @@ static void answer_slice(void *ctx, size_t slice) {
   for (size_t i = from; i < to && !rc; i++) {
     shard_found *f = &r->found[i];
     rc = shard_order_ties(&r->q, f->hits, f->n, &err);
-    memcpy(r->out->hits + r->out->first[i], f->hits, f->n * sizeof *f->hits);
+    if (f->n) memcpy(r->out->hits + r->out->first[i], f->hits, f->n * sizeof *f->hits);
   }
   const shard_hit *h = r->out->hits + r->out->first[from];
   size_t n = r->out->first[to] - r->out->first[from];
