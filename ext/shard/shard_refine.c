@@ -60,8 +60,8 @@ static size_t stretch(const shard_hit *h, size_t n) {
 }
 
 vs_rc shard_hits_nearest(shard_hit *hits, size_t *n, uint64_t k, ivfpq_keys *work, vs_err *err) {
-  vs_rc rc = ivfpq_keys_room(work, *n, err);
-  if (rc) return rc;
+  vs_rc rc = *n ? ivfpq_keys_room(work, *n, err) : VS_OK;
+  if (rc || !*n) return rc;
   uint64_t *key = work->key;
   for (size_t i = 0; i < *n; i++) key[i] = kern_key(hits[i].distance, (uint32_t)i);
   if (*n > k) kern_get()->select_u64(key, *n, (size_t)k, work->scratch), *n = (size_t)k;

@@ -270,7 +270,8 @@ static vs_rc refine_round(job *j, vs_err *err) {
   shard_found all = {0};
   for (size_t i = 0; i < j->n; i++) all.n += j->found[i].n;
   if (!(all.hits = malloc((all.n + 1) * sizeof *all.hits))) return vs_nomem(err);
-  for (size_t i = 0, at = 0; i < j->n; at += j->found[i++].n) memcpy(all.hits + at, j->found[i].hits, j->found[i].n * sizeof *all.hits);
+  for (size_t i = 0, at = 0; i < j->n; at += j->found[i++].n)
+    if (j->found[i].n) memcpy(all.hits + at, j->found[i].hits, j->found[i].n * sizeof *all.hits);
   shard_held held = {0};
   vs_rc rc = shard_hold(j->r->q, all.hits, all.n, &held, err);
   if (!rc) {
