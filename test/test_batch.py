@@ -273,6 +273,28 @@ def trace(db):
     return {r[0]: r for r in db.execute("SELECT phase, requests, rounds, bytes FROM shard_trace")}
 
 
+def test_rounds_are_those_of_one_query(db, cloud, shapes, proxy, tmp_path):
+    """All queries' partitions are one round, all their rows another; what several want is read once."""
+    uri, (source, queries) = cloud("union"), shapes["union"]
+    code = ("import sys, json, sqlite3; c = sqlite3.connect(':memory:'); c.enable_load_extension(True); c.load_extension(sys.argv[1]);"
+            "n = len(c.execute('SELECT id FROM shard_union(?, ?, 10, 8, 4)', (sys.argv[2], bytes.fromhex(open(sys.argv[3]).read()))).fetchall());"
+            "print(json.dumps([n, c.execute('SELECT sum(requests), sum(rounds), sum(bytes) FROM shard_trace WHERE phase <> ?', ('total',)).fetchone()]))")
+
+    def cold(q):
+        (tmp_path / "q.hex").write_text(q.hex())
+        r = subprocess.run(["/usr/bin/python3", "-c", code, str(BUILD / "vecshard"), uri, str(tmp_path / "q.hex")], capture_output=True,
+                           text=True, timeout=120, env=dict(os.environ))
+        assert r.returncode == 0, r.stderr[-500:]
+        return json.loads(r.stdout)
+    n_one, (requests_one, rounds_one, bytes_one) = cold(blob(queries[0]))
+    n_all, (requests, rounds, n_bytes) = cold(pack(db, queries))
+    assert n_one == 10 and n_all == 10 * len(queries)
+    assert rounds <= rounds_one
+    files = sum(f.stat().st_size for f in pathlib.Path(source).rglob("*.ivf"))
+    assert n_bytes < 1.5 * files and bytes_one < n_bytes
+    assert requests < requests_one * len(queries) / 3
+
+
 def test_a_store_that_fails_now_and_then(db, cloud, shapes, proxy):
     uri, (source, queries) = cloud("union"), shapes["union"]
     right = together(db, source, queries, "WHERE k = 10 AND nprobe = 6")

@@ -67,8 +67,7 @@ struct ivfpq_batch {
   ivfpq_group_view *begun;
   size_t n_begun;
   vs_range codebook[2];
-  /* the round of partitions: of the queries order[from, to) */
-  size_t from, to;
+  size_t from, to;             /* order[from, to): the queries whose partitions are held, or begun, and not scanned yet */
   ivfpq_part *parts;
   size_t n_parts;
   uint64_t *part_seen;         /* a bit per partition */
@@ -455,6 +454,7 @@ static vs_rc scan_held(ivfpq_batch *b, vs_err *err) {
   vs_rc rc = ivfpq_parts_wait(b->s, b->parts, n, err);
   if (rc) return rc;
   rc = scan(b, err);
+  b->from = b->to;
   ivfpq_parts_release(b->s, b->parts, n);
   return rc;
 }
@@ -553,13 +553,13 @@ vs_rc ivfpq_batch_step(ivfpq_batch *b, int *more, vs_err *err) {
   if (b->stage == RANK) {
     rc = rank(b, err);
     b->stage = PROBE;
-    if (!rc && b->s->io->local) b->to = b->p.n, rc = scan(b, err);
+    if (!rc && b->s->io->local) b->to = b->p.n, rc = scan(b, err), b->from = b->to;
   } else {
     rc = go_on(b, err);
-    if (!rc) rc = scan_held(b, err);
+    if (!rc && b->from < b->to) rc = scan_held(b, err);
   }
   if (!rc && b->to < b->p.n) rc = hold_next(b, err);
-  *more = !rc && (b->n_parts || b->n_waiting);
+  *more = !rc && (b->from < b->to || b->n_waiting);
   if (!*more) b->stage = DONE;
   return rc;
 }

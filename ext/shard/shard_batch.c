@@ -1,6 +1,6 @@
 /* shard_batch.c - many queries at once: what shard_search.c does for one; see there, and ivfpq_batch.c.
  *
- * Phase 1 scans segment after segment, each for all queries. Shards in a store are searched query by query instead (search_singly).
+ * Phase 1 scans segment after segment, each for all queries; segments in stores go in steps, so that all share their rounds.
  * The threads divide the queries, never one query: so the rows do not depend on their number.
  * Phase 2 compares the best candidates of all queries by stored vectors (shard_refine_many.c).
  */
@@ -275,25 +275,6 @@ static vs_rc prepare(run *r, vs_err *err) {
   return rc;
 }
 
-static int any_remote(const run *r) {
-  for (size_t i = 0; i < r->n_tasks; i++)
-    if (!r->tasks[i].segment->io->local) return 1;
-  return 0;
-}
-
-/* Shards in a store are searched query by query: joint scans that have to wait for reads were seen not to end. */
-static vs_rc search_singly(run *r, shard_stats *stats, vs_err *err) {
-  vs_rc rc = VS_OK;
-  for (size_t i = 0; i < r->b->n && !rc; i++) {
-    shard_stats one;
-    shard_search q = r->q;
-    q.query = r->b->queries + i * q.dim;
-    rc = shard_search_run(&q, &r->found[i].hits, &r->found[i].n, &one, err);
-    r->stats.partitions += one.partitions, r->stats.rows += one.rows, stats->refined += one.refined;
-  }
-  return rc;
-}
-
 static vs_rc batch_once(const shard_batch *b, shard_answers *out, shard_stats *stats, vs_err *err) {
   run r = {.b = b, .q = b->search, .lock = PTHREAD_MUTEX_INITIALIZER};
   memset(out, 0, sizeof *out), memset(stats, 0, sizeof *stats);
@@ -301,9 +282,7 @@ static vs_rc batch_once(const shard_batch *b, shard_answers *out, shard_stats *s
   shard_stop_enter(&r.stop);
   vs_rc rc = prepare(&r, err);
   if (!rc && !(out->first = calloc(b->n + 1, sizeof *out->first))) rc = vs_nomem(err);
-  if (!rc && r.k && b->n && any_remote(&r)) {
-    rc = search_singly(&r, stats, err);
-  } else if (!rc && r.k && b->n) {
+  if (!rc && r.k && b->n) {
     rc = r.exact ? run_exact(&r, err) : run_scans(&r, err);
     if (!rc) rc = run_tasks(&r, cut_slice, err);
     if (!rc && !r.exact) rc = refine(&r, stats, err);
