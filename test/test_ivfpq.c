@@ -1896,7 +1896,8 @@ static void test_nothing_left(void **state) {
   assert_int_equal(rmdir(folder), 0);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+  if (argc > 1) cmocka_set_test_filter(argv[1]); /* a pattern: some of them only */
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_sorter),
                                      cmocka_unit_test(test_runs),
                                      cmocka_unit_test(test_kmeans),
