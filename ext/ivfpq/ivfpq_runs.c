@@ -227,14 +227,15 @@ static vs_rc reserve(void **p, size_t *room, size_t need, size_t unit, vs_err *e
   return VS_OK;
 }
 
-/* The staging area of one kind is asked for once, for all rows that will be in it by their expected size, and only texts make it grow:
- * pages that are not used cost nothing, and large ones are cleared and mapped in a five-hundredth of the calls. */
-static vs_rc reserve_area(ivfpq_runs *r, int kind, size_t need, vs_err *err) {
-  size_t record = kind ? row_bytes(r) : scan_bytes(r), n = need + need / 2;
+/* The staging area of one kind is asked for once, for all rows that will be in it, each as large as the first ones are, and a sixteenth
+ * more; only texts that get longer make it grow. Pages that are not used cost nothing, and large ones are cleared and mapped in a
+ * five-hundredth of the calls. */
+static vs_rc reserve_area(ivfpq_runs *r, int kind, size_t n_rows, size_t size, vs_err *err) {
+  size_t need = r->used[kind] + size, n = need + need / 2;
   uint64_t most = r->shape.memory / (row_bytes(r) + scan_bytes(r) + sizeof(staged) + 4) + 1;
   if (need <= r->room[kind]) return VS_OK;
   if (r->shape.n_rows < most) most = r->shape.n_rows;
-  if (!r->area[kind] && most * record > need) n = most * record;
+  if (!r->area[kind] && n_rows && most > n_rows) n = (size_t)((double)size / (double)n_rows * (double)most * 1.0625) + need;
   n = (n / LARGE_PAGE + 1) * LARGE_PAGE;
   uint8_t *area = aligned_alloc(LARGE_PAGE, n);
   if (!area) return vs_nomem(err);
@@ -250,8 +251,8 @@ vs_rc ivfpq_runs_reserve(ivfpq_runs *r, size_t n, uint64_t id_bytes, uint64_t co
   uint64_t total = r->used[0] + r->used[1] + scan + row + (r->n_rows + n) * (sizeof(staged) + 4);
   vs_rc rc = VS_OK;
   if (r->n_rows && (total > r->shape.memory || r->n_rows + n > UINT32_MAX)) rc = spill(r, err);
-  if (!rc) rc = reserve_area(r, 0, r->used[0] + scan, err);
-  if (!rc) rc = reserve_area(r, 1, r->used[1] + row, err);
+  if (!rc) rc = reserve_area(r, 0, n, scan, err);
+  if (!rc) rc = reserve_area(r, 1, n, row, err);
   if (!rc) rc = reserve((void **)&r->rows, &r->rows_room, r->n_rows + n, sizeof *r->rows, err);
   return rc;
 }

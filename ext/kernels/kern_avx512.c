@@ -431,27 +431,45 @@ KERN_INLINE void keys16(__m512 v, __m512i number, __m512i *low, __m512i *high) {
                           _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(number, 1)));
 }
 
+/* What keys_i8 calls with have in common. */
+typedef struct { __m512 mul, base, highest; __m512i last; uint32_t first; int every; } key_rule;
+
+KERN_INLINE __m512 distance16(const key_rule *r, __m512i score, __m512 scale, __m512 norm2) {
+  return _mm512_add_ps(_mm512_add_ps(norm2, r->base), _mm512_mul_ps(_mm512_mul_ps(r->mul, scale), _mm512_cvtepi32_ps(score)));
+}
+
+/* Appends the keys of sixteen distances that do not exceed the limit. */
+KERN_INLINE size_t append_keys(const key_rule *r, __m512 v, size_t i, __mmask16 live, uint64_t *out) {
+  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i low, high;
+  keys16(v, _mm512_add_epi32(_mm512_set1_epi32((int)(r->first + (uint32_t)i)), iota), &low, &high);
+  __mmask8 keep_low = _mm512_mask_cmple_epu64_mask((__mmask8)live, low, r->last);
+  __mmask8 keep_high = _mm512_mask_cmple_epu64_mask((__mmask8)(live >> 8), high, r->last);
+  size_t n_low = (size_t)__builtin_popcount(keep_low);
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(keep_low, low));
+  _mm512_storeu_si512(out + n_low, _mm512_maskz_compress_epi64(keep_high, high));
+  return n_low + (size_t)__builtin_popcount(keep_high);
+}
+
 static size_t keys_i8(const int32_t *score, const float *scale, const float *norm2, size_t n, float mul, float base, uint32_t first,
                       uint64_t limit, uint64_t *out) {
-  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i last = _mm512_set1_epi64((long long)limit);
-  const __m512 highest = _mm512_set1_ps(kern_key_value(limit));
-  size_t n_out = 0;
-  int every = limit >> 32 > 0xff800000u; /* above the key of +Inf: `highest` is a NaN */
-  for (size_t i = 0; i < n; i += 16) {
+  key_rule r = {.mul = _mm512_set1_ps(mul), .base = _mm512_set1_ps(base), .highest = _mm512_set1_ps(kern_key_value(limit)),
+                .last = _mm512_set1_epi64((long long)limit), .first = first,
+                .every = limit >> 32 > 0xff800000u}; /* above the key of +Inf: `highest` is a NaN */
+  size_t n_out = 0, i = 0;
+  for (; i + 32 <= n; i += 32) {
+    __m512 a = distance16(&r, _mm512_loadu_si512(score + i), _mm512_loadu_ps(scale + i), _mm512_loadu_ps(norm2 + i));
+    __m512 b = distance16(&r, _mm512_loadu_si512(score + i + 16), _mm512_loadu_ps(scale + i + 16), _mm512_loadu_ps(norm2 + i + 16));
+    __mmask16 near_a = _mm512_cmp_ps_mask(a, r.highest, _CMP_LE_OQ), near_b = _mm512_cmp_ps_mask(b, r.highest, _CMP_LE_OQ);
+    if (!r.every && !(near_a | near_b)) continue; /* mostly */
+    if (r.every || near_a) n_out += append_keys(&r, a, i, 0xffff, out + n_out);
+    if (r.every || near_b) n_out += append_keys(&r, b, i + 16, 0xffff, out + n_out);
+  }
+  for (; i < n; i += 16) {
     __mmask16 live = tail16(n - i);
-    __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(mul), _mm512_maskz_loadu_ps(live, scale + i)),
-                             _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(live, score + i)));
-    v = _mm512_add_ps(_mm512_add_ps(_mm512_maskz_loadu_ps(live, norm2 + i), _mm512_set1_ps(base)), v);
-    if (!every && !_mm512_mask_cmp_ps_mask(live, v, highest, _CMP_LE_OQ)) continue; /* mostly */
-    __m512i low, high;
-    keys16(v, _mm512_add_epi32(_mm512_set1_epi32((int)(first + (uint32_t)i)), iota), &low, &high);
-    __mmask8 keep_low = _mm512_mask_cmple_epu64_mask((__mmask8)live, low, last);
-    __mmask8 keep_high = _mm512_mask_cmple_epu64_mask((__mmask8)(live >> 8), high, last);
-    _mm512_storeu_si512(out + n_out, _mm512_maskz_compress_epi64(keep_low, low));
-    n_out += (size_t)__builtin_popcount(keep_low);
-    _mm512_storeu_si512(out + n_out, _mm512_maskz_compress_epi64(keep_high, high));
-    n_out += (size_t)__builtin_popcount(keep_high);
+    __m512 v = distance16(&r, _mm512_maskz_loadu_epi32(live, score + i), _mm512_maskz_loadu_ps(live, scale + i),
+                          _mm512_maskz_loadu_ps(live, norm2 + i));
+    n_out += append_keys(&r, v, i, live, out + n_out);
   }
   return n_out;
 }

@@ -16,6 +16,7 @@
 
 enum {
   SLICE_QUERIES = 64,
+  ORDER_BITS = 11,
   SLICE_HITS = 1 << 16,     /* a slice takes no more queries once it has so many candidates */
   AHEAD_BYTES = 8192,       /* of rows asked for before they are needed */
   HELD_BYTES = 64 << 20     /* of rows in stores, at once */
@@ -64,15 +65,18 @@ typedef struct slice {
 static shard_hit *candidate(const slice *s, size_t i) { return &s->j->found[s->query[s->who[i]]].hits[i - s->first[s->who[i]]]; }
 static const float *vector_of(const slice *s, size_t i) { return s->j->queries + s->query[i] * s->j->r->q->dim; }
 
-/* The candidates with distance >= 0 in one segment, in the order of storage, as keys (row, candidate). */
+/* The candidates in one segment, as keys (row, candidate), about in the order of storage: by the highest ORDER_BITS of the row number,
+ * which one pass sorts by. Stretches of a 2,048th of a segment are near enough for memory. */
 static size_t of_segment(slice *s, uint32_t shard_no, uint32_t segment) {
+  uint32_t n_rows = s->j->r->q->shards[shard_no]->segments[segment]->params.n_rows;
+  int bits = 32 - __builtin_clz(n_rows | 1);
   size_t m = 0;
   for (size_t i = 0; i < s->n; i++) {
     const shard_found *f = &s->j->found[s->query[i]];
     for (size_t h = 0; h < f->n; h++)
       if (f->hits[h].shard == shard_no && f->hits[h].segment == segment) s->key[m++] = (uint64_t)f->hits[h].row << 32 | (s->first[i] + h);
   }
-  kern_sort_u64(s->key, m, s->scratch);
+  kern_sort_u64_from(s->key, m, 32 + (bits > ORDER_BITS ? bits - ORDER_BITS : 0), s->scratch);
   return m;
 }
 
