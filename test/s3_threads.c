@@ -2,8 +2,8 @@
  *
  *   s3_threads SOURCE LOCAL DIM THREADS QUERIES
  *
- * Each thread asks QUERIES times about one of 64 vectors and compares with what LOCAL, the same shards in a folder, gave at
- * first. Prints "ok" and what the process holds at the end, or the first difference; exit status 0 or 1.
+ * Each thread asks QUERIES times about one of 64 vectors, and then about all of them at once, and compares with what LOCAL, the
+ * same shards in a folder, gave at first. Prints "ok" and what the process holds at the end, or the first difference; exit status 0 or 1.
  */
 #include <dirent.h>
 #include <pthread.h>
@@ -59,6 +59,41 @@ static sqlite3_stmt *prepare(sqlite3 **db) {
   return s;
 }
 
+static void check(const char *what, int n, const char *got) {
+  if (strcmp(got, answers[n]) && !__atomic_fetch_add(&n_wrong, 1, __ATOMIC_RELAXED))
+    fprintf(stderr, "%s %d:\n%sinstead of\n%s", what, n, got, answers[n]);
+}
+
+/* All vectors as one batch, whose scans share the pool's threads. */
+static void ask_all(sqlite3 *db) {
+  static const char *sql = "SELECT query_no, shard, id, distance FROM shard_union WHERE source = ?1 AND query = (SELECT vec_pack(e) FROM v) "
+                           "AND k = 10 AND nprobe = 12 AND refine = 8 ORDER BY query_no, distance";
+  static _Thread_local char got[VECTORS][ANSWER];
+  size_t at[VECTORS] = {0};
+  float v[MAX_DIM];
+  sqlite3_stmt *s;
+  memset(got, 0, sizeof got);
+  sqlite3_exec(db, "CREATE TEMP TABLE v(e BLOB)", NULL, NULL, NULL);
+  sqlite3_prepare_v2(db, "INSERT INTO v VALUES(?)", -1, &s, NULL);
+  for (int i = 0; i < VECTORS; i++) {
+    make_vector(i, v);
+    sqlite3_bind_blob(s, 1, v, dim * (int)sizeof *v, SQLITE_TRANSIENT);
+    sqlite3_step(s), sqlite3_reset(s);
+  }
+  sqlite3_finalize(s);
+  int rc = sqlite3_prepare_v2(db, sql, -1, &s, NULL);
+  sqlite3_bind_text(s, 1, source, -1, SQLITE_STATIC);
+  while (!rc && (rc = sqlite3_step(s)) == SQLITE_ROW) {
+    int n = sqlite3_column_int(s, 0);
+    at[n] += (size_t)snprintf(got[n] + at[n], ANSWER - at[n], "%.40s|%.80s|%.9g\n", sqlite3_column_text(s, 1), sqlite3_column_text(s, 2),
+                              sqlite3_column_double(s, 3));
+    rc = 0;
+  }
+  if (rc != SQLITE_DONE) snprintf(got[0], ANSWER, "error: %s\n", sqlite3_errmsg(db));
+  sqlite3_finalize(s);
+  for (int i = 0; i < VECTORS; i++) check("of a batch, query", i, got[i]);
+}
+
 static void *work(void *arg) {
   uint64_t state = 88172645463325252ull + (uintptr_t)arg * 104729;
   char got[ANSWER];
@@ -67,10 +102,10 @@ static void *work(void *arg) {
   for (int i = 0; i < n_queries; i++) {
     int n = (int)(next_random(&state) % VECTORS);
     ask(s, source, n, got);
-    if (strcmp(got, answers[n]) && !__atomic_fetch_add(&n_wrong, 1, __ATOMIC_RELAXED))
-      fprintf(stderr, "query %d:\n%sinstead of\n%s", n, got, answers[n]);
+    check("query", n, got);
   }
   sqlite3_finalize(s);
+  ask_all(db);
   sqlite3_close(db);
   return NULL;
 }
