@@ -56,15 +56,28 @@ step() {
 # Sums the numbers that match a pattern with one number in it.
 sum() { sed -nE "s/$1/\1/p" "$out/last" | awk '{n += $1} END {print n + 0}'; }
 
-# A program on cmocka: "[  PASSED  ] 12 test(s).". One that ends without a failure of its own but not with 0 has crashed.
-c_test() {
-  local status=0 good bad
-  run_quietly "$@" || status=$?
-  good=$(sum '.*\[  PASSED  \] ([0-9]+) test.*')
-  bad=$(sum '.*\[  FAILED  \] ([0-9]+) test.*')
-  if [ "$bad" = 0 ] && { [ $status != 0 ] || [ "$good" = 0 ]; }; then bad=1; fi
-  [ "$bad" = 0 ] || echo "FAILED: $1"
-  count "$good" "$bad"
+# Programs on cmocka ("[  PASSED  ] 12 test(s)."), a command line each, as many at once as there are cores. One that ends without a
+# failure of its own but not with 0 has crashed. $1 is what their titles end with.
+c_tests() {
+  local suffix=$1 command name status seconds good bad
+  shift
+  printf '%s\0' "$@" | xargs -0 -P "$jobs" -n 1 bash -c '
+    name=$(printf %s "$1" | tr -c a-zA-Z0-9 _) start=$SECONDS
+    $1 >"$0/$name.log" 2>&1
+    echo "$? $((SECONDS - start))" >"$0/$name.status"' "$out"
+  for command; do
+    name=$(printf %s "$command" | tr -c a-zA-Z0-9 _)
+    read -r status seconds <"$out/$name.status"
+    echo "==== ${command##*/}$suffix"
+    cp "$out/$name.log" "$out/last"
+    if [ "$status" = 0 ]; then grep -E '^\[  (PASSED|FAILED|SKIPPED) +\] [0-9]+ test' "$out/last"; else tail -n 200 "$out/last"; fi
+    good=$(sum '.*\[  PASSED  \] ([0-9]+) test.*')
+    bad=$(sum '.*\[  FAILED  \] ([0-9]+) test.*')
+    if [ "$bad" = 0 ] && { [ "$status" != 0 ] || [ "$good" = 0 ]; }; then bad=1; fi
+    echo "---- ${command##*/}$suffix: $seconds s$([ "$status" = 0 ] || echo ", exit status $status")"
+    [ "$bad" = 0 ] || echo "FAILED: ${command##*/}$suffix"
+    count "$good" "$bad"
+  done
 }
 
 # pytest: "3 failed, 120 passed, 2 skipped, 1 error in 12.34s".
@@ -95,7 +108,8 @@ finish() {
   exit
 }
 
-c_programs() { local t; for t in test/test_*.c; do [ -e "$t" ] && basename "$t" .c; done; }
+# The longest first.
+c_programs() { (cd test && ls -S test_*.c) | sed "s|^|$1/|; s|\.c$||"; }
 # Three at a time on two cores: many tests wait for a store or for a clock. A file's tests stay together, and so do its shards.
 pytest_all() {
   "$python" -m pytest -q -rs -p no:cacheprovider -n $((jobs + 1)) --dist loadfile --continue-on-collection-errors --durations=5 test
@@ -103,7 +117,8 @@ pytest_all() {
 
 if ! run_quietly "build" make -s -j"$jobs" all c-tests; then echo "FAILED: build"; count 0 1; finish; fi
 count 1 0
-for t in $(c_programs); do c_test "$t" "build/test/$t"; done
+mapfile -t programs < <(c_programs build/test)
+c_tests "" "${programs[@]}"
 
 # The demo leaves the database whose first rows README.md shows; test_docs.py compares them.
 step "demo" tool/demo.sh
@@ -129,7 +144,8 @@ sanitized_pytest() {
 }
 if run_quietly "build, SAN=address" make -s -j"$jobs" SAN=address all c-tests; then
   count 1 0
-  for t in $(c_programs); do c_test "$t, SAN=address" "build-address/test/$t"; done
+  mapfile -t programs < <(c_programs build-address/test)
+  c_tests ", SAN=address" "${programs[@]}"
   has_pytest && py_test "pytest, SAN=address" sanitized_pytest
 else
   echo "FAILED: build, SAN=address"; count 0 1
@@ -137,19 +153,20 @@ fi
 
 # Threads. The thread sanitizer wants the usual address layout; where the kernel's is wider, randomisation is turned off. Of
 # test_ivfpq those with threads, and small: all of it takes seven minutes.
-plain() { if setarch "$(uname -m)" -R true 2>/dev/null; then setarch "$(uname -m)" -R "$@"; else "$@"; fi; }
+plain=$(if setarch "$(uname -m)" -R true 2>/dev/null; then echo "setarch $(uname -m) -R "; fi)
 if run_quietly "build, SAN=thread" make -s -j"$jobs" SAN=thread build-thread/test/test_base build-thread/test/test_ivfpq; then
-  c_test "test_base, SAN=thread" plain build-thread/test/test_base
+  programs=("${plain}build-thread/test/test_base")
   for t in runs kmeans many_partitions sketches same_bytes filters crowd failing_reads writer; do
-    c_test "test_ivfpq test_$t, SAN=thread" plain build-thread/test/test_ivfpq "test_$t"
+    programs+=("${plain}build-thread/test/test_ivfpq test_$t")
   done
+  c_tests ", SAN=thread" "${programs[@]}"
 else
   echo "FAILED: build, SAN=thread"; count 0 1
 fi
 
 # Threads that search shards in a store, watched.
 if run_quietly "build s3_threads, SAN=thread" make -s -j"$jobs" SAN=thread build-thread/test/s3_threads; then
-  VECSHARD_THREADS_PROGRAM="setarch $(uname -m) -R build-thread/test/s3_threads" \
+  VECSHARD_THREADS_PROGRAM="${plain}build-thread/test/s3_threads" \
     py_test "threads and a store, SAN=thread" "$python" -m pytest -q -rs -p no:cacheprovider test/test_s3_shards.py -k watched
 else
   echo "FAILED: build s3_threads, SAN=thread"; count 0 1
@@ -161,7 +178,7 @@ if [ "$(uname -m)" = x86_64 ]; then
   if [ -n "$emulator" ] && command -v aarch64-linux-gnu-gcc >/dev/null; then
     if run_quietly "build test_kernels, aarch64" \
         make -s -j"$jobs" CC=aarch64-linux-gnu-gcc OUT=build/aarch64 build/aarch64/test/bare_kernels; then
-      c_test "test_kernels, aarch64" "$emulator" -cpu max build/aarch64/test/bare_kernels
+      c_tests ", aarch64" "$emulator -cpu max build/aarch64/test/bare_kernels"
     else
       echo "FAILED: build test_kernels, aarch64"; count 0 1
     fi
