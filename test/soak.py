@@ -13,6 +13,8 @@ store     shards of random shapes on a real object store behind a proxy that bre
           folder gives, or an error that names the object; then publish and pull under the same faults: the same files
 travel    up to three publishers and three pullers of one shard at a time, killed and interrupted at random, amid faults: who
           sees a manifest sees all files, and in the end one run of each makes them the same, with no parts left in the folder
+large     once: 200,000,000 x 16 as f16 (--large-rows), which takes some 30 GB of disk and 20 minutes: built within --memory 512M, verified,
+          looked up, searched
 Prints what it did and 'N passed, N failed'; exit status 1 when anything failed.
 """
 import argparse, json, os, random, shutil, signal, sqlite3, subprocess, sys, tempfile, time
@@ -401,7 +403,77 @@ def travel(rng, until, d):
     return on_a_store(one_travel, rng, until, d)
 
 
-CAMPAIGNS = {"shapes": shapes, "damage": damage, "kill": kill, "resume": resume, "readers": readers, "store": store, "travel": travel}
+def anonymous_mb(pid):
+    try:
+        with open("/proc/%d/smaps_rollup" % pid) as f:
+            return next(int(line.split()[1]) for line in f if line.startswith("Anonymous:")) / 1024
+    except (OSError, StopIteration):
+        return 0
+
+
+def large_rows(first, n):
+    """Rows first to first + n of the large set, the same at every call."""
+    rng = np.random.default_rng([7, first])
+    centers = np.random.default_rng(7).standard_normal((5000, 16), dtype="f4") * 2
+    return (centers[rng.integers(0, len(centers), n)] + rng.standard_normal((n, 16), dtype="f4") * .5).astype("<f2")
+
+
+def write_large(path, n, step, queries):
+    """The file, and the ids of the ten rows nearest to each query."""
+    best_d, best_i = np.full((len(queries), 10), np.inf), np.zeros((len(queries), 10), int)
+    with h5py.File(path, "w") as f:
+        data = f.create_dataset("embeddings", (n, 16), "<f2")
+        for first in range(0, n, step):
+            x = large_rows(first, min(step, n - first))
+            data[first:first + len(x)] = x
+            x = x.astype("f4")
+            d = (x ** 2).sum(1) - 2 * (queries @ x.T)
+            near = np.argpartition(d, 10, 1)[:, :10]
+            d, near = np.hstack([best_d, np.take_along_axis(d, near, 1)]), np.hstack([best_i, near + first])
+            keep = np.argsort(d, 1)[:, :10]
+            best_d, best_i = np.take_along_axis(d, keep, 1), np.take_along_axis(near, keep, 1)
+    return best_i
+
+
+def large(rng, until, d):
+    step, memory, bad = 500_000, 512, []
+    n = large.rows // step * step
+    queries = large_rows(n, 40).astype("f4")
+    source, out = os.path.join(d, "large.h5"), os.path.join(d, "shard")
+    truth = write_large(source, n, step, queries)
+    start, peak = time.time(), 0
+    build = subprocess.Popen([TOOL, "build", source, "--out", out, "--id-dataset", "none", "--metric", "l2", "--store", "f16", "--memory", "%dM" % memory])
+    while build.poll() is None:
+        peak = max(peak, anonymous_mb(build.pid))
+        time.sleep(.1)
+    if build.returncode:
+        return 1, ["build: status %d" % build.returncode]
+    print("large: %d rows built in %.0f s, %.0f MB of anonymous memory at most" % (n, time.time() - start, peak), flush=True)
+    if peak > memory + 200:
+        bad.append("build: %.0f MB with --memory %dM" % (peak, memory))
+    os.unlink(source)
+    start = time.time()
+    if tool("verify", out, timeout=3600).returncode:
+        bad.append("verify: not sound")
+    print("large: verified in %.0f s" % (time.time() - start), flush=True)
+    c = connect()
+    c.execute("CREATE VIRTUAL TABLE t USING vecshard(path='%s')" % out)
+    for i in rng.integers(0, n, 100):
+        got = c.execute("SELECT embedding FROM t WHERE id = ?", (int(i),)).fetchall()
+        want = large_rows(int(i) // step * step, step)[int(i) % step].astype("<f4") if len(bad) < 3 else None
+        if len(got) != 1 or got[0][0] != want.tobytes():
+            bad.append("id %d: %d rows, or another vector" % (i, len(got)))
+    hits, start = 0, time.time()
+    for q, near in zip(queries, truth):
+        ids = [r[0] for r in c.execute("SELECT id FROM t WHERE embedding MATCH ? AND k = 10", (q.tobytes(),))]
+        hits += len(set(ids) & set(near.tolist()))
+    print("large: recall@10 %.3f, %.1f ms a query" % (hits / 10 / len(queries), (time.time() - start) * 1e3 / len(queries)), flush=True)
+    if hits < 8 * len(queries):
+        bad.append("recall %.3f" % (hits / 10 / len(queries)))
+    return 1, bad
+
+
+CAMPAIGNS = {"shapes": shapes, "damage": damage, "kill": kill, "resume": resume, "readers": readers, "store": store, "travel": travel, "large": large}
 
 
 def main():
@@ -409,7 +481,9 @@ def main():
     ap.add_argument("campaign", nargs="*", default=list(CAMPAIGNS))
     ap.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     ap.add_argument("--minutes", type=float, default=3.0, help="for each campaign")
+    ap.add_argument("--large-rows", type=int, default=200_000_000)
     a = ap.parse_args()
+    large.rows = a.large_rows
     passed = failed = 0
     for name in a.campaign:
         rng = np.random.default_rng([a.seed, len(name)])
