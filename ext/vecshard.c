@@ -27,6 +27,7 @@ __attribute__((visibility("default"))) int sqlite3_vecshard_init(sqlite3 *db, ch
   if (!rc) rc = vecshard_table_register(c);
   if (!rc) rc = union_table_register(c);
   if (!rc) rc = info_tables_register(c);
+  if (!rc) rc = recall_table_register(c);
   if (!rc) rc = s3_vfs_register();
   if (!rc) rc = s3_vfs_connect(db);
   if (!rc) rc = s3_functions_register(c);

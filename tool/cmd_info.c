@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../ext/ivfpq/ivfpq_setting.h"
 #include "../ext/shard/shard.h"
 #include "json.h"
 #include "options.h"
@@ -22,12 +23,18 @@ static uint64_t total_rows(const shard_set *set) {
   return n;
 }
 
+/* Rows that it was calibrated with; 0: it was not. */
+static unsigned calibrated(const ivfpq_segment *s) { return s->calibration ? s->calibration->n_queries : 0; }
+/* With as many partitions as a search takes when nobody says. */
+static double reach(const ivfpq_segment *s) { return (double)ivfpq_reach_for(s, ivfpq_default_nprobe(s->params.nlist)); }
+
 static void json_segments(const shard *s) {
   for (size_t g = 0; g < s->manifest.n_segments; g++) {
     const shard_segment_ref *r = &s->manifest.segments[g];
     const ivfpq_params *p = &s->segments[g]->params;
-    printf("%s{\"file\":\"%s\",\"rows\":%llu,\"nlist\":%u,\"m\":%u,\"bits\":%u,\"bytes\":%llu}", g ? "," : "", r->file,
+    printf("%s{\"file\":\"%s\",\"rows\":%llu,\"nlist\":%u,\"m\":%u,\"bits\":%u,\"bytes\":%llu", g ? "," : "", r->file,
            (unsigned long long)r->n_rows, p->nlist, p->m, p->bits, (unsigned long long)r->n_bytes);
+    printf(",\"calibrated\":%u,\"beta\":%.9g,\"reach\":%.9g}", calibrated(s->segments[g]), (double)p->beta, reach(s->segments[g]));
   }
 }
 
@@ -68,16 +75,17 @@ static void print_json(const shard_set *set) {
 
 static void print_table(const shard_set *set) {
   char size[32];
-  printf("%-24s %12s %7s %6s %-6s %-7s %9s %5s %4s %10s\n", "shard", "rows", "version", "dim", "metric", "id", "nlist",
-         "m", "bits", "size");
+  printf("%-24s %12s %7s %6s %-6s %-7s %9s %5s %4s %10s %10s %5s %8s\n", "shard", "rows", "version", "dim", "metric", "id",
+         "nlist", "m", "bits", "size", "calibrated", "beta", "reach");
   for (size_t i = 0; i < set->n; i++) {
     const shard_manifest *m = &set->shards[i]->manifest;
     for (size_t g = 0; g < m->n_segments; g++) {
       const ivfpq_params *p = &set->shards[i]->segments[g]->params;
-      printf("%-24s %12llu %7llu %6u %-6s %-7s %9u %5u %4u %10s\n", g ? "" : set->names[i],
+      printf("%-24s %12llu %7llu %6u %-6s %-7s %9u %5u %4u %10s %10u %5.3g %8.4g\n", g ? "" : set->names[i],
              (unsigned long long)m->segments[g].n_rows, (unsigned long long)m->version, m->dim,
              source_metric((int)m->metric), m->id_text ? "text" : "integer", p->nlist, p->m, p->bits,
-             output_size(m->segments[g].n_bytes, size));
+             output_size(m->segments[g].n_bytes, size), calibrated(set->shards[i]->segments[g]), (double)p->beta,
+             reach(set->shards[i]->segments[g]));
     }
   }
   printf("%llu rows in %zu shard%s\n", (unsigned long long)total_rows(set), set->n, set->n == 1 ? "" : "s");

@@ -10,13 +10,13 @@
 #include <string.h>
 
 #include "../ext/base/vs_pool.h"
-#include "../ext/input/input.h"
 #include "../ext/s3vfs/s3_config.h"
 #include "../ext/shard/shard.h"
 #include "json.h"
 #include "options.h"
 #include "output.h"
 #include "progress.h"
+#include "query_input.h"
 #include "query_pull.h"
 #include "store_folder.h"
 
@@ -156,21 +156,7 @@ static shard_search search_of(const query_job *j) {
 }
 
 static vs_rc read_block(query_job *j, block *b, vs_err *err) {
-  input_batch batch;
-  b->n = 0;
-  while (b->n < j->block_size) {
-    vs_rc rc = j->in->read(j->in, j->block_size - b->n, &batch, err);
-    if (rc) return rc;
-    if (!batch.n) break;
-    if (!b->n) b->first = batch.first_row;
-    for (size_t i = 0; i < batch.n; i++)
-      if (batch.faults[i])
-        return vs_fail(err, VS_INVALID, "%s: query %llu: %s", j->o->queries, (unsigned long long)(batch.first_row + i),
-                       input_fault_text(batch.faults[i]));
-    memcpy(b->vectors + b->n * j->in->dim, batch.vectors, batch.n * j->in->dim * sizeof *b->vectors);
-    b->n += batch.n;
-  }
-  return VS_OK;
+  return query_input_read(j->in, j->o->queries, b->vectors, j->block_size, &b->n, &b->first, err);
 }
 
 static vs_rc search_block(query_job *j, block *b, vs_err *err) {
@@ -226,15 +212,6 @@ static void blocks_open(query_job *j) {
 
 /* ---- the whole ---- */
 
-static vs_rc open_queries(query_job *j, vs_err *err) {
-  uint32_t dim = j->set.shards[0]->manifest.dim;
-  input_options opt = {.embedding_dataset = j->o->embedding_dataset, .id_dataset = "none", .dim = dim};
-  vs_rc rc = input_open(j->o->queries, &opt, &j->in, err);
-  if (!rc && j->in->dim != dim)
-    rc = vs_fail(err, VS_INVALID, "%s: its vectors have dimension %u, the shards %u", j->o->queries, j->in->dim, dim);
-  return rc;
-}
-
 static vs_rc open_source(query_job *j, const char *source, vs_err *err) {
   vs_rc rc = shard_set_open(source, &j->set, err);
   return !rc && !j->set.n ? vs_fail(err, VS_NOTFOUND, "%s: holds no shard", source) : rc;
@@ -256,7 +233,7 @@ static vs_rc pull_first(query_job *j, const char *source, vs_err *err) {
 static vs_rc run(const char *source, const query_options *o, vs_err *err) {
   query_job j = {.o = o};
   vs_rc rc = open_source(&j, source, err);
-  if (!rc) rc = open_queries(&j, err);
+  if (!rc) rc = query_input_open(o->queries, o->embedding_dataset, j.set.shards[0]->manifest.dim, &j.in, err);
   if (!rc && o->pull) rc = pull_first(&j, source, err);
   if (!rc) rc = output_open(o->out, &j.out, err);
   if (!rc) {

@@ -22,6 +22,7 @@ int cmd_pack(int argc, char **argv);
 int cmd_publish(int argc, char **argv);
 int cmd_pull(int argc, char **argv);
 int cmd_query(int argc, char **argv);
+int cmd_recall(int argc, char **argv);
 int cmd_verify(int argc, char **argv);
 
 /* ---- vecshard.c ---- */

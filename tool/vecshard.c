@@ -34,6 +34,7 @@ static const command commands[] = {
   {"query", "search a shard or a database with vectors from a file", cmd_query},
   {"info", "what a shard or a database holds", cmd_info},
   {"verify", "read every byte and report every fault", cmd_verify},
+  {"recall", "measure what searches find, and what they cost", cmd_recall},
   {"cost", "what a database of a planned size takes: space, time, requests, dollars", cmd_cost},
   {"dump", "print the structure of segment files", cmd_dump},
 };

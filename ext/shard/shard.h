@@ -66,6 +66,8 @@ typedef struct shard_search {
   int64_t nprobe, refine;  /* -1: defaults; above range: all */
   double recall;           /* what nprobe and refine leave open is chosen so that mean recall@k is this, as each segment measured
                               when it was built; 1, and what was not reached: exact. 0: not given. */
+  int own;                 /* 1: the query is a row of the shards that the caller takes out of the answer, and k counts it: spends what
+                              a search for k - 1 does, and has room for it */
   int exact;
   const ivfpq_filter *const *filters; /* per shard; NULL or NULL entries: every row */
   const shard_hit *after;  /* only hits behind this one in (distance, shard, segment, row) order; NULL: all */

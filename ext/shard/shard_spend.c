@@ -69,17 +69,19 @@ static ivfpq_setting asked(const shard_search *q, uint64_t k, uint64_t n_rows, c
 
 shard_spend shard_spend_plan(const shard_search *q, uint64_t k, uint64_t n_rows, ivfpq_segment *const *segments, size_t n,
                              ivfpq_setting *out) {
-  int by_recall = q->recall > 0 && (q->nprobe < 0 || q->refine < 0);
+  int by_recall = q->recall > 0 && (q->nprobe < 0 || q->refine < 0), own = q->own && k > 1;
   shard_spend all = {0, by_recall && n > 0};
+  k -= (uint64_t)own;
   for (size_t i = 0; i < n; i++) {
     out[i] = by_recall ? asked(q, k, n_rows, segments[i]) : usual(q, k, n_rows, segments[i]);
     if (out[i].nprobe) all.exact = 0;
     if (out[i].n_candidates > all.n_candidates) all.n_candidates = out[i].n_candidates;
   }
   if (all.n_candidates < k) all.n_candidates = k;
+  all.n_candidates += (uint64_t)own;
   for (size_t i = 0; i < n; i++) {
     if (q->filters) out[i].reach = 0; /* it was measured with rows that all may be returned */
-    if (!out[i].nprobe) out[i].n_candidates = all.n_candidates;
+    out[i].n_candidates = out[i].nprobe ? out[i].n_candidates + (uint64_t)own : all.n_candidates;
   }
   return all;
 }

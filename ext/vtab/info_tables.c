@@ -1,7 +1,8 @@
 /* info_tables.c - table-valued functions that describe a source (the path of a shard or database, a JSON list, table names):
  *
  *   SELECT * FROM shard_list('./db');        -- shard, path, rows, version, dim, metric, id_type, segments
- *   SELECT * FROM shard_info('./db');        -- per segment: shard, segment, rows, deleted, unindexed, nlist, M, bits, bytes, version
+ *   SELECT * FROM shard_info('./db');        -- per segment: shard, segment, rows, deleted, unindexed, nlist, M, bits, bytes, version,
+ *                                           -- calibrated (rows that served to), beta, reach (at the default nprobe)
  *   SELECT * FROM shard_partitions('./db');  -- per partition: shard, segment, partition, rows, row0, code_bytes, column_bytes
  *   SELECT * FROM shard_verify('./db');      -- shard (its path), segment, fault: no row when sound
  *   SELECT * FROM shard_trace;               -- what the connection's last search did, phase by phase, and in all
@@ -11,12 +12,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../ivfpq/ivfpq_setting.h"
 #include "../shard/shard_verify.h"
 #include "modules.h"
 #include "statement.h"
 SQLITE_EXTENSION_INIT3
 
-enum { MAX_CELLS = 10 };
 typedef struct cell { char *text; sqlite3_int64 i; double r; int is_real; } cell; /* text NULL: a number */
 
 typedef struct rows { cell *cells; size_t n, room; int width; } rows;
@@ -84,9 +85,12 @@ static vs_rc fill_info(conn *c, const char *source, rows *out, vs_err *err) {
       const shard_manifest *m = &set.shards[i]->manifest;
       const ivfpq_params *p = &set.shards[i]->segments[g]->params;
       /* nothing is deleted or waiting in a shard that was built as a whole */
-      rc = add_row(out, err, "ttiiiiiiii", set.names[i], m->segments[g].file, (sqlite3_int64)p->n_rows, (sqlite3_int64)0, (sqlite3_int64)0,
+      const ivfpq_segment *s = set.shards[i]->segments[g];
+      rc = add_row(out, err, "ttiiiiiiiiirr", set.names[i], m->segments[g].file, (sqlite3_int64)p->n_rows, (sqlite3_int64)0, (sqlite3_int64)0,
                    (sqlite3_int64)p->nlist, (sqlite3_int64)ivfpq_subs(p->m, p->bits), (sqlite3_int64)p->bits,
-                   (sqlite3_int64)m->segments[g].n_bytes, (sqlite3_int64)m->version);
+                   (sqlite3_int64)m->segments[g].n_bytes, (sqlite3_int64)m->version,
+                   (sqlite3_int64)(s->calibration ? s->calibration->n_queries : 0), (double)p->beta,
+                   (double)ivfpq_reach_for(s, ivfpq_default_nprobe(p->nlist)));
     }
   shard_set_reset(&set);
   return rc;
@@ -174,7 +178,7 @@ static const info_kind kinds[] = {
      fill_list},
     {"shard_info",
      "shard TEXT, segment TEXT, rows INTEGER, deleted INTEGER, unindexed INTEGER, nlist INTEGER, M INTEGER, bits INTEGER, "
-     "bytes INTEGER, version INTEGER", 10, fill_info},
+     "bytes INTEGER, version INTEGER, calibrated INTEGER, beta REAL, reach REAL", 13, fill_info},
     {"shard_partitions",
      "shard TEXT, segment TEXT, partition INTEGER, rows INTEGER, row0 INTEGER, code_bytes INTEGER, column_bytes INTEGER", 7,
      fill_partitions},

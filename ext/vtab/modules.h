@@ -6,7 +6,8 @@
 int vecshard_table_register(conn *c); /* vecshard */
 int union_table_register(conn *c);    /* shard_union */
 int s3_functions_register(conn *c);   /* s3_head, s3_get, s3_list */
-int info_tables_register(conn *c);    /* shard_list, shard_info, shard_partitions, shard_verify */
+int info_tables_register(conn *c);    /* shard_list, shard_info, shard_partitions, shard_verify, shard_trace */
+int recall_table_register(conn *c);   /* shard_recall */
 
 /* The metadata values of a cursor's row, decoded once for however many columns are asked for. */
 typedef struct row_values {

@@ -113,8 +113,7 @@ int plan_by_distance(sqlite3_index_info *info, int first, int column) {
 
 /* ---- decoding ---- */
 
-/* A whole number >= 0; beyond 64 bits it means all. NULL: not given (-1). */
-static vs_rc whole_number(const char *name, sqlite3_value *v, int64_t *out, vs_err *err) {
+vs_rc plan_whole_number(const char *name, sqlite3_value *v, int64_t *out, vs_err *err) {
   *out = -1;
   switch (sqlite3_value_numeric_type(v)) {
     case SQLITE_NULL: return VS_OK;
@@ -165,14 +164,14 @@ static vs_rc decode_one(const char *e, sqlite3_value *v, shard_type (*type_of)(v
     case 'i': s->id = v; break;
     case 'w': s->rowid = v; break;
     case 'k':
-      rc = whole_number("k", v, &n, err);
+      rc = plan_whole_number("k", v, &n, err);
       s->has_k = n >= 0, s->k = n >= 0 ? (uint64_t)n : 0;
       break;
-    case 'n': rc = whole_number("nprobe", v, &s->nprobe, err); break;
-    case 'r': rc = whole_number("refine", v, &s->refine, err); break;
+    case 'n': rc = plan_whole_number("nprobe", v, &s->nprobe, err); break;
+    case 'r': rc = plan_whole_number("refine", v, &s->refine, err); break;
     case 'R': rc = decode_recall(v, &s->recall, err); break;
     case 'x':
-      rc = whole_number("exact", v, &n, err);
+      rc = plan_whole_number("exact", v, &n, err);
       s->exact = n > 0;
       break;
     case 'd':

@@ -66,6 +66,9 @@ vs_rc plan_decode(const char *args, int argc, sqlite3_value **argv, shard_type (
                   plan_search *out, vs_err *err) VS_WARN_UNUSED;
 void plan_search_reset(plan_search *s);
 
+/* A whole number of at least 0; beyond 64 bits it means all. NULL: not given (-1). */
+vs_rc plan_whole_number(const char *name, sqlite3_value *v, int64_t *out, vs_err *err) VS_WARN_UNUSED;
+
 /* The given k, nprobe, ... as column results; NULL when not given. */
 void plan_result_number(sqlite3_context *ctx, int64_t v);
 void plan_result_recall(sqlite3_context *ctx, double recall);
