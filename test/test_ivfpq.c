@@ -43,7 +43,7 @@ static float rng_float(ivfpq_rng *r) { return (float)(ivfpq_rng_next(r) >> 40) /
 
 /* ---- data: rows in arrays, and an input over them ---- */
 
-typedef enum shape { CLUSTERS, ALL_EQUAL, HALF_EQUAL, SKEWED } shape;
+typedef enum shape { CLUSTERS, ALL_EQUAL, HALF_EQUAL, SKEWED, FEW_DIRECTIONS } shape;
 typedef enum id_shape { ROW_IDS, INT_IDS, TEXT_IDS, LONG_TEXT_IDS } id_shape;
 enum { N_COLUMNS = 4, LONG_ID = 10000 };
 static const input_type column_types[N_COLUMNS] = {INPUT_INT, INPUT_REAL, INPUT_TEXT, INPUT_TEXT};
@@ -83,9 +83,30 @@ static void set_close(input *in) {
   free(s->texts), free(s->x), free(s->ids), free(s->columns), free(s->faults), free(s);
 }
 
+/* Sums of eight vectors, and a little noise. */
+static void fill_few(set *s, ivfpq_rng *r) {
+  enum { FEW = 8 };
+  uint32_t dim = s->in.dim;
+  float *base = malloc(sizeof(float) * FEW * dim);
+  for (uint32_t i = 0; i < FEW * dim; i++) base[i] = rng_float(r);
+  for (uint64_t i = 0; i < s->in.n_rows; i++) {
+    float part[FEW];
+    for (int f = 0; f < FEW; f++) part[f] = rng_float(r);
+    for (uint32_t j = 0; j < dim; j++) {
+      s->x[i * dim + j] = .25f + .01f * rng_float(r);
+      for (int f = 0; f < FEW; f++) s->x[i * dim + j] += part[f] * base[f * dim + j];
+    }
+  }
+  free(base);
+}
+
 static void fill_vectors(set *s, shape how, ivfpq_rng *r) {
   enum { CENTRES = 20 };
   uint32_t dim = s->in.dim;
+  if (how == FEW_DIRECTIONS) {
+    fill_few(s, r);
+    return;
+  }
   float *centre = malloc(sizeof(float) * CENTRES * dim);
   for (uint32_t i = 0; i < CENTRES * dim; i++) centre[i] = 2 * rng_float(r) + 0.25f;
   for (uint64_t i = 0; i < s->in.n_rows; i++) {
@@ -765,21 +786,22 @@ static void test_recall(void **state) {
   input_close(&t->in);
 }
 
-/* The estimates themselves: close to the squared distance, on one scale for coded and flat segments. */
-static void test_estimates(void **state) {
-  (void)state;
-  enum { N = 2000, DIM = 16 };
-  set *t = set_open(N, DIM, CLUSTERS, ROW_IDS, 0);
+/* The estimates themselves: close to the squared distance, on one scale for coded and flat segments. Rows of few directions: the
+ * codes are of these, and far closer. */
+static void estimates_of(shape vectors, uint32_t dim, uint32_t bits, double most) {
+  enum { N = 2000, DIM = 64 };
+  set *t = set_open(N, dim, vectors, ROW_IDS, 0);
   for (int metric = 0; metric < 3; metric++) {
     ivfpq_build_options o = options((ivfpq_metric)metric);
     float *estimate[2], q[DIM];
     double sum[2] = {0}, spread = 0;
     vs_err err = {0};
-    for (int j = 0; j < DIM; j++) q[j] = t->x[j] + 0.2f;
+    for (uint32_t j = 0; j < dim; j++) q[j] = t->x[j] + (vectors == CLUSTERS ? 0.2f : t->x[dim + j]);
     for (int coded = 0; coded < 2; coded++) {
-      o.nlist = coded ? 20 : 0, o.subs = coded ? 8 : 0;
+      o.nlist = coded ? 20 : 0, o.subs = coded ? bits == 4 ? 16 : 8 : 0, o.bits = coded ? bits : 0;
       build(t, &o, path_of("estimate.ivf"));
       ivfpq_segment *s = open_path(path_of("estimate.ivf"), 1);
+      assert_int_equal(s->params.turn != 0, coded && vectors == FEW_DIRECTIONS);
       ivfpq_keys keys = {0};
       ivfpq_stats stats = {0};
       ivfpq_query query = {.vector = q, .nprobe = 1000, .n_candidates = N};
@@ -802,11 +824,17 @@ static void test_estimates(void **state) {
       spread += fabs(estimate[0][i] - sum[0] / N);
       error += fabs(estimate[1][i] - estimate[0][i]);
     }
-    if (error > 0.2 * spread)
-      fail_msg("metric %d: mean error of an estimate is %.3f of their mean deviation", metric, error / spread);
+    if (error > most * spread)
+      fail_msg("metric %d, %u bits: mean error of an estimate is %.3f of their mean deviation", metric, bits, error / spread);
     free(estimate[0]), free(estimate[1]);
   }
   input_close(&t->in);
+}
+static void test_estimates(void **state) {
+  (void)state;
+  estimates_of(CLUSTERS, 16, 8, .2);
+  estimates_of(FEW_DIRECTIONS, 64, 8, .05);
+  estimates_of(FEW_DIRECTIONS, 64, 4, .2);
 }
 
 /* ---- what a build measures of itself ---- */
@@ -1772,15 +1800,15 @@ static void test_forged_calibration(void **state) {
   input_close(&t->in);
 }
 
-/* Many partitions of wide rows: centroids are ranked through a projection. All the sections there are, each damaged in places. */
+/* Many partitions of wide rows of few directions: centroids are ranked through a projection, codes are of directions. All the sections there are, each damaged in places. */
 static void test_projection(void **state) {
   (void)state;
-  set *t = set_open(1300, 512, CLUSTERS, ROW_IDS, 0);
+  set *t = set_open(2100, 512, FEW_DIRECTIONS, ROW_IDS, 0);
   ivfpq_build_options o = options(IVFPQ_COSINE);
   o.nlist = 600, o.subs = 32;
   build(t, &o, path_of("victim.ivf"));
   ivfpq_segment *s = open_path(path_of("victim.ivf"), 1);
-  assert_true(s->params.project > 0 && s->params.n_groups > 1);
+  assert_true(s->params.project > 0 && s->params.turn > 0 && s->params.n_groups > 1);
   ivfpq_segment_close(s);
   assert_segment(path_of("victim.ivf"), t, 1);
   assert_segment(path_of("victim.ivf"), t, 0);
@@ -1805,7 +1833,8 @@ static void test_projection(void **state) {
   const struct { uint32_t id; uint64_t off; const uint32_t *value; } forged[] = {
       {IVFPQ_SKETCH, coded, &nan},     {IVFPQ_SKETCH, coded, &minus},         {IVFPQ_SKETCH, coded + 4, &nan},
       {IVFPQ_SKETCH, coded + 4, &minus}, {IVFPQ_SKETCH, last + 8, &nan},      {IVFPQ_PROJECTION, (uint64_t)h.project * coded, &nan},
-      {IVFPQ_CODEBOOK, (uint64_t)h.m * 256 * h.sub_dim + 4, &nan}, {IVFPQ_MEAN, 40, &nan}};
+      {IVFPQ_CODEBOOK, (uint64_t)h.m * 256 * h.sub_dim + ivfpq_turn_bytes(&h) + 4, &nan},
+      {IVFPQ_CODEBOOK, (uint64_t)h.m * 256 * h.sub_dim + ivfpq_turn_bytes(&h) + 4 * (h.m + h.turn) - 4, &nan}, {IVFPQ_MEAN, 40, &nan}};
   for (size_t i = 0; i < sizeof forged / sizeof *forged; i++) {
     uint8_t *p = section_of(&v, v.bytes, forged[i].id, &size);
     assert_true(forged[i].off + 4 <= size);

@@ -61,9 +61,9 @@ static void print_params(const ivfpq_segment *s) {
       p->nlist, p->n_groups, p->bits, p->m, p->sub_dim);
   printf(
       "params   id %s, id_width %u, row_bytes %u, n_columns %u, beta %.9g, term0 %.9g, term_step %.9g, "
-      "iddir_levels %u, seed %llu, project %u\n",
+      "iddir_levels %u, seed %llu, project %u, turn %u\n",
       p->id_text ? "text" : "integer", p->id_width, p->row_bytes, p->n_columns, (double)p->beta, (double)p->term0,
-      (double)p->term_step, p->iddir_levels, (unsigned long long)p->seed, p->project);
+      (double)p->term_step, p->iddir_levels, (unsigned long long)p->seed, p->project, p->turn);
 }
 
 static void print_columns(const ivfpq_segment *s) {

@@ -25,8 +25,10 @@
  *   The group centroids are "packed": rows interleaved by 16, element (c, j) at [((c/16)*dim + j)*16 + c%16], the last group of 16
  *   filled with zeros; the layout that scores_f32 (kern.h) reads without a copy.
  * MEAN: f32[dim] | check.
- * CODEBOOK: i8 words[sub-quantizers][n_words][sub_dim] | f32 scale[m] | check. A word is its bytes times the scale of its code
- *   byte. The words are rounded to this before anything is encoded, and so lose nothing.
+ * CODEBOOK: i8 words[sub-quantizers][n_words][sub_dim] | i8 turn[turn][coded dims], packed by kern_pack_i8 | f32 scale[m] |
+ *   f32 turn_scale[turn] | check. A word is its bytes times the scale of its code byte. Words and directions are rounded to this
+ *   before anything is encoded, and so lose nothing. With `turn` codes are of y, a residual's coordinates in so many orthonormal
+ *   directions (a word's elements stand for these), else of the residual itself.
  * PROJECTION: i8 directions[project][coded dims], packed by kern_pack_i8 | f32 scale[project] | check. Orthonormal; absent when
  *   project is 0. "Coded dims" is dim_padded rounded up to 4.
  *
@@ -53,7 +55,8 @@
  *
  * Estimates (metrics: cosine rows are normalised, then the mean is subtracted; all that follows is squared L2):
  *   |q-x|^2 ~ |q-c|^2 + SUM_j T_j[code_j] + t,   T_j[w] = -2 q_j.word,   t = |r|^2 + 2 c.r' - beta |e|^2
- * with residual r = x - c, its coded image r' and e = r - r'; t is stored as term0 + term_step * u16.
+ * with residual r = x - c, its coded image r' and e = r - r'; t is stored as term0 + term_step * u16. With `turn`, q_j are
+ * coordinates of q in the directions, and r' is what the words' elements say along them.
  * For dot products -2 q.(x - mean) ~ -2 q.c + SUM_j T_j[code_j] + |q - mean| t,   t = -(2 c.e + beta |e|^2) / |x - mean|
  * (Jegou et al., Product Quantization for Nearest Neighbor Search, 2011). What an estimate leaves out is -2 (q-c).e, for dot
  * -2 q.e. For a true neighbour q points where x points, and r.e is about |e|^2: neighbours are over-estimated, strangers are
@@ -73,6 +76,7 @@ enum {
   IVFPQ_ALIGN = 64,
   IVFPQ_MAX_DIM = 16384,
   IVFPQ_MAX_M = 256,        /* 256 u8 table entries sum up below 2^16 */
+  IVFPQ_MAX_TURN = 1024,
   IVFPQ_MAX_NLIST = 1 << 22,
   IVFPQ_MAX_COLUMNS = 1000,
   IVFPQ_MAX_PARTITION = 1 << 18, /* rows; larger ones are cut in two entries with one centroid */
@@ -103,7 +107,7 @@ enum { IVFPQ_FILTER = 1, IVFPQ_INDEX = 2 };
 typedef struct ivfpq_params {
   uint64_t n_rows;      /* < 2^32 */
   uint32_t dim;         /* 1..IVFPQ_MAX_DIM */
-  uint32_t dim_padded;  /* dim rounded up to a multiple of sub-quantizers; dim when flat */
+  uint32_t dim_padded;  /* without turn dim rounded up to a multiple of sub-quantizers; dim when flat */
   uint32_t metric;      /* ivfpq_metric */
   uint32_t store;       /* 0 f32, 1 f16 */
   uint32_t nlist;       /* partitions, >= 1 unless there are no rows */
@@ -122,7 +126,8 @@ typedef struct ivfpq_params {
   uint32_t project;      /* dims of the projection that ranks the centroids, a multiple of 16; 0: none */
   uint32_t sketch_bytes; /* of a SKETCH record; 0: none */
   uint32_t calibration_bytes; /* behind the group table; 0: the segment was not calibrated */
-  uint32_t reserved[39];
+  uint32_t turn;         /* directions that codes are of, sub-quantizers * sub_dim; 0: codes are of the dimensions as they are */
+  uint32_t reserved[38];
 } ivfpq_params;
 
 typedef struct ivfpq_group {
@@ -178,6 +183,8 @@ static inline const ivfpq_level *ivfpq_levels(const ivfpq_calibration *c) { retu
 
 static inline uint64_t ivfpq_round(uint64_t n, uint64_t to) { return (n + to - 1) / to * to; }
 /* Bytes of the codes of a partition; of codes and terms. */
+/* Dimensions that codes are of. */
+static inline uint32_t ivfpq_code_dim(const ivfpq_params *p) { return p->turn ? p->turn : p->dim_padded; }
 static inline uint64_t ivfpq_term_offset(uint64_t n_rows, uint32_t m) { return ivfpq_round(n_rows, 2) * m; }
 static inline uint64_t ivfpq_code_bytes(uint64_t n_rows, uint32_t m) { return m ? ivfpq_term_offset(n_rows, m) + n_rows * 2 : 0; }
 
@@ -198,6 +205,8 @@ static inline ivfpq_group_layout ivfpq_group_shape(uint32_t n, uint32_t coded_di
 #define IVFPQ_NOWHERE 1e38f /* norm2 of the lanes behind the last centroid */
 static inline uint32_t ivfpq_words(uint32_t bits) { return 1u << bits; }
 static inline uint32_t ivfpq_coded_dim(const ivfpq_params *p) { return p->m ? (uint32_t)ivfpq_round(p->dim_padded, 4) : 0; }
+/* Of the directions in CODEBOOK. */
+static inline uint64_t ivfpq_turn_bytes(const ivfpq_params *p) { return ivfpq_round(p->turn, 16) * ivfpq_coded_dim(p); }
 /* Bytes of the slot of text ids of which the longest has so many; 0 when there are none. */
 static inline uint32_t ivfpq_id_width(uint32_t longest) {
   return !longest ? 0 : longest > IVFPQ_ID_INLINE ? IVFPQ_ID_INLINE : longest < 8 ? 8 : (uint32_t)ivfpq_round(longest, 4);

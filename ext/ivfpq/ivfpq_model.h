@@ -14,6 +14,10 @@ typedef struct ivfpq_model {
   ivfpq_finder finder;    /* of the centroids */
   uint32_t *group_first;  /* n_groups + 1 */
   float *group_centroids; /* n_groups x dim_padded */
+  uint32_t turn;          /* directions that codes are of, subs x sub_dim; 0: codes are of the dimensions as they are */
+  float *turned;          /* turn x dim_padded, about orthonormal; what 8 bits per element can say */
+  float *turned_packed;   /* the same for scores_f32 */
+  float *turned_centroids; /* nlist x turn */
   float *words;           /* subs x words x sub_dim; what 8 bits per element can say */
   uint32_t project;       /* directions that rank the centroids; 0: none pay */
   float *directions;      /* project x dim_padded, orthonormal */
@@ -43,6 +47,9 @@ vs_rc ivfpq_model_load(ivfpq_model *m, ivfpq_state *s, vs_err *err) VS_WARN_UNUS
 
 /* Raw row -> the space of the model: normalised for cosine, mean subtracted, zero padded. */
 void ivfpq_model_prepare(const ivfpq_model *m, const float *x, float *out);
+/* What codes are of: a prepared row or residual itself, or out with its coordinates in the codes' directions. */
+const float *ivfpq_model_turned(const ivfpq_model *m, const float *x, float *out);
+static inline uint32_t ivfpq_model_code_dim(const ivfpq_model *m) { return m->turn ? m->turn : m->dim_padded; }
 /* The partitions of n prepared rows (stride dim_padded), exactly. KERN_NEAREST_ROWS at a time is the fastest. */
 vs_rc ivfpq_model_assign(const ivfpq_model *m, const float *x, size_t n, uint32_t *centroid, vs_err *err) VS_WARN_UNUSED;
 /* n <= 256 prepared rows (stride dim_padded, overwritten by their residuals) -> code bytes (m each), terms at beta 0, and what

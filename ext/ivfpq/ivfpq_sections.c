@@ -654,11 +654,14 @@ static vs_rc write_model_part(builder *b, ivfpq_section_id id, const void *p, si
 static vs_rc write_codebook(builder *b) {
   const ivfpq_model *m = &b->model;
   size_t chunk = m->m ? (size_t)m->subs / m->m * ivfpq_words(m->bits) * m->sub_dim : 0;
-  int8_t *words = malloc(m->m * chunk + 1);
-  float *scale = malloc((m->m + 1) * sizeof *scale);
+  size_t coded = ivfpq_round(m->dim_padded, 4), turn = ivfpq_round(m->turn, 16) * coded;
+  int8_t *words = malloc(m->m * chunk + turn + 1);
+  float *scale = malloc((m->m + m->turn + 1) * sizeof *scale);
   vs_rc rc = words && scale ? VS_OK : vs_nomem(b->err);
   for (size_t j = 0; j < m->m && !rc; j++) scale[j] = kern_get()->quantize_i8(m->words + j * chunk, chunk, words + j * chunk);
-  if (!rc) rc = write_model_part(b, IVFPQ_CODEBOOK, words, m->m * chunk, scale, m->m);
+  if (!rc && m->turn)
+    rc = put_rows_i8(m->turned, m->turn, m->dim_padded, coded, (uint8_t *)words + m->m * chunk, scale + m->m, NULL, b->err);
+  if (!rc) rc = write_model_part(b, IVFPQ_CODEBOOK, words, m->m * chunk + turn, scale, m->m + m->turn);
   free(words), free(scale);
   return rc;
 }
@@ -700,7 +703,7 @@ static vs_rc write_params(builder *b, const ivfpq_group *groups) {
     h->dim = m->dim, h->dim_padded = m->dim_padded, h->metric = m->metric, h->store = b->opt->store_f16 != 0;
     h->bits = m->m ? m->bits : 0, h->m = m->m, h->sub_dim = m->m ? m->sub_dim : 0;
     h->n_columns = (uint32_t)b->in->n_columns, h->beta = m->m ? m->beta : 0;
-    h->descriptor_bytes = (uint32_t)desc.n, h->seed = b->opt->seed, h->project = m->project;
+    h->descriptor_bytes = (uint32_t)desc.n, h->seed = b->opt->seed, h->project = m->project, h->turn = m->turn;
     if (m->metric != IVFPQ_DOT) ivfpq_half_norms(m->group_centroids, h->n_groups, d, bias);
     kern_pack_f32(m->group_centroids, h->n_groups, d, packed);
     rc = bytes_add(&out, h, sizeof *h, b->err);

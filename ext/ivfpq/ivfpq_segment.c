@@ -87,9 +87,11 @@ static const char *params_fault(const ivfpq_params *p) {
   if (p->m) {
     if ((p->bits != 8 && p->bits != 4) || p->m > IVFPQ_MAX_M || p->sub_dim < 1 || p->sub_dim > IVFPQ_MAX_DIM)
       return "quantizer shape";
-    if (p->dim_padded != ivfpq_subs(p->m, p->bits) * p->sub_dim || p->dim_padded < p->dim) return "padded dimension";
+    if (p->dim_padded < p->dim || p->dim_padded > p->dim + 2 * IVFPQ_MAX_M) return "padded dimension";
+    if (p->turn > IVFPQ_MAX_TURN || p->turn > p->dim_padded) return "turned dimension";
+    if (ivfpq_code_dim(p) != ivfpq_subs(p->m, p->bits) * p->sub_dim) return "quantizer shape";
     if (!isfinite(p->term0) || !isfinite(p->term_step) || p->term_step < 0) return "row terms";
-  } else if (p->bits || p->sub_dim || p->dim_padded != p->dim || p->nlist > 1) return "flat segment with codes";
+  } else if (p->bits || p->sub_dim || p->turn || p->dim_padded != p->dim || p->nlist > 1) return "flat segment with codes";
   if (p->id_text ? p->id_width < 8 || p->id_width > IVFPQ_ID_INLINE || p->id_width % 4 : p->id_width != 0) return "id width";
   if (p->project > 1024 || p->project % 16 || (p->project && !p->m)) return "projection";
   if (p->sketch_bytes && (!p->m || p->sketch_bytes != ivfpq_sketch_bytes(ivfpq_coded_dim(p)))) return "sketch size";
@@ -231,7 +233,7 @@ vs_rc ivfpq_codebook_begin(ivfpq_segment *s, vs_range r[2], vs_err *err) {
   const ivfpq_params *p = &s->params;
   memset(r, 0, 2 * sizeof *r);
   if (ivfpq_codebook_of(s)) return VS_OK;
-  vs_rc rc = part_begin(s, IVFPQ_CODEBOOK, codebook_words(p) + p->m * 4ull, &r[0], err);
+  vs_rc rc = part_begin(s, IVFPQ_CODEBOOK, codebook_words(p) + ivfpq_turn_bytes(p) + (p->m + p->turn) * 4ull, &r[0], err);
   int held = !rc;
   if (!rc && p->project) rc = part_begin(s, IVFPQ_PROJECTION, (uint64_t)p->project * (ivfpq_coded_dim(p) + 4), &r[1], err);
   if (rc && held) vs_io_release(s->io, r, 1);
@@ -250,8 +252,8 @@ static void table_words(const ivfpq_params *p, const int8_t *words, uint32_t tab
 
 static vs_rc make_codebook(const ivfpq_params *p, const uint8_t *bytes, ivfpq_codebook **out, vs_err *err) {
   uint32_t per_byte = ivfpq_subs(p->m, p->bits) / p->m, table_dim = (uint32_t)ivfpq_round(per_byte * p->sub_dim, 4);
-  size_t size = (size_t)p->m * 256 * table_dim, chunk = (size_t)codebook_words(p) / p->m;
-  ivfpq_codebook *c = malloc(sizeof *c + size + p->m * sizeof(float));
+  size_t size = (size_t)p->m * 256 * table_dim, chunk = (size_t)codebook_words(p) / p->m, turn = ivfpq_turn_bytes(p);
+  ivfpq_codebook *c = malloc(sizeof *c + size + turn + (p->m + p->turn) * sizeof(float));
   int8_t *words = malloc(256 * (size_t)table_dim);
   *out = c;
   if (!c || !words) {
@@ -259,8 +261,8 @@ static vs_rc make_codebook(const ivfpq_params *p, const uint8_t *bytes, ivfpq_co
     *out = NULL;
     return vs_nomem(err);
   }
-  c->table_dim = table_dim, c->scale = (float *)(c->packed + size);
-  memcpy(c->scale, bytes + codebook_words(p), p->m * sizeof(float));
+  c->table_dim = table_dim, c->turn = c->packed + size, c->scale = (float *)(c->turn + turn), c->turn_scale = c->scale + p->m;
+  memcpy(c->turn, bytes + codebook_words(p), turn + (p->m + p->turn) * sizeof(float));
   for (uint32_t j = 0; j < p->m; j++) {
     table_words(p, (const int8_t *)bytes + j * chunk, table_dim, words);
     kern_pack_i8(words, 256, table_dim, c->packed + (size_t)j * 256 * table_dim);

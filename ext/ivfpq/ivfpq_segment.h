@@ -16,8 +16,10 @@ enum { IVFPQ_ROWS_PER_FLAGS = 65536 };
  * byte is two words side by side: 256 pairs. */
 typedef struct ivfpq_codebook {
   uint32_t table_dim;
-  float *scale;     /* m */
-  uint8_t packed[]; /* m x 256 x table_dim */
+  float *scale;      /* m */
+  uint8_t *turn;     /* the directions that codes are of, packed */
+  float *turn_scale; /* params.turn */
+  uint8_t packed[];  /* m x 256 x table_dim */
 } ivfpq_codebook;
 
 /* A group block: directory entries and centroids of some partitions. */

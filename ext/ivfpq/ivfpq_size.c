@@ -59,7 +59,8 @@ uint64_t ivfpq_size_sections(const ivfpq_params *p, const ivfpq_outline *o, uint
   bytes[IVFPQ_GROUPS] = group_bytes(p);
   if (p->m) {
     bytes[IVFPQ_MEAN] = p->dim * 4ull + 8;
-    bytes[IVFPQ_CODEBOOK] = (uint64_t)ivfpq_subs(p->m, p->bits) * ivfpq_words(p->bits) * p->sub_dim + p->m * 4ull + 8;
+    bytes[IVFPQ_CODEBOOK] = (uint64_t)ivfpq_subs(p->m, p->bits) * ivfpq_words(p->bits) * p->sub_dim + ivfpq_turn_bytes(p) +
+                            (p->m + p->turn) * 4ull + 8;
   }
   if (p->project) bytes[IVFPQ_PROJECTION] = p->project * (coded + 4ull) + 8;
   bytes[IVFPQ_PARAMS] = sizeof(ivfpq_params) + ivfpq_round(p->descriptor_bytes, IVFPQ_ALIGN) + ivfpq_group_table_bytes(p) + 8;

@@ -11,7 +11,7 @@ typedef struct ivfpq_outline {
 } ivfpq_outline;
 
 /* What a build with these options makes of such rows: opt's metric, store_f16, nlist, subs and bits count. What only the data
- * tells is left out: the projection and the calibration are 0. */
+ * tells is left out: the projection, the codes' directions and the calibration are 0. */
 void ivfpq_size_params(const ivfpq_build_options *opt, const ivfpq_outline *o, ivfpq_params *out);
 
 /* Bytes of each section, by its id, with the padding behind it; partitions are taken to be of equal size. [0]: header, footer,

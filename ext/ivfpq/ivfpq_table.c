@@ -21,14 +21,16 @@ vs_rc ivfpq_table_allocate(const ivfpq_params *p, ivfpq_table *t, vs_err *err) {
   t->x = calloc(coded + 16, sizeof *t->x);
   t->bytes = calloc(coded + 64, 1);
   t->by_code = calloc(m * table_dim(p) + 64, 1);
+  t->turn_score = malloc((p->turn + 16) * sizeof *t->turn_score), t->turned = calloc(p->turn + 16, sizeof *t->turned);
+  t->turned8 = calloc(p->turn + 64, 1);
   t->raw = malloc(m * 256 * sizeof *t->raw);
   t->low = malloc(m * sizeof *t->low), t->factor = malloc(m * sizeof *t->factor);
   t->table = aligned_alloc(64, m * 256);
-  return t->x && t->bytes && t->by_code && t->raw && t->low && t->factor && t->table ? VS_OK : vs_nomem(err);
+  return t->x && t->bytes && t->by_code && t->turn_score && t->turned && t->turned8 && t->raw && t->low && t->factor && t->table ? VS_OK : vs_nomem(err);
 }
 
 void ivfpq_table_reset(ivfpq_table *t) {
-  free(t->x), free(t->bytes), free(t->by_code), free(t->raw), free(t->low), free(t->factor), free(t->table);
+  free(t->x), free(t->bytes), free(t->by_code), free(t->turn_score), free(t->turned), free(t->turned8), free(t->raw), free(t->low), free(t->factor), free(t->table);
   memset(t, 0, sizeof *t);
 }
 
@@ -57,17 +59,27 @@ void ivfpq_table_query(const ivfpq_segment *s, const float *v, ivfpq_table *t) {
   t->step8 = k->quantize_i8(t->x, p->dim_padded, t->bytes);
 }
 
+/* The query along the directions that codes are of, as bytes; returns their step. */
+static float turn_query(const ivfpq_segment *s, const ivfpq_codebook *c, ivfpq_table *t) {
+  const kern *k = kern_get();
+  uint32_t n = s->params.turn;
+  k->scores_i8(t->bytes, 1, 0, ivfpq_coded_dim(&s->params), c->turn, n, t->turn_score, 0);
+  for (uint32_t u = 0; u < n; u++) t->turned[u] = t->step8 * c->turn_scale[u] * (float)t->turn_score[u];
+  return k->quantize_i8(t->turned, n, t->turned8);
+}
+
 void ivfpq_table_make(const ivfpq_segment *s, ivfpq_table *t) {
   const ivfpq_params *p = &s->params;
   const ivfpq_codebook *c = ivfpq_codebook_of(s);
   const kern *k = kern_get();
-  uint32_t width = p->dim_padded / p->m;
-  const int8_t *q = t->bytes;
+  uint32_t width = ivfpq_code_dim(p) / p->m;
+  float step8 = p->turn ? turn_query(s, c, t) : t->step8;
+  const int8_t *bytes = p->turn ? t->turned8 : t->bytes, *q = bytes;
   if (width != c->table_dim) {
-    for (uint32_t j = 0; j < p->m; j++) memcpy(t->by_code + (size_t)j * c->table_dim, t->bytes + (size_t)j * width, width);
+    for (uint32_t j = 0; j < p->m; j++) memcpy(t->by_code + (size_t)j * c->table_dim, bytes + (size_t)j * width, width);
     q = t->by_code;
   }
-  for (uint32_t j = 0; j < p->m; j++) t->factor[j] = -2 * t->step8 * c->scale[j];
+  for (uint32_t j = 0; j < p->m; j++) t->factor[j] = -2 * step8 * c->scale[j];
   float range = k->pq_table_raw(q, c->packed, t->factor, p->m, c->table_dim, t->raw, t->low);
   float term_range = 65535 * p->term_step * t->term_scale;
   t->min_sum = 0;

@@ -8,7 +8,10 @@
 typedef struct ivfpq_table {
   float *x;              /* the query in the model's space, zeros behind dim_padded */
   int8_t *bytes;         /* the same in steps of `step8`, coded dims */
-  int8_t *by_code;       /* the same, laid out for the codebook: m x table_dim */
+  int8_t *by_code;       /* what the codes are of, laid out for the codebook: m x table_dim */
+  int32_t *turn_score;   /* the query along the codes' directions: products of bytes, */
+  float *turned;         /* what they say, */
+  int8_t *turned8;       /* and that as bytes */
   float step8;
   float qq, constant;    /* |x|^2 for l2 and cosine; what dot adds for the mean */
   float term_scale;      /* what stored terms are multiplied with: 1, for dot |query - mean| */

@@ -370,32 +370,35 @@ vs_rc ivfpq_truth_load(const ivfpq_model *m, ivfpq_state *s, ivfpq_truth **out, 
 
 /* ---- beta ---- */
 
-/* What the codes say a row is: centroid plus words. */
+/* What the codes say of a row: its words side by side. */
 static void decode(const ivfpq_model *m, const neighbour *b, float *y) {
   size_t ds = m->sub_dim, words = ivfpq_words(m->bits);
-  memcpy(y, m->centroids + (size_t)b->centroid * m->dim_padded, m->dim_padded * sizeof *y);
   for (size_t j = 0; j < m->subs; j++) {
     unsigned code = m->bits == 4 ? b->codes[j / 2] >> (j % 2 ? 4 : 0) & 15u : b->codes[j];
-    const float *w = m->words + (j * words + code) * ds;
-    for (size_t e = 0; e < ds; e++) y[j * ds + e] += w[e];
+    memcpy(y + j * ds, m->words + (j * words + code) * ds, ds * sizeof *y);
   }
 }
 
-/* The estimate at beta 0, less what is the same for all rows of a query. */
-static float estimate(const ivfpq_truth *t, size_t query, const neighbour *b, float *y) {
-  decode(t->m, b, y);
-  float cc = t->m->metric == IVFPQ_DOT ? 0 : -2 * t->m->bias[b->centroid];
-  return cc - 2 * kern_get()->dot_f32(t->x + query * t->m->dim_padded, y, t->m->dim_padded) + t->queries[query].term_scale * b->term;
+/* The estimate at beta 0, less what is the same for all rows of a query, of which q is what the codes are of. */
+static float estimate(const ivfpq_truth *t, size_t query, const float *q, const neighbour *b, float *y) {
+  const ivfpq_model *m = t->m;
+  size_t d = m->dim_padded;
+  float cc = m->metric == IVFPQ_DOT ? 0 : -2 * m->bias[b->centroid];
+  decode(m, b, y);
+  float product = kern_get()->dot_f32(t->x + query * d, m->centroids + (size_t)b->centroid * d, d);
+  return cc - 2 * (product + kern_get()->dot_f32(q, y, ivfpq_model_code_dim(m))) + t->queries[query].term_scale * b->term;
 }
 
 /* How many of the WANTED nearest are among the first by estimate, under each beta. Neighbours are sorted. */
 static void count_hits(ivfpq_truth *t, size_t query, float *y, size_t hits[IVFPQ_BETAS]) {
   float est[IVFPQ_NEAR], off[IVFPQ_NEAR];
+  const ivfpq_model *m = t->m;
   size_t n = t->queries[query].n_near;
   if (n < 2 * AMONG) return;
+  const float *q = ivfpq_model_turned(m, t->x + query * m->dim_padded, y + m->dim_padded);
   for (size_t i = 0; i < n; i++) {
     const neighbour *b = near_of(t, query, i);
-    est[i] = estimate(t, query, b, y), off[i] = t->queries[query].term_scale * b->err2;
+    est[i] = estimate(t, query, q, b, y), off[i] = t->queries[query].term_scale * b->err2;
   }
   for (size_t b = 0; b < IVFPQ_BETAS; b++) {
     uint64_t *key = t->scratch;
@@ -453,7 +456,7 @@ static vs_rc settle(ivfpq_truth *t, vs_err *err) {
 
 vs_rc ivfpq_truth_beta(ivfpq_truth *t, size_t *beta, vs_err *err) {
   size_t hits[IVFPQ_BETAS] = {0}, most = 0;
-  float *y = malloc(t->m->dim_padded * sizeof *y);
+  float *y = malloc(2 * t->m->dim_padded * sizeof *y);
   vs_rc rc = y ? settle(t, err) : vs_nomem(err);
   *beta = IVFPQ_USUAL_BETA;
   for (size_t i = 0; i < t->n && !rc; i++) count_hits(t, i, y, hits);

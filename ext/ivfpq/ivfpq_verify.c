@@ -192,7 +192,7 @@ static void verify_floats(walk *w) {
   check_finite(w, "PARAMS, group centroids", w->s->group_bias, lanes + lanes * p->dim_padded);
   if (!p->m) return;
   check_finite(w, "MEAN", w->s->mean, p->dim);
-  if (ivfpq_codebook_of(w->s)) check_finite(w, "CODEBOOK", ivfpq_codebook_of(w->s)->scale, p->m);
+  if (ivfpq_codebook_of(w->s)) check_finite(w, "CODEBOOK", ivfpq_codebook_of(w->s)->scale, p->m + (uint64_t)p->turn);
   if (w->s->projection) check_finite(w, "PROJECTION", w->s->projection_scale, p->project);
 }
 
