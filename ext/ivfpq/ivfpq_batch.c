@@ -43,7 +43,7 @@ typedef struct bench {
   ivfpq_keys keys;
 } bench;
 
-typedef struct seed { float step8, qq, constant, term_scale; uint32_t n, n_groups; int cut; } seed;
+typedef struct seed { float step8, turned_step, qq, constant, term_scale; uint32_t n, n_groups; int cut; } seed;
 
 /* A query whose filter let too few rows through, with what its scan points to. */
 typedef struct waiting { size_t query; ivfpq_scan_state *scan; ivfpq_keys keys; ivfpq_query q; ivfpq_stats stats; } waiting;
@@ -58,6 +58,8 @@ struct ivfpq_batch {
   size_t want, stride;         /* lanes kept per query; bytes from one query's bytes to the next */
   seed *seeds;
   int8_t *bytes;
+  size_t turned_stride;
+  int8_t *turned8;             /* the queries along the codes' directions, as bytes */
   uint64_t *keys;              /* n x want */
   uint64_t *order;             /* (nearest lane, query) ascending; scratch behind it */
   uint64_t *wishes;            /* per slice and group: which queries rank it. NULL: all do */
@@ -111,10 +113,11 @@ static bench *bench_make(const ivfpq_batch *b) {
   const ivfpq_params *p = &b->s->params;
   bench *w = calloc(1, sizeof *w);
   size_t room = ivfpq_ranking_room(b->want, LANES_AT_ONCE), project = ivfpq_round(p->project, 64);
+  size_t widest = project > b->turned_stride ? project : b->turned_stride;
   if (!w) return NULL;
   w->t.x = calloc(b->stride + 16, sizeof *w->t.x);
   w->tile = malloc(SLICE * b->stride + 64), w->projected = malloc(SLICE * project + 64);
-  w->projected_f32 = malloc((SLICE * project + 16) * sizeof(float));
+  w->projected_f32 = malloc((SLICE * widest + 16) * sizeof(float));
   w->score = malloc(SLICE * (size_t)LANES_AT_ONCE * sizeof(int32_t));
   w->rank = malloc(SLICE * room * sizeof *w->rank), w->scratch = malloc(2 * room * sizeof *w->scratch);
   w->scan = ivfpq_scan_take(b->s);
@@ -169,20 +172,18 @@ static size_t slice_size(const ivfpq_batch *b, size_t slice) {
   return b->p.n - slice * SLICE < SLICE ? b->p.n - slice * SLICE : SLICE;
 }
 
-/* The queries of a slice in the directions of the projection, as bytes: ivfpq_project for all of them at once. */
-static void project_slice(ivfpq_batch *b, bench *w, size_t slice, float *step) {
-  uint32_t n = b->s->params.project;
-  size_t m = slice_size(b, slice), stride = ivfpq_round(n, 64);
+/* The queries of a slice along n directions, as bytes: ivfpq_project, or what a table is made of, for all of them at once. */
+static void turn_slice(ivfpq_batch *b, bench *w, size_t slice, const uint8_t *packed, const float *scale, uint32_t n, size_t stride,
+                       int8_t *out, float *step) {
+  size_t m = slice_size(b, slice);
   for (uint32_t at = 0; at < n; at += LANES_AT_ONCE) {
     uint32_t part = n - at < LANES_AT_ONCE ? n - at : LANES_AT_ONCE, width = ivfpq_coded_dim(&b->s->params);
-    kern_get()->scores_i8(b->bytes + slice * SLICE * b->stride, m, b->stride, width, b->s->projection + (size_t)at * width, part, w->score,
-                          LANES_AT_ONCE);
+    kern_get()->scores_i8(b->bytes + slice * SLICE * b->stride, m, b->stride, width, packed + (size_t)at * width, part, w->score, LANES_AT_ONCE);
     for (size_t i = 0; i < m; i++)
       for (uint32_t u = 0; u < part; u++)
-        w->projected_f32[i * stride + at + u] = b->seeds[slice * SLICE + i].step8 * b->s->projection_scale[at + u] *
-                                                (float)w->score[i * LANES_AT_ONCE + u];
+        w->projected_f32[i * stride + at + u] = b->seeds[slice * SLICE + i].step8 * scale[at + u] * (float)w->score[i * LANES_AT_ONCE + u];
   }
-  for (size_t i = 0; i < m; i++) step[i] = kern_get()->quantize_i8(w->projected_f32 + i * stride, n, w->projected + i * stride);
+  for (size_t i = 0; i < m; i++) step[i] = kern_get()->quantize_i8(w->projected_f32 + i * stride, n, out + i * stride);
 }
 
 /* The queries of a slice as bytes; with a projection, in its directions too. step: what the centroids are scored with. */
@@ -195,7 +196,14 @@ static void prepare_slice(ivfpq_batch *b, bench *w, size_t slice, float *step) {
     b->seeds[at] = (seed){.step8 = w->t.step8, .qq = w->t.qq, .constant = w->t.constant, .term_scale = w->t.term_scale};
     step[i] = w->t.step8;
   }
-  if (p->project) project_slice(b, w, slice, step);
+  if (p->turn) {
+    const ivfpq_codebook *c = ivfpq_codebook_of(b->s);
+    float turned_step[SLICE];
+    turn_slice(b, w, slice, c->turn, c->turn_scale, p->turn, b->turned_stride, b->turned8 + slice * SLICE * b->turned_stride, turned_step);
+    for (size_t i = 0; i < slice_size(b, slice); i++) b->seeds[slice * SLICE + i].turned_step = turned_step[i];
+  }
+  if (p->project)
+    turn_slice(b, w, slice, b->s->projection, b->s->projection_scale, p->project, ivfpq_round(p->project, 64), w->projected, step);
 }
 
 /* Shows one group to the queries of a slice that rank it. */
@@ -329,7 +337,7 @@ static vs_rc open_scan(ivfpq_batch *b, size_t query, ivfpq_scan_state *c, const 
   const seed *sd = &b->seeds[query];
   ivfpq_ranked r = {.views = b->views, .n_groups = sd->n_groups, .bytes = b->bytes + query * b->stride, .step8 = sd->step8,
                     .qq = sd->qq, .constant = sd->constant, .term_scale = sd->term_scale, .key = b->keys + query * b->want,
-                    .n = sd->n, .cut = sd->cut};
+                    .n = sd->n, .cut = sd->cut, .turned8 = b->turned8 + query * b->turned_stride, .turned_step = sd->turned_step};
   out->n = 0;
   return ivfpq_scan_ranked(c, q, out, stats, &r, err);
 }
@@ -505,10 +513,11 @@ static vs_rc allocate(ivfpq_batch *b, vs_err *err) {
   size_t n = b->p.n;
   b->want = ivfpq_ranks_wanted(b->s, &b->p.query);
   b->stride = ivfpq_round(ivfpq_coded_dim(p), 64);
-  b->seeds = malloc(n * sizeof *b->seeds), b->bytes = calloc(n * b->stride + 64, 1);
+  b->turned_stride = ivfpq_round(p->turn, 64);
+  b->seeds = malloc(n * sizeof *b->seeds), b->bytes = calloc(n * b->stride + 64, 1), b->turned8 = malloc(n * b->turned_stride + 64);
   b->keys = malloc((n * b->want + 1) * sizeof *b->keys), b->order = malloc(2 * n * sizeof *b->order);
   b->part_seen = b->s->io->local ? NULL : malloc((p->nlist / 64 + 1) * sizeof *b->part_seen);
-  if (!b->seeds || !b->bytes || !b->keys || !b->order || (!b->part_seen && !b->s->io->local)) return vs_nomem(err);
+  if (!b->seeds || !b->bytes || !b->turned8 || !b->keys || !b->order || (!b->part_seen && !b->s->io->local)) return vs_nomem(err);
   if (!b->p.query.filter) return VS_OK;
   b->filter = (ivfpq_filter){.ctx = b, .eval = eval_once};
   b->bitmap = malloc((p->n_rows / 64 + p->nlist + 1) * sizeof *b->bitmap), b->has_bitmap = calloc(p->nlist + 1, 1);
@@ -575,7 +584,7 @@ void ivfpq_batch_close(ivfpq_batch *b) {
   for (int i = 0; i < 2; i++)
     if (b->codebook[i].len) vs_io_release(b->s->io, &b->codebook[i], 1);
   ivfpq_scan_close(b->flat);
-  free(b->seeds), free(b->bytes), free(b->keys), free(b->order), free(b->wishes), free(b->own_views), free(b->group_list);
+  free(b->seeds), free(b->bytes), free(b->turned8), free(b->keys), free(b->order), free(b->wishes), free(b->own_views), free(b->group_list);
   free(b->begun), free(b->parts), free(b->part_seen), free(b->waiting), free(b->bitmap), free(b->has_bitmap);
   pthread_mutex_destroy(&b->lock);
   free(b);

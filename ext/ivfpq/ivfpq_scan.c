@@ -547,7 +547,8 @@ vs_rc ivfpq_scan_ranked(scan *c, const ivfpq_query *q, ivfpq_keys *out, ivfpq_st
   if (rc) return rc;
   c->resident = r->views, c->elsewhere = 1, c->held = 1;
   memcpy(c->table.bytes, r->bytes, ivfpq_coded_dim(&c->s->params));
-  c->table.step8 = r->step8, c->table.qq = r->qq, c->table.constant = r->constant, c->table.term_scale = r->term_scale;
+  if (c->s->params.turn) memcpy(c->table.turned8, r->turned8, c->s->params.turn);
+  c->table.step8 = r->step8, c->table.turned_step = r->turned_step, c->table.qq = r->qq, c->table.constant = r->constant, c->table.term_scale = r->term_scale;
   memcpy(c->rank, r->key, r->n * sizeof *r->key);
   c->n_ranked = r->n, c->cut = r->cut, c->n_views = r->n_groups;
   return VS_OK;

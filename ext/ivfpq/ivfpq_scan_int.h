@@ -80,7 +80,8 @@ typedef struct ivfpq_ranked {
   const ivfpq_group_view *views; /* by number of the group: those that were ranked. They stay until the end. */
   size_t n_groups;               /* so many were ranked */
   const int8_t *bytes;           /* coded dims; with it the numbers of ivfpq_table that ivfpq_table_query finds */
-  float step8, qq, constant, term_scale;
+  const int8_t *turned8;         /* params.turn: the query along the codes' directions */
+  float step8, turned_step, qq, constant, term_scale;
   const uint64_t *key;           /* the nearest lanes, in any order */
   size_t n;
   int cut;                       /* there are more than these */

@@ -56,16 +56,16 @@ void ivfpq_table_query(const ivfpq_segment *s, const float *v, ivfpq_table *t) {
     for (uint32_t j = 0; j < p->dim; j++) t->x[j] = v[j] * scale - s->mean[j];
     t->qq = k->dot_f32(t->x, t->x, p->dim);
   }
-  t->step8 = k->quantize_i8(t->x, p->dim_padded, t->bytes);
+  t->step8 = k->quantize_i8(t->x, p->dim_padded, t->bytes), t->turned_step = 0;
 }
 
-/* The query along the directions that codes are of, as bytes; returns their step. */
-static float turn_query(const ivfpq_segment *s, const ivfpq_codebook *c, ivfpq_table *t) {
+/* The query along the directions that codes are of, as bytes. */
+static void turn_query(const ivfpq_segment *s, const ivfpq_codebook *c, ivfpq_table *t) {
   const kern *k = kern_get();
   uint32_t n = s->params.turn;
   k->scores_i8(t->bytes, 1, 0, ivfpq_coded_dim(&s->params), c->turn, n, t->turn_score, 0);
   for (uint32_t u = 0; u < n; u++) t->turned[u] = t->step8 * c->turn_scale[u] * (float)t->turn_score[u];
-  return k->quantize_i8(t->turned, n, t->turned8);
+  t->turned_step = k->quantize_i8(t->turned, n, t->turned8);
 }
 
 void ivfpq_table_make(const ivfpq_segment *s, ivfpq_table *t) {
@@ -73,7 +73,8 @@ void ivfpq_table_make(const ivfpq_segment *s, ivfpq_table *t) {
   const ivfpq_codebook *c = ivfpq_codebook_of(s);
   const kern *k = kern_get();
   uint32_t width = ivfpq_code_dim(p) / p->m;
-  float step8 = p->turn ? turn_query(s, c, t) : t->step8;
+  if (p->turn && !(t->turned_step > 0)) turn_query(s, c, t);
+  float step8 = p->turn ? t->turned_step : t->step8;
   const int8_t *bytes = p->turn ? t->turned8 : t->bytes, *q = bytes;
   if (width != c->table_dim) {
     for (uint32_t j = 0; j < p->m; j++) memcpy(t->by_code + (size_t)j * c->table_dim, bytes + (size_t)j * width, width);

@@ -12,6 +12,7 @@ typedef struct ivfpq_table {
   int32_t *turn_score;   /* the query along the codes' directions: products of bytes, */
   float *turned;         /* what they say, */
   int8_t *turned8;       /* and that as bytes */
+  float turned_step;     /* their step; 0: ivfpq_table_make has still to find them */
   float step8;
   float qq, constant;    /* |x|^2 for l2 and cosine; what dot adds for the mean */
   float term_scale;      /* what stored terms are multiplied with: 1, for dot |query - mean| */

@@ -91,7 +91,7 @@ size_t shard_batch_most(const shard_search *q) {
   uint64_t per_query = (r.n_tasks < CUT_FROM ? r.n_tasks + 1 : CUT_FROM + 1) * r.n_candidates * sizeof(shard_hit);
   for (size_t i = 0; i < r.n_tasks; i++) {
     const segment_task *t = &r.tasks[i];
-    per_query += t->segment->params.dim_padded + 8ull * t->spend.nprobe + 64;
+    per_query += t->segment->params.dim_padded + t->segment->params.turn + 8ull * t->spend.nprobe + 64;
     if (q->filters && q->filters[t->shard] && !t->segment->io->local) most = FILTERED_MOST;
   }
   free(r.tasks);
