@@ -129,6 +129,13 @@ def clustered(n, dim, seed, centers=24):
     return (c[rng.integers(0, centers, n)] + rng.normal(size=(n, dim))).astype("<f4")
 
 
+def few_directions(n, dim, seed, directions=8):
+    """Rows whose residuals codes can be of principal directions of."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, directions)) @ rng.normal(size=(directions, dim))
+    return (x + .02 * rng.normal(size=(n, dim))).astype("<f4")
+
+
 @pytest.fixture
 def db():
     c = connect()

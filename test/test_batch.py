@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 
-from conftest import BUILD, blob, build_shard, clustered, connect, plain_environ, tool, use_environ
+from conftest import BUILD, blob, build_shard, clustered, connect, few_directions, plain_environ, tool, use_environ
 
 COLUMNS = "query_no, query_key, shard, id, distance"
 
@@ -57,6 +57,10 @@ def shapes(tmp_path_factory):
         q = clustered(70, dim, seed, centers=60)
         made[name] = (str(folder / name), q[np.random.default_rng(seed).permutation(len(q))])
 
+    few = few_directions(6070, 96, 6)
+    build_shard(folder / "turned", few[:6000], metric="cosine")
+    assert int(tool("dump", folder / "turned").stdout.split(" turn ")[1].split()[0]) > 0
+    made["turned"] = (str(folder / "turned"), few[6000:])
     add("l2", 20000, 40, "l2", 1, options=("--partitions", "150"))
     add("cosine", 9000, 300, "cosine", 2, ids=lambda n: ["id%06d" % i for i in range(n)], options=("--partitions", "90"))
     add("dot", 12000, 24, "dot", 3, options=("--partitions", "100", "--bits", "4"))
@@ -74,7 +78,7 @@ def shapes(tmp_path_factory):
     return made
 
 
-NAMES = ["l2", "cosine", "dot", "half", "flat", "union", "long"]
+NAMES = ["l2", "cosine", "dot", "half", "flat", "union", "long", "turned"]
 
 
 @pytest.mark.parametrize("name", NAMES)

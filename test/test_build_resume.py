@@ -17,7 +17,7 @@ import time
 import h5py
 import numpy as np
 import pytest
-from conftest import BUILD, plain_environ
+from conftest import BUILD, few_directions, plain_environ
 
 TOOL = str(BUILD / "vecshard")
 SEED = 20261128
@@ -38,12 +38,14 @@ def data(tmp_path_factory):
     d = tmp_path_factory.mktemp("resume")
     rng = np.random.default_rng(SEED)
     with h5py.File(d / "x.h5", "w") as f:
-        f["embedding"] = (rng.normal(size=(64, DIM))[rng.integers(0, 64, ROWS)] * 2 + rng.normal(size=(ROWS, DIM))).astype("<f4")
+        f["embedding"] = few_directions(ROWS, DIM, SEED)  # codes are of directions, which are kept, too
         f.create_dataset("id", data=np.array(["id%d" % i if i % 50 else "long" * 20 + str(i) for i in range(ROWS)], dtype=object),
                          dtype=h5py.string_dtype())
         f["n"] = np.arange(ROWS)
         f.create_dataset("t", data=np.array(["text %d" % (i % 97) for i in range(ROWS)], dtype=object), dtype=h5py.string_dtype())
     build(d, d / "whole")
+    dump = subprocess.run([TOOL, "dump", d / "whole"], capture_output=True, text=True).stdout
+    assert int(dump.split(" turn ")[1].split()[0]) > 0
     return d, contents(d / "whole")
 
 
