@@ -66,6 +66,13 @@ std::string text(const words &w, const char *name) {
   return it->second;
 }
 
+/* Of OpenMP, and of the BLAS beneath FAISS: OpenBLAS has threads of its own, and a batch on "one thread" would use them. */
+extern "C" void openblas_set_num_threads(int) __attribute__((weak));
+void set_threads(int n) {
+  omp_set_num_threads(n);
+  if (openblas_set_num_threads) openblas_set_num_threads(n);
+}
+
 std::string quoted(const std::string &s) {
   std::string out = "\"";
   for (char c : s)
@@ -134,7 +141,7 @@ class peer {
     bool cached = bytes_of(path) > 0;
     refined.reset();
     base.reset();
-    omp_set_num_threads(build_threads);
+    set_threads(build_threads);
     if (cached) {
       base.reset(faiss::read_index(path.c_str()));
     } else {
@@ -173,7 +180,7 @@ class peer {
     set(nprobe, number(w, "implem", 0));
     refined->k_factor = (float)refine;
     const faiss::Index *searched = refine > 0 ? refined.get() : base.get();
-    omp_set_num_threads((int)number(w, "threads", 1));
+    set_threads((int)number(w, "threads", 1));
     double best_wall = 1e30, best_cpu = 1e30;
     std::vector<uint64_t> ns(batch ? 0 : n), best_ns(ns);
     for (long pass = 0; pass < passes; pass++) {

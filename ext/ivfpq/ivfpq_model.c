@@ -8,6 +8,9 @@
 #include "../base/vs_pool.h"
 #include "../kernels/kern.h"
 
+/* k-means. recall@10 at equal settings of 1,000,000 x 128 and 300,000 x 960, by rows per centroid (ivfpq_build.c) and iterations: 40 and 5
+ * .953/.952; 26 and 5 .943/.939; 40 and 3 .951/.946; 64 and 5 .955/.949; 100 and 2 .954/.956; 100 and 3, half as much work again,
+ * .957/.961. Other clusterings of the same kind differ by .003. */
 enum {
   COARSE_ITERATIONS = 5,
   WORD_ITERATIONS = 4,
