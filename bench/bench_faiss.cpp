@@ -44,6 +44,9 @@
 #include <string>
 #include <vector>
 
+/* OpenBLAS has threads of its own, and a batch on "one thread" would use them. */
+extern "C" void openblas_set_num_threads(int) __attribute__((weak));
+
 namespace {
 
 using words = std::map<std::string, std::string>;
@@ -66,8 +69,7 @@ std::string text(const words &w, const char *name) {
   return it->second;
 }
 
-/* Of OpenMP, and of the BLAS beneath FAISS: OpenBLAS has threads of its own, and a batch on "one thread" would use them. */
-extern "C" void openblas_set_num_threads(int) __attribute__((weak));
+/* Of OpenMP, and of the BLAS beneath FAISS. */
 void set_threads(int n) {
   omp_set_num_threads(n);
   if (openblas_set_num_threads) openblas_set_num_threads(n);
