@@ -120,10 +120,10 @@ def measure(program, data, k, first, n, deep=None, **words):
 class Search:
     """Looks for the cheapest setting (nprobe, refine) per recall, on the tuning half of the queries. Recall grows with both, and so
     does the cost. For each goal: the smallest nprobe that reaches it at all (with the largest refine), by bisection; from there
-    upwards the smallest refine that reaches it; until more partitions have cost more for some steps. What was measured once is
-    known."""
+    upwards the smallest refine that reaches it; until so many partitions cost more with the smallest refine already. What was
+    measured once is known."""
 
-    PATIENCE = 3
+    NOISE = 1.1
 
     def __init__(self, program, data, k, nprobes, refines, say=None, **words):
         self.program, self.data, self.k = program, data, k
@@ -153,17 +153,15 @@ class Search:
     def find(self, goal, bound=float("inf")):
         """The cheapest point that reaches the goal and costs less than the bound, or None."""
         last = len(self.refines) - 1
-        best, worse = None, 0
+        best = None
         for i in range(self.smallest(len(self.nprobes), lambda i: self.at(i, last)["recall"] >= goal), len(self.nprobes)):
             j = self.smallest(last + 1, lambda j: self.at(i, j)["recall"] >= goal)
             if j > last:
                 continue
             p = self.at(i, j)
             if p["cpu_us"] < (best["cpu_us"] if best else bound):
-                best, worse = p, 0
-            else:
-                worse += 1
-            if worse == self.PATIENCE or self.at(i, 0)["cpu_us"] > 1.5 * (best["cpu_us"] if best else bound):
+                best = p
+            if self.at(i, 0)["cpu_us"] > self.NOISE * (best["cpu_us"] if best else bound):
                 break
         return best
 
