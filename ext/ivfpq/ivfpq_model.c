@@ -19,7 +19,7 @@ enum {
   PROJECT_MAX = 128,    /* directions */
   PROJECT_STEP = 16,
   PROJECT_FROM = 96,    /* dimensions, */
-  PROJECT_TO = 4096,    /* the Gram matrix then has 64 MiB; and */
+  PROJECT_TO = 4096,    /* the Gram matrix then has 64 MiB (for the codes' directions, too); and */
   PROJECT_NLIST = 512,  /* partitions: below, ranking is cheap as it is */
   PROJECT_SAMPLE = 4096, /* centroids that are looked at */
   PROJECT_ITERATIONS = 8,
@@ -309,7 +309,7 @@ static size_t turn_width(const float *value, size_t bytes, size_t width, double 
  * on word vectors, where twice the lists save 38 %, and nothing on image descriptors, at twice the bytes of codes. */
 static vs_rc learn_turn(ivfpq_model *m, const ivfpq_learn *p, const float *x, size_t n, vs_err *err) {
   size_t d = m->dim_padded, most = TURN_COST * 256 * (double)d / (double)(d + 256), width = m->m * 4 <= most ? 4 : 2, k = m->m * width;
-  if (k >= d || k > most || k > IVFPQ_MAX_TURN || n < TURN_ROWS * d) return VS_OK;
+  if (d > PROJECT_TO || k >= d || k > most || k > IVFPQ_MAX_TURN || n < TURN_ROWS * d) return VS_OK;
   float *v = malloc(k * d * 4), *value = malloc(k * 4), *gram = malloc(d * d * 4);
   vs_rc rc = v && value && gram ? gram_matrix(x, n, d, gram, err) : vs_nomem(err);
   if (!rc) rc = leading_directions(gram, d, k, p, p->seed + 3, v, value, err);
