@@ -12,7 +12,7 @@
  * build (ivfpq_stages.c).
  *
  * Anonymous memory, with n_c = nlist * dim_padded * 4 bytes of centroids, M = options.memory:
- *   train  sample (<= M/2, twice while the mean is taken: raw and padded, each <= M/4) + 4 n_c + code words
+ *   train  sample, raw and padded (each <= M/2) + 4 n_c + code words
  *   stream 2 n_c + staging (M/2, and a batch) + sorter (M/8) + batch (<= 16 MiB, and its padded copy) + 16 bytes * nlist per run,
  *          while it spills 8 bytes * rows staged and 1 MiB per thread
  *   4, 5   staging, when nothing was spilled (M/2) + ids (M/8) + two blocks (each <= 24 MiB, or 1 partition of codes and columns)
@@ -142,7 +142,7 @@ static vs_rc train(builder *b) {
   size_t want = (size_t)m->nlist * SAMPLE_PER_CENTROID, n = 0;
   if (!m->m) return ivfpq_model_learn(m, &(ivfpq_learn){0}, NULL, b->err);
   if (want < SAMPLE_MIN) want = SAMPLE_MIN;
-  if (want > b->memory / 4 / row) want = b->memory / 4 / row;
+  if (want > b->memory / 2 / row) want = b->memory / 2 / row;
   if (want > b->in->n_rows) want = b->in->n_rows;
   float *raw = malloc(want * (size_t)m->dim * 4 + 4), *padded = malloc(want * (size_t)row + 4);
   uint64_t *seq = malloc((want + 1) * sizeof *seq);
