@@ -49,7 +49,7 @@ def compiled(found, out):
     include, library = found
     program = pathlib.Path(out) / "bench_faiss"
     source = HERE / "bench_faiss.cpp"
-    stamp = program.with_suffix(".library")
+    stamp = program.with_suffix(".from")  # the build of FAISS that it was compiled with
     if program.exists() and stamp.exists() and stamp.read_text() == str(library) and program.stat().st_mtime > max(
             source.stat().st_mtime, library.stat().st_mtime):
         return program
