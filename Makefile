@@ -46,6 +46,7 @@ KERN_FLAGS_avx2 := -O3 -mavx2 -mfma -mf16c
 KERN_FLAGS_avx512 := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mavx2 -mfma -mf16c
 KERN_FLAGS_words_avx512 := $(KERN_FLAGS_avx512)
 KERN_FLAGS_nearest_avx512 := $(KERN_FLAGS_avx512) -mamx-tile -mamx-int8
+KERN_FLAGS_grouped_avx512 := $(KERN_FLAGS_nearest_avx512)
 else ifneq ($(filter aarch64%,$(ARCH)),)
 KERN_FLAGS_neon := -O3
 KERN_FLAGS_dotprod := -O3 -march=armv8.2-a+dotprod

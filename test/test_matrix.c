@@ -3,6 +3,7 @@
  *   - kern_nearest_find is exact: no row of the matrix is nearer than the one it names by more than rounding, for matrices
  *     of bytes and of any floats, for points in clusters, between centroids, far out, zero, and for duplicates;
  *   - bytes and tiles agree to the bit, and a row's answer does not depend on the rows beside it;
+ *   - by groups, too, where rows seldom get another row than the nearest;
  *   - what is not finite costs that row its answer, never a crash;
  *   - code words are the nearest ones, but for differences of a few thousandths;
  *   - nothing is read or written outside the arrays: they are allocated to the byte, so run it under ASan as well.
@@ -195,6 +196,97 @@ static void nearest_survives_specials(void **state) {
   free(clean), free(id), free_problem(&p);
 }
 
+/* ------------------------------------------------------------------ nearest rows by groups */
+
+enum { GROUPS = 37 };
+
+/* Groups of their middles' neighbours; one is empty. The answers, which must not depend on the rows beside one. */
+static void find_grouped(const problem *p, uint32_t *id) {
+  float *centres = exact(GROUPS * p->dim * sizeof *centres);
+  uint32_t *of = exact(p->n_c * sizeof *of), *order = exact(p->n_c * sizeof *order), start[GROUPS + 1] = {0}, at = 0;
+  for (size_t g = 0; g < GROUPS; g++) memcpy(centres + g * p->dim, p->c + (g * 11 % p->n_c) * p->dim, p->dim * sizeof *centres);
+  for (size_t k = 0; k < p->n_c; k++) {
+    of[k] = 0;
+    for (uint32_t g = 1; g + 1 < GROUPS; g++)
+      if (l2sq(p->c + k * p->dim, centres + g * p->dim, p->dim) < l2sq(p->c + k * p->dim, centres + of[k] * p->dim, p->dim)) of[k] = g;
+  }
+  for (uint32_t g = 0; g < GROUPS; g++, start[g] = at)
+    for (uint32_t k = 0; k < p->n_c; k++)
+      if (of[k] == g) order[at++] = k;
+  void *mem = exact(kern_grouped_bytes(p->n_c, GROUPS, p->dim));
+  kern_grouped m;
+  kern_grouped_init(&m, p->c, p->dim, order, start, centres, GROUPS, mem);
+  void *scratch = exact(kern_grouped_scratch(&m));
+  kern_grouped_find(&m, p->x, p->n_x, p->stride, id, scratch);
+  for (size_t r = 0; r < p->n_x; r += 1 + p->n_x / 5) {
+    uint32_t *part = exact((p->n_x - r) * sizeof *part);
+    kern_grouped_find(&m, p->x + r * p->stride, p->n_x - r, p->stride, part, scratch);
+    assert_memory_equal(part, id + r, (p->n_x - r) * sizeof *part);
+    free(part);
+  }
+  free(centres), free(of), free(order), free(mem), free(scratch);
+}
+
+static const struct { size_t n_c, dim, n_x; } grouped_shapes[] = {{600, 96, 2100}, {1000, 64, 1025}, {513, 131, 70}, {700, 960, 300}};
+enum { N_GROUPED = sizeof grouped_shapes / sizeof *grouped_shapes };
+static uint32_t *by_vnni[N_GROUPED]; /* before tiles were asked for */
+
+/* Run twice, without tiles and with them: the answers agree to the bit. Seldom another row than the nearest, and one hardly farther. */
+static void grouped_is_close(void **state) {
+  (void)state;
+  uint64_t kept = rng_state;
+  for (size_t s = 0; s < N_GROUPED && kern_grouped_works(); s++) {
+    rng_state = 77 + s;
+    problem p = make_problem(grouped_shapes[s].n_c, grouped_shapes[s].dim, grouped_shapes[s].n_x, 1);
+    uint32_t *id = exact(p.n_x * sizeof *id);
+    double got = 0, best = 0;
+    find_grouped(&p, id);
+    for (size_t r = 0; r < p.n_x; r++) {
+      double least = INFINITY;
+      assert_true(id[r] < p.n_c);
+      if (r % 13 == 6 || r % 5 == 3) continue;
+      for (size_t k = 0; k < p.n_c; k++) {
+        double d = l2sq(p.x + r * p.stride, p.c + k * p.dim, p.dim);
+        least = d < least ? d : least;
+      }
+      got += l2sq(p.x + r * p.stride, p.c + id[r] * p.dim, p.dim), best += least;
+    }
+    if (got > best * 1.01) fail_msg("%zu x %zu: squared distances sum up to %g, not %g", p.n_c, p.dim, got, best);
+    for (size_t r = 0; r < p.n_x; r += 5) /* these points are rows themselves */
+      if (r % 13 != 6) assert_true(memcmp(p.x + r * p.stride, p.c + id[r] * p.dim, p.dim * sizeof *p.c) == 0);
+    if (by_vnni[s]) assert_memory_equal(id, by_vnni[s], p.n_x * sizeof *id);
+    free(by_vnni[s]), by_vnni[s] = id, id = NULL;
+    float *odd = p.x + 5 * p.stride + 9;
+    id = exact(p.n_x * sizeof *id);
+    for (int i = 0; i < 3; i++) {
+      *odd = i == 0 ? NAN : i == 1 ? INFINITY : 3e38f;
+      find_grouped(&p, id);
+      for (size_t r = 0; r < p.n_x; r++) assert_true(r == 5 ? id[r] < p.n_c : id[r] == by_vnni[s][r]);
+    }
+    if (kern_amx_ready()) free(by_vnni[s]), by_vnni[s] = NULL;
+    free(id), free_problem(&p);
+  }
+  rng_state = kept;
+}
+
+/* kern_scores_i8 says what kern.scores_i8 says, with rows and columns that do not fill tiles. */
+static void scores_are_equal(void **state) {
+  (void)state;
+  for (size_t s = 0; s < 24; s++) {
+    size_t n_q = 1 + rnd() % 90, n_c = 1 + rnd() % 70, dim = s % 3 ? 64 * (1 + rnd() % 5) : 4 * (1 + rnd() % 60), lanes = (n_c + 15) / 16 * 16;
+    int8_t *q = exact(n_q * dim), *c = exact(n_c * dim);
+    uint8_t *packed = exact(lanes * dim);
+    int32_t *a = exact(n_q * lanes * 4), *b = exact(n_q * lanes * 4);
+    for (size_t i = 0; i < n_q * dim; i++) q[i] = (int8_t)(rnd() % 255 - 127);
+    for (size_t i = 0; i < n_c * dim; i++) c[i] = (int8_t)(rnd() % 255 - 127);
+    kern_pack_i8(c, n_c, dim, packed);
+    kern_scores_i8(q, n_q, dim, dim, packed, n_c, a, lanes);
+    kern_get()->scores_i8(q, n_q, dim, dim, packed, n_c, b, lanes);
+    for (size_t i = 0; i < n_q; i++) assert_memory_equal(a + i * lanes, b + i * lanes, n_c * 4);
+    free(q), free(c), free(packed), free(a), free(b);
+  }
+}
+
 /* ------------------------------------------------------------------ code words */
 
 static void check_words(size_t subs, size_t n_words, size_t ds, size_t n, float spread) {
@@ -323,7 +415,7 @@ int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {
     cmocka_unit_test(nearest_is_exact),      cmocka_unit_test(training_is_close),     cmocka_unit_test(nearest_survives_specials),
     cmocka_unit_test(words_are_nearest),     cmocka_unit_test(words_survive_specials), cmocka_unit_test(sums_and_differences),
-    cmocka_unit_test(simd_caps_amx),
+    cmocka_unit_test(grouped_is_close),      cmocka_unit_test(scores_are_equal),      cmocka_unit_test(simd_caps_amx),
   };
   if (argc > 1) { /* a child of simd_caps_amx: the variant named, without tiles, is exact too */
     setenv("VECSHARD_SIMD", argv[1], 1);
@@ -333,6 +425,8 @@ int main(int argc, char **argv) {
   }
   if (seed) rng_state = strtoull(seed, NULL, 10) | 1;
   printf("seed %llu\n", (unsigned long long)rng_state);
+  const struct CMUnitTest first[] = {cmocka_unit_test(grouped_is_close)};
+  if (cmocka_run_group_tests_name("without tiles", first, NULL, NULL)) return 1;
   printf("tiles: %s\n", kern_amx_request() ? "yes" : "no");
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

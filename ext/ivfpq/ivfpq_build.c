@@ -12,7 +12,7 @@
  * build (ivfpq_stages.c).
  *
  * Anonymous memory, with n_c = nlist * dim_padded * 4 bytes of centroids, M = options.memory:
- *   train  sample, raw and padded (each <= M/2) + 4 n_c + code words
+ *   train  sample (<= M/2) + rows of it kept for the truth (<= M/4) + 4 n_c + code words
  *   stream 2 n_c + staging (M/2, and a batch) + sorter (M/8) + batch (<= 16 MiB, and its padded copy) + 16 bytes * nlist per run,
  *          while it spills 8 bytes * rows staged and 1 MiB per thread
  *   4, 5   staging, when nothing was spilled (M/2) + ids (M/8) + two blocks (each <= 24 MiB, or 1 partition of codes and columns)
@@ -85,7 +85,7 @@ static const char *row_fault(const builder *b, const float *x, uint8_t fault) {
 /* ---- pass 1: sample ---- */
 
 /* seq: where each row stands in the input. */
-static vs_rc take_sample(builder *b, float *sample, uint64_t *seq, size_t want, size_t *n_out) {
+static vs_rc take_sample(builder *b, float *sample, size_t stride, uint64_t *seq, size_t want, size_t *n_out) {
   uint64_t n = b->in->n_rows, stretches = (want + SAMPLE_STRETCH - 1) / SAMPLE_STRETCH;
   size_t have = 0, dim = b->in->dim;
   ivfpq_rng rng = {b->opt->seed ^ 0x5a5a5a5aull};
@@ -103,7 +103,7 @@ static vs_rc take_sample(builder *b, float *sample, uint64_t *seq, size_t want, 
     if (rc || !batch.n) break;
     for (size_t i = 0; i < batch.n && have < want; i++)
       if (!row_fault(b, batch.vectors + i * dim, batch.faults[i]))
-        memcpy(sample + have * dim, batch.vectors + i * dim, dim * 4), seq[have++] = batch.first_row + i;
+        memcpy(sample + have * stride, batch.vectors + i * dim, dim * 4), seq[have++] = batch.first_row + i;
     if (s % 64 == 0) {
       build_progress(b, "sample", have, want);
       rc = build_stopped(b);
@@ -136,25 +136,38 @@ static void shape_model(builder *b) {
   m->bits = p.bits, m->m = p.m, m->sub_dim = p.sub_dim, m->subs = ivfpq_subs(p.m, p.bits);
 }
 
+/* Some rows as they are, evenly over the sample, for the truth: training overwrites them. seq then says where these stand. */
+static vs_rc keep_raw(const ivfpq_model *m, const float *sample, uint64_t *seq, size_t n, size_t keep, float **raw, vs_err *err) {
+  if (!(*raw = malloc(keep * m->dim * sizeof **raw + 4))) return vs_nomem(err);
+  for (size_t i = 0; i < keep; i++) {
+    size_t from = (size_t)((double)i * (double)n / (double)keep);
+    memcpy(*raw + i * m->dim, sample + from * m->dim_padded, m->dim * sizeof **raw), seq[i] = seq[from];
+  }
+  return VS_OK;
+}
+
 static vs_rc train(builder *b) {
   ivfpq_model *m = &b->model;
   uint64_t row = (uint64_t)m->dim_padded * 4;
   size_t want = (size_t)m->nlist * SAMPLE_PER_CENTROID, n = 0;
-  if (!m->m) return ivfpq_model_learn(m, &(ivfpq_learn){0}, NULL, b->err);
+  if (!m->m) return ivfpq_model_learn(m, &(ivfpq_learn){0}, b->err);
   if (want < SAMPLE_MIN) want = SAMPLE_MIN;
   if (want > b->memory / 2 / row) want = b->memory / 2 / row;
   if (want > b->in->n_rows) want = b->in->n_rows;
-  float *raw = malloc(want * (size_t)m->dim * 4 + 4), *padded = malloc(want * (size_t)row + 4);
+  size_t keep = IVFPQ_TRUTH_SAMPLE < b->memory / 4 / row ? IVFPQ_TRUTH_SAMPLE : b->memory / 4 / row;
+  float *sample = ivfpq_large_alloc(want * (size_t)row + 4), *raw = NULL;
   uint64_t *seq = malloc((want + 1) * sizeof *seq);
-  vs_rc rc = raw && padded && seq ? take_sample(b, raw, seq, want, &n) : vs_nomem(b->err);
+  vs_rc rc = sample && seq ? take_sample(b, sample, m->dim_padded, seq, want, &n) : vs_nomem(b->err);
   if (!rc && n == 0) rc = vs_fail(b->err, VS_INVALID, "%s: no row can be indexed", b->in->path);
+  if (keep > n) keep = n;
+  if (!rc && b->opt->open) rc = keep_raw(m, sample, seq, n, keep, &raw, b->err);
   if (!rc) {
-    ivfpq_learn p = {.sample = raw, .n = n, .seed = b->opt->seed, .threads = b->threads, .stop = b->opt->stop,
+    ivfpq_learn p = {.sample = sample, .n = n, .seed = b->opt->seed, .threads = b->threads, .stop = b->opt->stop,
                      .ctx = b->opt->ctx, .progress = b->opt->progress};
-    rc = ivfpq_model_learn(m, &p, padded, b->err);
+    rc = ivfpq_model_learn(m, &p, b->err);
   }
-  if (!rc && b->opt->open) rc = ivfpq_truth_open(m, raw, seq, n, b->in->n_rows, &b->truth, b->err);
-  free(raw), free(padded), free(seq);
+  if (!rc && b->opt->open) rc = ivfpq_truth_open(m, raw, seq, keep, b->in->n_rows, &b->truth, b->err);
+  free(sample), free(raw), free(seq);
   return rc;
 }
 
@@ -309,7 +322,7 @@ static vs_rc encode_rows(encode_job *e, size_t at, size_t n, vs_err *err) {
   float *x = e->x + at * m->dim_padded;
   for (size_t i = 0; i < n; i++) seen[i] = e->why[at + i] ? UINT64_MAX : e->seq[at + i]; /* no neighbour of any row */
   vs_rc rc = truth ? ivfpq_truth_see(truth, x, n, seen, &near, err) : VS_OK;
-  if (!rc) ivfpq_model_encode(m, x, n, e->centroid + at, e->codes + at * m->m, e->terms + at, e->err2 + at);
+  if (!rc) rc = ivfpq_model_encode(m, x, n, e->centroid + at, e->codes + at * m->m, e->terms + at, e->err2 + at, err);
   if (near) ivfpq_truth_add(truth, near, e->codes + at * m->m, e->centroid + at, e->terms + at, e->err2 + at);
   return rc;
 }

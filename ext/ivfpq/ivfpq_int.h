@@ -20,11 +20,12 @@ typedef int (*ivfpq_stop)(void *ctx); /* non-zero: stop with VS_INTERRUPT; calle
 /* Centroids made ready for many searches; they must stay. */
 typedef struct ivfpq_finder {
   kern_nearest m;
+  kern_grouped grouped; /* n_groups 0: m is used */
   void *mem;
 } ivfpq_finder;
 vs_rc ivfpq_finder_open(ivfpq_finder *f, const float *c, size_t k, size_t dim, vs_err *err) VS_WARN_UNUSED;
 void ivfpq_finder_close(ivfpq_finder *f);
-/* See kern_nearest_find. On this thread; */
+/* See kern_nearest_find, and kern_grouped_find where there are many centroids: then `exact` is not looked at. On this thread; */
 vs_rc ivfpq_finder_find(const ivfpq_finder *f, const float *x, size_t n, size_t stride, int exact, uint32_t *id, vs_err *err) VS_WARN_UNUSED;
 /* on several, stopping within a fraction of a second when asked to (stop may be NULL). */
 vs_rc ivfpq_finder_find_all(const ivfpq_finder *f, const float *x, size_t n, size_t stride, int exact, int threads, ivfpq_stop stop,
@@ -57,6 +58,8 @@ vs_rc ivfpq_sorter_add(ivfpq_sorter *s, ivfpq_record r, vs_err *err) VS_WARN_UNU
 vs_rc ivfpq_sorter_finish(ivfpq_sorter *s, vs_err *err) VS_WARN_UNUSED; /* before the first next */
 vs_rc ivfpq_sorter_next(ivfpq_sorter *s, ivfpq_record *r, int *more, vs_err *err) VS_WARN_UNUSED;
 void ivfpq_sorter_close(ivfpq_sorter *s);
+/* n bytes in large pages where there are any, to free(): these are cleared and mapped in a five-hundredth of the calls. */
+void *ivfpq_large_alloc(size_t n);
 /* An unnamed file that goes away with its descriptor. */
 int ivfpq_tmpfile(const char *dir, vs_err *err);
 vs_rc ivfpq_pwrite(int fd, const void *p, size_t n, uint64_t off, const char *name, vs_err *err) VS_WARN_UNUSED;

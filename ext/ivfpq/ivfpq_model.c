@@ -44,19 +44,23 @@ void ivfpq_model_prepare(const ivfpq_model *m, const float *x, float *out) {
   for (uint32_t j = m->dim; j < m->dim_padded; j++) out[j] = 0;
 }
 
-/* The mean of the prepared sample, in double and in a fixed order. */
-static vs_rc learn_mean(ivfpq_model *m, const ivfpq_learn *p, float *x, vs_err *err) {
+/* Prepares the sample in place. Its mean: in double, in a fixed order. */
+static vs_rc learn_mean(ivfpq_model *m, float *x, size_t n, vs_err *err) {
+  enum { ROWS = 64 };
   double *sum = calloc(m->dim, sizeof *sum);
-  if (!sum) return vs_nomem(err);
-  for (size_t i = 0; i < p->n; i++) { /* the mean is still zero here */
-    ivfpq_model_prepare(m, p->sample + i * m->dim, x + i * m->dim_padded);
-    for (uint32_t j = 0; j < m->dim; j++) sum[j] += x[i * m->dim_padded + j];
+  float *part = malloc(m->dim * sizeof *part);
+  for (size_t at = 0; at < n && sum && part; at += ROWS) { /* the mean is still zero here */
+    uint32_t row[ROWS], rows = n - at < ROWS ? (uint32_t)(n - at) : ROWS;
+    float *to = x + at * m->dim_padded;
+    for (uint32_t r = 0; r < rows; r++) ivfpq_model_prepare(m, to + r * m->dim_padded, to + r * m->dim_padded), row[r] = r;
+    kern_sum_rows_f32(to, m->dim_padded, row, rows, m->dim, part);
+    for (uint32_t j = 0; j < m->dim; j++) sum[j] += part[j];
   }
-  for (uint32_t j = 0; j < m->dim; j++) m->mean[j] = (float)(sum[j] / (double)p->n);
-  for (size_t i = 0; i < p->n; i++)
-    for (uint32_t j = 0; j < m->dim; j++) x[i * m->dim_padded + j] -= m->mean[j];
-  free(sum);
-  return VS_OK;
+  for (uint32_t j = 0; j < m->dim && sum && part; j++) m->mean[j] = (float)(sum[j] / (double)n);
+  for (size_t i = 0; i < n; i++) kern_scale_sub_f32(x + i * m->dim_padded, 1, m->mean, m->dim, x + i * m->dim_padded);
+  vs_rc rc = sum && part ? VS_OK : vs_nomem(err);
+  free(sum), free(part);
+  return rc;
 }
 
 /* Clusters the centroids themselves and puts them in the order of their groups. */
@@ -204,9 +208,25 @@ static void turn_many(const ivfpq_model *m, const float *x, size_t n, size_t d, 
   }
 }
 
-/* The same in place; rows stay as they are when codes are of the dimensions themselves. */
-static void turn_rows(const ivfpq_model *m, float *x, size_t n, size_t d) {
-  if (m->turn) turn_many(m, x, n, d, x);
+/* Residuals, in place, by bytes: what these leave out is a hundredth of what codes do. Rows stay as they are when codes are of the
+ * dimensions themselves. */
+static vs_rc turn_rows(const ivfpq_model *m, float *x, size_t n, vs_err *err) {
+  enum { ROWS = 64 };
+  size_t d = m->dim_padded, k = m->turn, lanes = ivfpq_round(k, 16), coded = ivfpq_round(d, 4);
+  if (!k) return VS_OK;
+  int8_t *bytes = calloc(ROWS * coded + 64, 1);
+  int32_t *score = malloc(ROWS * lanes * sizeof *score);
+  for (size_t i = 0; i < n && bytes && score; i += ROWS) {
+    size_t rows = n - i < ROWS ? n - i : ROWS;
+    float step[ROWS];
+    for (size_t r = 0; r < rows; r++) step[r] = kern_get()->quantize_i8(x + (i + r) * d, d, bytes + r * coded);
+    kern_scores_i8(bytes, rows, coded, coded, m->turned_bytes, k, score, lanes);
+    for (size_t r = 0; r < rows; r++)
+      for (size_t j = 0; j < k; j++) x[(i + r) * k + j] = (float)score[r * lanes + j] * step[r] * m->turned_scale[j];
+  }
+  vs_rc rc = bytes && score ? VS_OK : vs_nomem(err);
+  free(bytes), free(score);
+  return rc;
 }
 
 const float *ivfpq_model_turned(const ivfpq_model *m, const float *x, float *out) {
@@ -215,9 +235,9 @@ const float *ivfpq_model_turned(const ivfpq_model *m, const float *x, float *out
   return out;
 }
 
-static vs_rc learn_coarse(ivfpq_model *m, const ivfpq_learn *p, const float *x, vs_err *err) {
+static vs_rc learn_coarse(ivfpq_model *m, const ivfpq_learn *p, vs_err *err) {
   size_t d = m->dim_padded;
-  ivfpq_kmeans km = {.x = x, .n = p->n, .stride = d, .dim = d, .k = m->nlist, .iterations = COARSE_ITERATIONS,
+  ivfpq_kmeans km = {.x = p->sample, .n = p->n, .stride = d, .dim = d, .k = m->nlist, .iterations = COARSE_ITERATIONS,
                      .threads = p->threads, .seed = p->seed, .stop = p->stop, .stop_ctx = p->ctx};
   vs_rc rc = ivfpq_kmeans_run(&km, m->centroids, err);
   if (!rc) rc = learn_groups(m, p, err);
@@ -275,12 +295,20 @@ static vs_rc deal(const float *v, const float *value, size_t bytes, size_t each,
 
 /* What follows from the directions. */
 static vs_rc ready_turn(ivfpq_model *m, vs_err *err) {
-  size_t d = m->dim_padded, words = ivfpq_words(m->bits);
+  size_t d = m->dim_padded, coded = ivfpq_round(d, 4), words = ivfpq_words(m->bits);
   if (!m->turn) return VS_OK;
   free(m->coder_mem);
   m->coder_mem = malloc(kern_words_bytes(m->subs, words, m->sub_dim) + 1);
   m->turned_packed = malloc(kern_packed_len(m->turn, d) * 4), m->turned_centroids = malloc(m->nlist * (size_t)m->turn * 4);
-  if (!m->coder_mem || !m->turned_packed || !m->turned_centroids) return vs_nomem(err);
+  m->turned_bytes = malloc(ivfpq_round(m->turn, 16) * coded), m->turned_scale = malloc(m->turn * sizeof *m->turned_scale);
+  int8_t *bytes = calloc(m->turn * coded + 1, 1);
+  if (!m->coder_mem || !m->turned_packed || !m->turned_centroids || !m->turned_bytes || !m->turned_scale || !bytes) {
+    free(bytes);
+    return vs_nomem(err);
+  }
+  for (size_t u = 0; u < m->turn; u++) m->turned_scale[u] = kern_get()->quantize_i8(m->turned + u * d, d, bytes + u * coded);
+  kern_pack_i8(bytes, m->turn, coded, m->turned_bytes);
+  free(bytes);
   kern_pack_f32(m->turned, m->turn, d, m->turned_packed);
   turn_many(m, m->centroids, m->nlist, d, m->turned_centroids);
   return VS_OK;
@@ -328,7 +356,8 @@ static vs_rc learn_turn(ivfpq_model *m, const ivfpq_learn *p, const float *x, si
 }
 
 /* Code words learn from residuals. */
-static vs_rc learn_words(ivfpq_model *m, const ivfpq_learn *p, float *x, vs_err *err) {
+static vs_rc learn_words(ivfpq_model *m, const ivfpq_learn *p, vs_err *err) {
+  float *x = p->sample;
   size_t n = p->n < WORD_SAMPLE ? p->n : WORD_SAMPLE, d = m->dim_padded;
   uint32_t *id = malloc(n * sizeof *id + 1);
   if (!id) return vs_nomem(err);
@@ -340,7 +369,7 @@ static vs_rc learn_words(ivfpq_model *m, const ivfpq_learn *p, float *x, vs_err 
   for (size_t i = 0; i < n && !rc; i++) kern_scale_sub_f32(x + i * d, 1, m->centroids + id[i] * d, d, x + i * d);
   free(id);
   if (!rc) rc = learn_turn(m, p, x, n, err);
-  if (!rc) turn_rows(m, x, n, d);
+  if (!rc) rc = turn_rows(m, x, n, err);
   if (rc) return rc;
   words_job w = {m, p, x, n, 0};
   for (size_t j = 0; j < m->subs && !w.failed; j += 8) {
@@ -374,23 +403,24 @@ static vs_rc allocate(ivfpq_model *m, vs_err *err) {
 
 uint32_t ivfpq_default_groups(uint32_t nlist) { return nlist < GROUPS_FROM ? 1 : (uint32_t)ceil(sqrt(nlist)); }
 
-vs_rc ivfpq_model_learn(ivfpq_model *m, const ivfpq_learn *p, float *x, vs_err *err) {
+vs_rc ivfpq_model_learn(ivfpq_model *m, const ivfpq_learn *p, vs_err *err) {
   m->n_groups = ivfpq_default_groups(m->nlist);
   vs_rc rc = allocate(m, err);
   if (rc || !m->m) {
     if (!rc) m->group_first[1] = m->nlist;
     return rc;
   }
-  if ((rc = learn_mean(m, p, x, err))) return rc;
+  if ((rc = learn_mean(m, p->sample, p->n, err))) return rc;
   if (p->progress) p->progress(p->ctx, "train centroids", 0, 1);
-  if ((rc = learn_coarse(m, p, x, err))) return rc;
+  if ((rc = learn_coarse(m, p, err))) return rc;
   if (p->progress) p->progress(p->ctx, "train centroids", 1, 1);
-  return learn_words(m, p, x, err);
+  return learn_words(m, p, err);
 }
 
 void ivfpq_model_reset(ivfpq_model *m) {
   free(m->mean), free(m->centroids), free(m->bias), free(m->group_first), free(m->group_centroids);
   free(m->words), free(m->coder_mem), free(m->directions), free(m->turned), free(m->turned_packed), free(m->turned_centroids);
+  free(m->turned_bytes), free(m->turned_scale);
   ivfpq_finder_close(&m->finder);
   memset(m, 0, sizeof *m);
 }
@@ -487,7 +517,8 @@ static void encode_row(const ivfpq_model *m, const uint8_t *id, const float *r, 
   *term = -2 * (cx - cr) * inv, *err2 = e2 * inv;
 }
 
-void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms, float *err2) {
+vs_rc ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms, float *err2,
+                         vs_err *err) {
   enum { ROWS = 16 };
   const kern *k = kern_get();
   size_t d = m->dim_padded, dc = ivfpq_model_code_dim(m);
@@ -498,7 +529,8 @@ void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t
     kern_scale_sub_f32(r, 1, c, d, r);
     terms[i] = k->dot_f32(r, r, d), err2[i] = m->metric == IVFPQ_DOT ? k->dot_f32(r, c, d) : 0;
   }
-  turn_rows(m, x, n, d);
+  vs_rc rc = turn_rows(m, x, n, err);
+  if (rc) return rc;
   if (m->bits == 8) kern_words_find(&m->coder, x, n, dc, codes, m->m);
   for (size_t i = 0; i < n; i++, codes += m->m) {
     const uint8_t *row_id = codes;
@@ -510,4 +542,5 @@ void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t
     const float *c = m->turn ? m->turned_centroids + (size_t)centroid[i] * dc : m->centroids + centroid[i] * d;
     encode_row(m, row_id, x + i * dc, c, m->bias[centroid[i]], terms[i], err2[i], terms + i, err2 + i);
   }
+  return VS_OK;
 }

@@ -16,7 +16,9 @@ typedef struct ivfpq_model {
   float *group_centroids; /* n_groups x dim_padded */
   uint32_t turn;          /* directions that codes are of, subs x sub_dim; 0: codes are of the dimensions as they are */
   float *turned;          /* turn x dim_padded, about orthonormal; what 8 bits per element can say */
-  float *turned_packed;   /* the same for scores_f32 */
+  float *turned_packed;   /* the same for scores_f32, */
+  uint8_t *turned_bytes;  /* for scores_i8, */
+  float *turned_scale;    /* and what a byte of each is */
   float *turned_centroids; /* nlist x turn */
   float *words;           /* subs x words x sub_dim; what 8 bits per element can say */
   uint32_t project;       /* directions that rank the centroids; 0: none pay */
@@ -26,7 +28,7 @@ typedef struct ivfpq_model {
 } ivfpq_model;
 
 typedef struct ivfpq_learn {
-  const float *sample;    /* n x dim raw rows */
+  float *sample;          /* n raw rows, dim_padded apart; is overwritten (that saves a copy) */
   size_t n;
   uint64_t seed;
   int threads;
@@ -37,15 +39,15 @@ typedef struct ivfpq_learn {
 
 /* Groups of so many partitions (fewer when some turn out empty). */
 uint32_t ivfpq_default_groups(uint32_t nlist);
-/* Fills a model whose scalars are set. The sample is overwritten (that saves a copy). A flat model needs no sample. */
-vs_rc ivfpq_model_learn(ivfpq_model *m, const ivfpq_learn *p, float *sample_padded, vs_err *err) VS_WARN_UNUSED;
+/* Fills a model whose scalars are set. A flat model needs no sample. */
+vs_rc ivfpq_model_learn(ivfpq_model *m, const ivfpq_learn *p, vs_err *err) VS_WARN_UNUSED;
 void ivfpq_model_reset(ivfpq_model *m);
 
 /* A learned model in a state file, and back into one whose scalars are set as for learning. */
 void ivfpq_model_save(const ivfpq_model *m, ivfpq_state *s);
 vs_rc ivfpq_model_load(ivfpq_model *m, ivfpq_state *s, vs_err *err) VS_WARN_UNUSED;
 
-/* Raw row -> the space of the model: normalised for cosine, mean subtracted, zero padded. */
+/* Raw row -> the space of the model: normalised for cosine, mean subtracted, zero padded. out may be x. */
 void ivfpq_model_prepare(const ivfpq_model *m, const float *x, float *out);
 /* What codes are of: a prepared row or residual itself, or out with its coordinates in the codes' directions. */
 const float *ivfpq_model_turned(const ivfpq_model *m, const float *x, float *out);
@@ -54,6 +56,7 @@ static inline uint32_t ivfpq_model_code_dim(const ivfpq_model *m) { return m->tu
 vs_rc ivfpq_model_assign(const ivfpq_model *m, const float *x, size_t n, uint32_t *centroid, vs_err *err) VS_WARN_UNUSED;
 /* n <= 256 prepared rows (stride dim_padded, overwritten by their residuals) -> code bytes (m each), terms at beta 0, and what
  * is taken off times beta. */
-void ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms, float *err2);
+vs_rc ivfpq_model_encode(const ivfpq_model *m, float *x, size_t n, const uint32_t *centroid, uint8_t *codes, float *terms, float *err2,
+                         vs_err *err) VS_WARN_UNUSED;
 
 #endif

@@ -8,7 +8,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #define XXH_INLINE_ALL
@@ -17,7 +16,7 @@
 #include "../base/vs_pool.h"
 #include "ivfpq_int.h"
 
-enum { CHUNK = 4 << 20, WRITE_BUFFER = 1 << 20, READ_STEP = 1 << 20, LARGE_PAGE = 2 << 20 };
+enum { CHUNK = 4 << 20, WRITE_BUFFER = 1 << 20, READ_STEP = 1 << 20 };
 const char *const ivfpq_run_files[2] = {"scan.runs", "row.runs"};
 
 typedef struct staged { uint32_t centroid, scan_size, row_size; size_t scan_at, row_at; } staged;
@@ -228,18 +227,15 @@ static vs_rc reserve(void **p, size_t *room, size_t need, size_t unit, vs_err *e
 }
 
 /* The staging area of one kind is asked for once, for all rows that will be in it, each as large as the first ones are, and a sixteenth
- * more; only texts that get longer make it grow. Pages that are not used cost nothing, and large ones are cleared and mapped in a
- * five-hundredth of the calls. */
+ * more; only texts that get longer make it grow. Pages that are not used cost nothing. */
 static vs_rc reserve_area(ivfpq_runs *r, int kind, size_t n_rows, size_t size, vs_err *err) {
   size_t need = r->used[kind] + size, n = need + need / 2;
   uint64_t most = r->shape.memory / (row_bytes(r) + scan_bytes(r) + sizeof(staged) + 4) + 1;
   if (need <= r->room[kind]) return VS_OK;
   if (r->shape.n_rows < most) most = r->shape.n_rows;
   if (!r->area[kind] && n_rows && most > n_rows) n = (size_t)((double)size / (double)n_rows * (double)most * 1.0625) + need;
-  n = (n / LARGE_PAGE + 1) * LARGE_PAGE;
-  uint8_t *area = aligned_alloc(LARGE_PAGE, n);
+  uint8_t *area = ivfpq_large_alloc(n);
   if (!area) return vs_nomem(err);
-  (void)madvise(area, n, MADV_HUGEPAGE);
   if (r->used[kind]) memcpy(area, r->area[kind], r->used[kind]);
   free(r->area[kind]);
   r->area[kind] = area, r->room[kind] = n;

@@ -4,10 +4,19 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "ivfpq_int.h"
+
+void *ivfpq_large_alloc(size_t n) {
+  enum { LARGE_PAGE = 2 << 20 };
+  n = (n / LARGE_PAGE + 1) * LARGE_PAGE;
+  void *p = aligned_alloc(LARGE_PAGE, n);
+  if (p) (void)madvise(p, n, MADV_HUGEPAGE);
+  return p;
+}
 
 int ivfpq_tmpfile(const char *dir, vs_err *err) {
   char name[4200];

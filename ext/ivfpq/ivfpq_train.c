@@ -10,6 +10,7 @@
  * Work is cut into slices of fixed size and sums are added up slice by slice, so the result depends on the data, the seed and
  * the kernel variant alone, never on the number of threads or on their timing.
  */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -20,7 +21,9 @@
 enum {
   SLICE = KERN_NEAREST_ROWS, /* rows per task */
   STRETCH = 16 * SLICE,      /* rows between two looks at `stop` */
-  WARM_ROWS = 8              /* per centroid: fewer are not worth an iteration */
+  WARM_ROWS = 8,             /* per centroid: fewer are not worth an iteration */
+  GROUPED_FROM = 512,        /* centroids: fewer meet every row */
+  GROUP_ITERATIONS = 4
 };
 
 /* The first iterations look at every fourth, then at every other row only: they move centroids far, and roughly is enough. */
@@ -43,9 +46,42 @@ void ivfpq_half_norms(const float *c, size_t n, size_t dim, float *bias) {
   for (size_t i = 0; i < n; i++) bias[i] = -0.5f * k->dot_f32(c + i * dim, c + i * dim, dim);
 }
 
+/* Counting sort of n rows by their cluster, stable: order, and k + 1 places in it. */
+static void sort_by_cluster(const uint32_t *id, size_t n, size_t k, uint32_t *order, uint32_t *start) {
+  memset(start, 0, (k + 1) * sizeof *start);
+  for (size_t i = 0; i < n; i++) start[id[i] + 1]++;
+  for (size_t i = 0; i < k; i++) start[i + 1] += start[i];
+  for (size_t i = 0; i < n; i++) order[start[id[i]]++] = (uint32_t)i;
+  memmove(start + 1, start, k * sizeof *start);
+  start[0] = 0;
+}
+
 /* ---- the nearest centroid ---- */
 
+/* About 1.5 * sqrt(k) groups of about as many centroids. */
+static vs_rc open_grouped(ivfpq_finder *f, const float *c, size_t k, size_t dim, vs_err *err) {
+  size_t n = (size_t)lround(1.5 * sqrt((double)k));
+  ivfpq_kmeans groups = {.x = c, .n = k, .stride = dim, .dim = dim, .k = n, .iterations = GROUP_ITERATIONS, .threads = 1, .seed = k};
+  float *centres = malloc(n * dim * sizeof *centres);
+  uint32_t *id = malloc(k * sizeof *id), *order = malloc(k * sizeof *order), *start = malloc((n + 1) * sizeof *start);
+  ivfpq_finder near = {.mem = NULL};
+  f->mem = malloc(kern_grouped_bytes(k, n, dim));
+  vs_rc rc = centres && id && order && start && f->mem ? ivfpq_kmeans_run(&groups, centres, err) : vs_nomem(err);
+  if (!rc) rc = ivfpq_finder_open(&near, centres, n, dim, err);
+  if (!rc) rc = ivfpq_finder_find_all(&near, c, k, dim, 0, 1, NULL, NULL, id, err);
+  if (!rc) {
+    sort_by_cluster(id, k, n, order, start);
+    kern_grouped_init(&f->grouped, c, dim, order, start, centres, n, f->mem);
+  }
+  ivfpq_finder_close(&near);
+  free(centres), free(id), free(order), free(start);
+  if (rc) ivfpq_finder_close(f);
+  return rc;
+}
+
 vs_rc ivfpq_finder_open(ivfpq_finder *f, const float *c, size_t k, size_t dim, vs_err *err) {
+  *f = (ivfpq_finder){.mem = NULL};
+  if (k >= GROUPED_FROM && kern_grouped_works()) return open_grouped(f, c, k, dim, err);
   f->mem = malloc(kern_nearest_bytes(k, dim));
   if (!f->mem) return vs_nomem(err);
   kern_nearest_init(&f->m, c, k, dim, f->mem);
@@ -54,9 +90,11 @@ vs_rc ivfpq_finder_open(ivfpq_finder *f, const float *c, size_t k, size_t dim, v
 void ivfpq_finder_close(ivfpq_finder *f) { free(f->mem), f->mem = NULL; }
 
 vs_rc ivfpq_finder_find(const ivfpq_finder *f, const float *x, size_t n, size_t stride, int exact, uint32_t *id, vs_err *err) {
-  void *scratch = malloc(kern_nearest_scratch(&f->m));
+  int grouped = f->grouped.n_groups != 0;
+  void *scratch = malloc(grouped ? kern_grouped_scratch(&f->grouped) : kern_nearest_scratch(&f->m));
   if (!scratch) return vs_nomem(err);
-  kern_nearest_find(&f->m, x, n, stride, exact, id, scratch);
+  if (grouped) kern_grouped_find(&f->grouped, x, n, stride, id, scratch);
+  else kern_nearest_find(&f->m, x, n, stride, exact, id, scratch);
   free(scratch);
   return VS_OK;
 }
@@ -113,16 +151,6 @@ typedef struct lloyd {
   uint32_t *by_size;            /* clusters, the smallest first */
 } lloyd;
 
-/* Counting sort, so that each cluster is summed by one task in row order. */
-static void sort_by_cluster(lloyd *l) {
-  size_t k = l->p->k;
-  memset(l->start, 0, (k + 1) * sizeof *l->start);
-  for (size_t i = 0; i < l->n; i++) l->start[l->id[i] + 1]++;
-  for (size_t i = 0; i < k; i++) l->start[i + 1] += l->start[i];
-  for (size_t i = 0; i < l->n; i++) l->order[l->start[l->id[i]]++] = (uint32_t)i;
-  memmove(l->start + 1, l->start, k * sizeof *l->start);
-  l->start[0] = 0;
-}
 static uint32_t size_of(const lloyd *l, size_t c) { return l->start[c + 1] - l->start[c]; }
 
 static void mean_slice(void *ctx, size_t i) {
@@ -173,7 +201,7 @@ static vs_rc iterate(lloyd *l, size_t step, vs_err *err) {
   rc = ivfpq_finder_find_all(&f, p->x, l->n, l->stride, 0, p->threads, p->stop, p->stop_ctx, l->id, err);
   ivfpq_finder_close(&f);
   if (rc) return rc;
-  sort_by_cluster(l);
+  sort_by_cluster(l->id, l->n, p->k, l->order, l->start); /* so that each cluster is summed by one task in row order */
   vs_pool_run((p->k + 15) / 16, p->threads, mean_slice, l);
   return VS_OK;
 }

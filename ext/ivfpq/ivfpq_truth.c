@@ -26,7 +26,6 @@ enum {
   ROOM = 2 * IVFPQ_NEAR,
   NEAR_BYTES = 48 << 20,     /* of neighbours kept: fewer queries where codes are long */
   DEEP_FROM = 16,            /* rows in all per row that a deep query keeps: where they are a larger part there is nothing to find out */
-  LIMIT_SAMPLE = 16384,      /* rows of the sample that give the limits */
   LIMIT_LEAST = 16,          /* found in them: fewer are too uncertain */
   SLICE = 256,
   CHUNK = 64,                /* rows whose scores are made at once */
@@ -201,7 +200,7 @@ vs_rc ivfpq_truth_see(const ivfpq_truth *t, const float *x, size_t n, const uint
   for (size_t at = 0; at < n && !rc; at += CHUNK) {
     size_t rows = n - at < CHUNK ? n - at : CHUNK;
     chunk_rows(t, &c, x + at * d, rows, seq + at);
-    k->scores_i8(c.bytes, rows, t->coded, t->coded, t->packed, t->n, c.score, lanes);
+    kern_scores_i8(c.bytes, rows, t->coded, t->coded, t->packed, t->n, c.score, lanes);
     for (size_t i = 0; i < rows && !rc; i++) {
       if (seq[at + i] == UINT64_MAX) continue;
       size_t found = k->keys_i8(c.score + i * lanes, t->scale, c.limit, t->n, -2 * c.step[i], dot ? 0 : c.norm2[i], 0,
@@ -263,7 +262,7 @@ static void slice_distances(const ivfpq_truth *t, const chunk *c, size_t rows, s
 static vs_rc set_limits(ivfpq_truth *t, const float *sample, size_t n_sample, uint64_t n_rows, vs_err *err) {
   const ivfpq_model *m = t->m;
   const kern *k = kern_get();
-  size_t n = n_sample < LIMIT_SAMPLE ? n_sample : LIMIT_SAMPLE, lanes = (t->n + 15) / 16 * 16;
+  size_t n = n_sample < IVFPQ_TRUTH_SAMPLE ? n_sample : IVFPQ_TRUTH_SAMPLE, lanes = (t->n + 15) / 16 * 16;
   float *x = malloc(CHUNK * m->dim_padded * sizeof *x), *d = malloc(t->n * n * sizeof *d);
   uint64_t *key = malloc((3 * n + 32) * sizeof *key), seq[CHUNK] = {0};
   chunk c = {0};
@@ -275,7 +274,7 @@ static vs_rc set_limits(ivfpq_truth *t, const float *sample, size_t n_sample, ui
       ivfpq_model_prepare(m, sample + from * m->dim, x + i * m->dim_padded);
     }
     chunk_rows(t, &c, x, rows, seq);
-    k->scores_i8(c.bytes, rows, t->coded, t->coded, t->packed, t->n, c.score, lanes);
+    kern_scores_i8(c.bytes, rows, t->coded, t->coded, t->packed, t->n, c.score, lanes);
     slice_distances(t, &c, rows, at, n, d);
   }
   for (size_t q = 0; q < t->n && !rc; q++) {

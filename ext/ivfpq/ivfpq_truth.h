@@ -47,6 +47,7 @@ typedef struct ivfpq_truth {
   uint64_t *filter;           /* bits of hashed numbers: most rows are none of them */
 } ivfpq_truth;
 
+enum { IVFPQ_TRUTH_SAMPLE = 16384 }; /* rows that open looks at, at most */
 /* Takes queries evenly from n_sample raw rows, whose places in the input are in seq; n_rows will stream by. *out is NULL when the
  * sample is too small. */
 vs_rc ivfpq_truth_open(const ivfpq_model *m, const float *sample, const uint64_t *seq, size_t n_sample, uint64_t n_rows,

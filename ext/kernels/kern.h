@@ -162,6 +162,27 @@ void kern_nearest_init(kern_nearest *m, const float *rows, size_t n_c, size_t di
  * result does not depend on the rows beside it. */
 void kern_nearest_find(const kern_nearest *m, const float *x, size_t n_x, size_t stride, int exact, uint32_t *id, void *scratch);
 
+/* ---- about the nearest row of a large matrix in groups (kern_grouped.c, kern_grouped_avx512.c) ----
+ *
+ * A point meets the rows of the groups whose centres are near, in bytes: it may be told another row that is about as near, which one
+ * does not depend on the rows beside it. Only where bytes are multiplied (kern_grouped_works). */
+typedef struct kern_grouped {
+  size_t n_groups, dim;
+  int amx;
+  uint8_t *bytes;       /* centres, then group by group, 32 columns a block */
+  float *scale, *bias;  /* by column */
+  uint32_t *id;         /* of the column's row */
+  uint32_t *first, *count; /* of each group: its first block, rows */
+} kern_grouped;
+
+int kern_grouped_works(void);
+size_t kern_grouped_bytes(size_t n_c, size_t n_groups, size_t dim);
+size_t kern_grouped_scratch(const kern_grouped *m);
+/* rows order[start[g]] .. order[start[g + 1] - 1] are group g. Neither is needed afterwards, nor are the rows and the centres. */
+void kern_grouped_init(kern_grouped *m, const float *rows, size_t dim, const uint32_t *order, const uint32_t *start, const float *centres,
+                       size_t n_groups, void *mem);
+void kern_grouped_find(const kern_grouped *m, const float *x, size_t n_x, size_t stride, uint32_t *id, void *scratch);
+
 /* ---- the nearest code words (kern_words.c, kern_words_avx512.c) ----
  *
  * Rows of n_subs * sub_dim floats; part j of a row is told the nearest of the n_words (16 or 256) words of sub-quantizer j: what
@@ -181,6 +202,11 @@ size_t kern_words_bytes(size_t n_subs, size_t n_words, size_t sub_dim);
 void kern_words_init(kern_words *w, const float *words, size_t n_subs, size_t n_words, size_t sub_dim, void *mem);
 /* code[r*code_stride + j] for n rows, stride floats apart. */
 void kern_words_find(const kern_words *w, const float *x, size_t n, size_t stride, uint8_t *code, size_t code_stride);
+
+/* kern.scores_i8 for many rows: by AMX tiles where these are permitted (kern_amx_request), the same integers. out_stride is n_c
+ * rounded up to 16, or more. */
+void kern_scores_i8(const int8_t *q, size_t n_q, size_t q_stride, size_t dim, const uint8_t *packed, size_t n_c, int32_t *out,
+                    size_t out_stride);
 
 /* out[j] = SUM x[row[i]*stride + j] over the n numbers in row, added in their order, j in [0, dim): the same on every machine. */
 void kern_sum_rows_f32(const float *x, size_t stride, const uint32_t *row, size_t n, size_t dim, float *out);

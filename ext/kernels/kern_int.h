@@ -60,6 +60,16 @@ size_t kern_nearest512_block(size_t dim); /* bytes of 32 points */
 size_t kern_nearest512_chunk(size_t dim); /* points that the scratch holds: KERN_NEAREST_CHUNK or fewer */
 void kern_nearest512_pack(kern_nearest *m);
 void kern_nearest512_find(const kern_nearest *m, const float *x, size_t n_x, size_t stride, int exact, uint32_t *id, uint8_t *scratch);
+
+/* ---- kern_grouped_avx512.c: kern_grouped; ask the CPU before calling it */
+size_t kern_grouped512_bytes(size_t n_c, size_t n_groups, size_t dim);
+size_t kern_grouped512_scratch(const kern_grouped *m);
+void kern_grouped512_pack(kern_grouped *m, const float *rows, const uint32_t *order, const uint32_t *start, const float *centres);
+void kern_grouped512_find(const kern_grouped *m, const float *x, size_t n_x, size_t stride, uint32_t *id, uint8_t *scratch);
+
+/* ---- kern_nearest_avx512.c: kern_scores_i8 by tiles; n_q is a multiple of 32, dim of 64 */
+void kern_tiles512_scores(const int8_t *q, size_t n_q, size_t q_stride, size_t dim, const uint8_t *packed, size_t n_c, int32_t *out,
+                          size_t out_stride);
 void kern_sum_rows512(const float *x, size_t stride, const uint32_t *row, size_t n, size_t dim, float *out);
 void kern_scale_sub512(const float *x, float scale, const float *y, size_t n, float *out);
 

@@ -104,6 +104,52 @@ void kern_nearest_find(const kern_nearest *m, const float *x, size_t n_x, size_t
   kern_get()->argmax_f32(x, n_x, stride, m->dim, m->packed, m->bias, m->n_c, id, NULL);
 }
 
+/* ------------------------------------------------------------------ matrices in groups */
+
+#if defined(__x86_64__)
+int kern_grouped_works(void) { return use_bytes(); }
+size_t kern_grouped_bytes(size_t n_c, size_t n_groups, size_t dim) { return kern_grouped512_bytes(n_c, n_groups, dim) + ALIGN; }
+size_t kern_grouped_scratch(const kern_grouped *m) { return kern_grouped512_scratch(m) + ALIGN; }
+
+void kern_grouped_init(kern_grouped *m, const float *rows, size_t dim, const uint32_t *order, const uint32_t *start, const float *centres,
+                       size_t n_groups, void *mem) {
+  *m = (kern_grouped){.n_groups = n_groups, .dim = dim, .amx = kern_amx_ready(), .bytes = aligned(mem)};
+  kern_grouped512_pack(m, rows, order, start, centres);
+}
+
+void kern_grouped_find(const kern_grouped *m, const float *x, size_t n_x, size_t stride, uint32_t *id, void *scratch) {
+  kern_grouped512_find(m, x, n_x, stride, id, aligned(scratch));
+}
+#else
+int kern_grouped_works(void) { return 0; } /* nobody calls the others then */
+size_t kern_grouped_bytes(size_t n_c, size_t n_groups, size_t dim) { return (void)n_c, (void)n_groups, (void)dim, 0; }
+size_t kern_grouped_scratch(const kern_grouped *m) { return (void)m, 0; }
+void kern_grouped_init(kern_grouped *m, const float *rows, size_t dim, const uint32_t *order, const uint32_t *start, const float *centres,
+                       size_t n_groups, void *mem) {
+  (void)rows, (void)order, (void)start, (void)centres, (void)mem;
+  *m = (kern_grouped){.n_groups = n_groups, .dim = dim};
+}
+void kern_grouped_find(const kern_grouped *m, const float *x, size_t n_x, size_t stride, uint32_t *id, void *scratch) {
+  (void)m, (void)x, (void)stride, (void)scratch;
+  memset(id, 0, n_x * sizeof *id);
+}
+#endif
+
+/* ------------------------------------------------------------------ all products */
+
+void kern_scores_i8(const int8_t *q, size_t n_q, size_t q_stride, size_t dim, const uint8_t *packed, size_t n_c, int32_t *out,
+                    size_t out_stride) {
+  size_t tiled = 0;
+#if defined(__x86_64__)
+  if (use_bytes() && kern_amx_ready() && dim % 64 == 0) {
+    tiled = n_q / LANES * LANES;
+    kern_tiles512_scores(q, tiled, q_stride, dim, packed, n_c, out, out_stride);
+  }
+#endif
+  if (tiled < n_q)
+    kern_get()->scores_i8(q + tiled * q_stride, n_q - tiled, q_stride, dim, packed, n_c, out + tiled * out_stride, out_stride);
+}
+
 /* ------------------------------------------------------------------ element-wise */
 
 void kern_sum_rows_f32(const float *x, size_t stride, const uint32_t *row, size_t n, size_t dim, float *out) {
