@@ -156,7 +156,7 @@ fi
 plain=$(if setarch "$(uname -m)" -R true 2>/dev/null; then echo "setarch $(uname -m) -R "; fi)
 if run_quietly "build, SAN=thread" make -s -j"$jobs" SAN=thread build-thread/test/test_base build-thread/test/test_ivfpq; then
   programs=("${plain}build-thread/test/test_base")
-  for t in runs kmeans many_partitions sketches same_bytes filters crowd failing_reads writer; do
+  for t in same_bytes filters sketches many_partitions crowd runs kmeans failing_reads writer; do
     programs+=("${plain}build-thread/test/test_ivfpq test_$t")
   done
   c_tests ", SAN=thread" "${programs[@]}"
@@ -188,7 +188,7 @@ if [ "$(uname -m)" = x86_64 ]; then
 fi
 
 if command -v clang >/dev/null; then
-  step "build, clang" logged make -s -j"$jobs" CC=clang OUT=build/clang all c-tests
+  step "build, clang" logged make -s -j"$jobs" CC=clang CFLAGS=-O0 OUT=build/clang all c-tests # for its warnings: at any level the same
 else
   lacking "a build with clang, which is not installed (tool/install-deps test)"
 fi
