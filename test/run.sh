@@ -118,6 +118,21 @@ pytest_all() {
 if ! run_quietly "build" make -s -j"$jobs" all c-tests; then echo "FAILED: build"; count 0 1; finish; fi
 count 1 0
 mapfile -t programs < <(c_programs build/test)
+
+# The kernels of the other kind of CPU, emulated; 'max' is an ARM with every instruction that the emulator knows.
+if [ "$(uname -m)" = x86_64 ]; then
+  emulator=$(command -v qemu-aarch64-static || command -v qemu-aarch64)
+  if [ -n "$emulator" ] && command -v aarch64-linux-gnu-gcc >/dev/null; then
+    if run_quietly "build test_kernels, aarch64" \
+        make -s -j"$jobs" CC=aarch64-linux-gnu-gcc OUT=build/aarch64 build/aarch64/test/bare_kernels; then
+      programs=("$emulator -cpu max build/aarch64/test/bare_kernels" "${programs[@]}")
+    else
+      echo "FAILED: build test_kernels, aarch64"; count 0 1
+    fi
+  else
+    lacking "kernels for aarch64: no aarch64-linux-gnu-gcc or no qemu-aarch64 (tool/install-deps test)"
+  fi
+fi
 c_tests "" "${programs[@]}"
 
 # The demo leaves the database whose first rows README.md shows; test_docs.py compares them.
@@ -170,21 +185,6 @@ if run_quietly "build s3_threads, SAN=thread" make -s -j"$jobs" SAN=thread build
     py_test "threads and a store, SAN=thread" "$python" -m pytest -q -rs -p no:cacheprovider test/test_s3_shards.py -k watched
 else
   echo "FAILED: build s3_threads, SAN=thread"; count 0 1
-fi
-
-# The kernels of the other kind of CPU, emulated; 'max' is an ARM with every instruction that the emulator knows.
-if [ "$(uname -m)" = x86_64 ]; then
-  emulator=$(command -v qemu-aarch64-static || command -v qemu-aarch64)
-  if [ -n "$emulator" ] && command -v aarch64-linux-gnu-gcc >/dev/null; then
-    if run_quietly "build test_kernels, aarch64" \
-        make -s -j"$jobs" CC=aarch64-linux-gnu-gcc OUT=build/aarch64 build/aarch64/test/bare_kernels; then
-      c_tests ", aarch64" "$emulator -cpu max build/aarch64/test/bare_kernels"
-    else
-      echo "FAILED: build test_kernels, aarch64"; count 0 1
-    fi
-  else
-    lacking "kernels for aarch64: no aarch64-linux-gnu-gcc or no qemu-aarch64 (tool/install-deps test)"
-  fi
 fi
 
 if command -v clang >/dev/null; then
