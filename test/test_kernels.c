@@ -687,6 +687,39 @@ static void keys_i8_equal_definition(void **state) {
   }
 }
 
+/* The least distance of each slot, and so a bound for what a ranking looks for; only the slots are written. */
+static void least_i8_equal_definition(void **state) {
+  (void)state;
+  static const size_t slots[] = {16, 32, 128, 1024};
+  const kern *k;
+  for (size_t i = 0; i < N_LENGTHS; i++) {
+    size_t n = length_at(i);
+    int32_t *score = fill_bytes(fenced(0, n * sizeof *score), n * sizeof *score);
+    float *scale = fenced_floats(1, n), *norm2 = fenced_floats(2, n);
+    for (size_t e = 0; e < n; e++) {
+      if (e % 3) score[e] %= 1000;
+      if (i % 2) norm2[e] = odd_float(), scale[e] = odd_float();
+    }
+    for (size_t t = 0; t < 4 * sizeof slots / sizeof *slots; t++) {
+      size_t n_least = slots[t % 4], at = rnd() % 64 * 16;
+      float mul = rnd_float(), base = t == 6 ? NAN : rnd_float() * 10, *got = fenced(3, n_least * sizeof *got), want[1024];
+      for (size_t e = 0; e < n_least; e++) want[e] = e % 7 ? INFINITY : rnd_float() * 100;
+      for (int v = 0; (k = next_variant(&v));) {
+        memcpy(got, want, n_least * sizeof *got);
+        k->least_i8(score, scale, norm2, n, mul, base, got, n_least, at);
+        for (size_t e = 0; e < n_least; e++) {
+          float least = want[e];
+          for (size_t l = (e + n_least - at % n_least) % n_least; l < n; l += n_least) {
+            float d = (norm2[l] + base) + (mul * scale[l]) * (float)score[l];
+            if (d < least) least = d;
+          }
+          assert_true(got[e] == least);
+        }
+      }
+    }
+  }
+}
+
 static void keys_u16_equal_definition(void **state) {
   (void)state;
   const kern *k;
@@ -766,6 +799,24 @@ static void pq_table_rounds(void **state) {
     for (int i = 0; i < 256; i++)
       assert_int_equal(got[i], i >= 7 && i <= 10 ? 255 : i % 2 == 0 ? i : i == 255 ? 255 : (i + 1) / 2 * 2);
   }
+}
+
+/* One function, whatever instructions it is made of; the known answers are those of xxHash 0.8.1. */
+static void xxh3_known_answers(void **state) {
+  (void)state;
+  const kern *k, *scalar = kern_variant("scalar");
+  uint8_t *p = fill_bytes(exact(70000), 70000), counting[520];
+  for (int i = 0; i < 520; i++) counting[i] = (uint8_t)i;
+  for (int v = 0; (k = next_variant(&v));) {
+    assert_true(k->xxh3("", 0) == 0x2d06800538d394c2u);
+    assert_true(k->xxh3(counting, 520) == 0xf0f856dea557b119u);
+    for (size_t n = 0; n < 70000; n += n < 600 ? 1 : 997) {
+      uint8_t *at = fenced(0, n);
+      memcpy(at, p, n);
+      assert_true(k->xxh3(at, n) == scalar->xxh3(p, n));
+    }
+  }
+  free(p);
 }
 
 /* ------------------------------------------------------------------ PQ scan */
@@ -1076,9 +1127,11 @@ int main(void) {
     cmocka_unit_test(scores_i8_exact),
     cmocka_unit_test(dot_i8_exact),
     cmocka_unit_test(keys_i8_equal_definition),
+    cmocka_unit_test(least_i8_equal_definition),
     cmocka_unit_test(keys_u16_equal_definition),
     cmocka_unit_test(pq_tables_equal_definition),
     cmocka_unit_test(pq_table_rounds),
+    cmocka_unit_test(xxh3_known_answers),
     cmocka_unit_test(pq_scan_exact),
     cmocka_unit_test(pq_scan_every_code),
     cmocka_unit_test(code_offset_is_one_to_one),

@@ -27,7 +27,7 @@
 enum {
   SLICE = 64,        /* queries ranked together: their wishes are bits of a word */
   SCAN_SLICE = 16,   /* queries per task of a scan */
-  LANES_AT_ONCE = 128
+  LANES_AT_ONCE = 2048 /* ranked together; their scores stay in the L2 cache */
 };
 
 /* What one thread works with. */
@@ -38,6 +38,7 @@ typedef struct bench {
   int8_t *projected;
   float *projected_f32;
   int32_t *score;         /* SLICE x LANES_AT_ONCE */
+  float *slots;
   uint64_t *rank, *scratch;
   ivfpq_scan_state *scan;
   ivfpq_keys keys;
@@ -103,7 +104,7 @@ static vs_rc run(ivfpq_batch *b, size_t n, vs_task task, vs_err *err) {
 
 static void bench_free(bench *w) {
   if (!w) return;
-  free(w->t.x), free(w->tile), free(w->projected), free(w->projected_f32), free(w->score), free(w->rank), free(w->scratch);
+  free(w->t.x), free(w->tile), free(w->projected), free(w->projected_f32), free(w->score), free(w->slots), free(w->rank), free(w->scratch);
   ivfpq_scan_close(w->scan);
   ivfpq_keys_reset(&w->keys);
   free(w);
@@ -119,9 +120,10 @@ static bench *bench_make(const ivfpq_batch *b) {
   w->tile = malloc(SLICE * b->stride + 64), w->projected = malloc(SLICE * project + 64);
   w->projected_f32 = malloc((SLICE * widest + 16) * sizeof(float));
   w->score = malloc(SLICE * (size_t)LANES_AT_ONCE * sizeof(int32_t));
-  w->rank = malloc(SLICE * room * sizeof *w->rank), w->scratch = malloc(2 * room * sizeof *w->scratch);
+  w->slots = malloc(IVFPQ_RANKING_SLOTS * sizeof *w->slots), w->rank = malloc(SLICE * room * sizeof *w->rank);
+  w->scratch = malloc((2 * room + 3 * IVFPQ_RANKING_SLOTS) * sizeof *w->scratch);
   w->scan = ivfpq_scan_take(b->s);
-  if (w->t.x && w->tile && w->projected && w->projected_f32 && w->score && w->rank && w->scratch && w->scan) return w;
+  if (w->t.x && w->tile && w->projected && w->projected_f32 && w->score && w->slots && w->rank && w->scratch && w->scan) return w;
   bench_free(w);
   return NULL;
 }
@@ -206,31 +208,55 @@ static void prepare_slice(ivfpq_batch *b, bench *w, size_t slice, float *step) {
     turn_slice(b, w, slice, b->s->projection, b->s->projection_scale, p->project, ivfpq_round(p->project, 64), w->projected, step);
 }
 
-/* Shows one group to the queries of a slice that rank it. */
-static void rank_group(ivfpq_batch *b, bench *w, size_t slice, uint32_t g, const float *step, ivfpq_ranking *ranks) {
+/* The scores of the lanes [from, to) of a group, by which of its wishers a query is. */
+static void score_lanes(ivfpq_batch *b, bench *w, size_t slice, uint32_t g, uint32_t from, uint32_t to, uint64_t wish, int32_t *score) {
   const ivfpq_params *p = &b->s->params;
-  const ivfpq_group_view *v = &b->views[g];
   size_t n = slice_size(b, slice), stride = p->project ? ivfpq_round(p->project, 64) : b->stride, m = 0;
-  uint32_t width = p->project ? p->project : ivfpq_coded_dim(p), first = b->s->first_lane[g], lanes = b->s->first_lane[g + 1] - first;
+  uint32_t width = p->project ? p->project : ivfpq_coded_dim(p);
   const int8_t *q = p->project ? w->projected : b->bytes + slice * SLICE * b->stride;
-  uint64_t wish = b->wishes ? b->wishes[slice * p->n_groups + g] : UINT64_MAX;
-  unsigned char who[SLICE];
-  for (size_t i = 0; i < n; i++)
-    if (wish >> i & 1) who[m++] = (unsigned char)i;
-  if (m < n) {
-    for (size_t i = 0; i < m; i++) memcpy(w->tile + i * stride, q + who[i] * stride, width);
+  if (wish) {
+    for (size_t i = 0; i < n; i++)
+      if (wish >> i & 1) memcpy(w->tile + m++ * stride, q + i * stride, width);
     q = w->tile;
+  } else m = n;
+  kern_get()->scores_i8(q, m, stride, width, b->views[g].packed + (size_t)(from - b->s->first_lane[g]) * width, to - from, score, LANES_AT_ONCE);
+}
+
+/* Some of the lanes that are ranked together, side by side: scale and norm2 of the first. */
+typedef struct { const float *scale, *norm2; uint32_t from, to; uint64_t wish; } piece;
+
+/* Shows the lanes [first, end) to the queries of a slice that rank them. */
+static void rank_lanes(ivfpq_batch *b, bench *w, size_t slice, uint32_t first, uint32_t end, ivfpq_ranking *ranks) {
+  piece pieces[LANES_AT_ONCE / 16];
+  size_t n_pieces = 0;
+  for (uint32_t at = first; at < end;) {
+    uint32_t g = b->s->lane_group[at], to = b->s->first_lane[g + 1] < end ? b->s->first_lane[g + 1] : end;
+    uint64_t wish = b->wishes ? b->wishes[slice * b->s->params.n_groups + g] : 0;
+    if (wish || !b->wishes) {
+      score_lanes(b, w, slice, g, at, to, wish, w->score + (at - first));
+      piece next = {b->views[g].scale + (at - b->s->first_lane[g]), b->views[g].norm2 + (at - b->s->first_lane[g]), at, to, wish};
+      piece *last = n_pieces ? &pieces[n_pieces - 1] : NULL;
+      if (last && !b->wishes && last->scale + (at - last->from) == next.scale && last->norm2 + (at - last->from) == next.norm2) last->to = to;
+      else pieces[n_pieces++] = next;
+    }
+    at = to;
   }
-  for (uint32_t at = 0; at < lanes; at += LANES_AT_ONCE) {
-    uint32_t part = lanes - at < LANES_AT_ONCE ? lanes - at : LANES_AT_ONCE;
-    kern_get()->scores_i8(q, m, stride, width, v->packed + (size_t)at * width, part, w->score, LANES_AT_ONCE);
-    for (size_t i = 0; i < m; i++)
-      ivfpq_ranking_add(&ranks[who[i]], w->score + i * LANES_AT_ONCE, v->scale + at, v->norm2 + at, part, first + at, step[who[i]],
-                        b->seeds[slice * SLICE + who[i]].qq);
-  }
-  for (size_t i = 0; i < m; i++) {
-    seed *sd = &b->seeds[slice * SLICE + who[i]];
-    sd->n += lanes, sd->n_groups++;
+  for (size_t i = 0; i < slice_size(b, slice); i++) {
+    size_t mine = 0, lanes = 0;
+    const int32_t *score[LANES_AT_ONCE / 16];
+    const piece *p[LANES_AT_ONCE / 16];
+    for (size_t j = 0; j < n_pieces; j++) {
+      uint64_t wish = pieces[j].wish;
+      if (wish && !(wish >> i & 1)) continue;
+      size_t row = wish ? (size_t)__builtin_popcountll(wish & ((1ull << i) - 1)) : i;
+      p[mine] = &pieces[j], score[mine++] = w->score + row * LANES_AT_ONCE + (pieces[j].from - first);
+      lanes += pieces[j].to - pieces[j].from;
+    }
+    ivfpq_ranking_begin_look(&ranks[i], lanes);
+    for (size_t j = 0; j < mine; j++) ivfpq_ranking_look(&ranks[i], score[j], p[j]->scale, p[j]->norm2, p[j]->to - p[j]->from);
+    ivfpq_ranking_end_look(&ranks[i]);
+    for (size_t j = 0; j < mine; j++) ivfpq_ranking_add(&ranks[i], score[j], p[j]->scale, p[j]->norm2, p[j]->to - p[j]->from, p[j]->from);
+    b->seeds[slice * SLICE + i].n += (uint32_t)lanes;
   }
 }
 
@@ -241,10 +267,16 @@ static void rank_slice(void *ctx, size_t slice) {
   bench *w = failed(b) ? NULL : bench_take(b);
   if (!w) return;
   size_t room = ivfpq_ranking_room(b->want, LANES_AT_ONCE), n = slice_size(b, slice);
+  uint32_t lanes = b->s->first_lane[b->s->params.n_groups];
   prepare_slice(b, w, slice, step);
   for (size_t i = 0; i < n; i++)
-    ranks[i] = (ivfpq_ranking){.key = w->rank + i * room, .scratch = w->scratch, .want = b->want, .limit = UINT64_MAX};
-  for (uint32_t g = 0; g < b->s->params.n_groups; g++) rank_group(b, w, slice, g, step, ranks);
+    ranks[i] = (ivfpq_ranking){.key = w->rank + i * room, .scratch = w->scratch, .want = b->want, .step = step[i],
+                               .qq = b->seeds[slice * SLICE + i].qq, .limit = UINT64_MAX, .slots = w->slots};
+  for (uint32_t g = 0; g < b->s->params.n_groups; g++)
+    for (size_t i = 0; i < n; i++)
+      b->seeds[slice * SLICE + i].n_groups += !b->wishes || (b->wishes[slice * b->s->params.n_groups + g] >> i & 1);
+  for (uint32_t at = 0; at < lanes; at += LANES_AT_ONCE)
+    rank_lanes(b, w, slice, at, lanes - at < LANES_AT_ONCE ? lanes : at + LANES_AT_ONCE, ranks);
   for (size_t i = 0; i < n; i++) {
     size_t at = slice * SLICE + i;
     uint64_t nearest = UINT64_MAX;

@@ -3,14 +3,11 @@
 
 #include <math.h>
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
 #include "../kernels/kern.h"
 
-uint64_t ivfpq_check(const void *p, size_t n) { return XXH3_64bits(p, n); }
+uint64_t ivfpq_check(const void *p, size_t n) { return kern_get()->xxh3(p, n); }
 uint64_t ivfpq_key_int(int64_t id) { return (uint64_t)id ^ (1ull << 63); }
-uint64_t ivfpq_key_text(const void *text, size_t n) { return XXH3_64bits(text, n); }
+uint64_t ivfpq_key_text(const void *text, size_t n) { return kern_get()->xxh3(text, n); }
 
 uint32_t ivfpq_iddir_levels(uint64_t n_rows, uint64_t pages[8]) {
   uint32_t levels = 0;

@@ -52,7 +52,7 @@ static void scan_free(void *p) {
   scan *c = p;
   if (!c) return;
   ivfpq_table_reset(&c->table);
-  free(c->order), free(c->views), free(c->place), free(c->projected), free(c->projected8), free(c->score), free(c->rank);
+  free(c->order), free(c->views), free(c->place), free(c->projected), free(c->projected8), free(c->score), free(c->slots), free(c->rank);
   free(c->rank_scratch), free(c->out_row), free(c->out_sum), free(c->bitmap), free(c->parts), free(c->part_keys), free(c->flat), free(c->done);
   free(c);
 }
@@ -66,11 +66,12 @@ static vs_rc scan_allocate(scan *c, vs_err *err) {
   c->views = calloc(p->n_groups + 1, sizeof *c->views);
   c->projected = calloc(p->project + 16, sizeof *c->projected), c->projected8 = calloc(p->project + 64, 1);
   c->score = malloc((lanes + p->project + 16) * sizeof *c->score);
-  c->rank = malloc((lanes + 32) * sizeof *c->rank), c->rank_scratch = malloc((2 * lanes + 32) * sizeof *c->rank_scratch);
+  c->slots = malloc(IVFPQ_RANKING_SLOTS * sizeof *c->slots), c->rank = malloc((lanes + 32) * sizeof *c->rank);
+  c->rank_scratch = malloc((2 * lanes + 3 * IVFPQ_RANKING_SLOTS) * sizeof *c->rank_scratch);
   c->out_row = malloc(SCAN_ROWS * sizeof *c->out_row), c->out_sum = malloc(SCAN_ROWS * sizeof *c->out_sum);
   c->parts_room = CHUNK;
   c->parts = malloc(c->parts_room * sizeof *c->parts), c->part_keys = malloc(c->parts_room * sizeof *c->part_keys);
-  int ok = c->order && c->place && c->views && c->projected && c->projected8 && c->score && c->rank && c->rank_scratch &&
+  int ok = c->order && c->place && c->views && c->projected && c->projected8 && c->score && c->slots && c->rank && c->rank_scratch &&
            c->out_row && c->out_sum && c->parts && c->part_keys;
   return ok ? VS_OK : vs_nomem(err);
 }
@@ -154,9 +155,28 @@ size_t ivfpq_ranks_wanted(const ivfpq_segment *s, const ivfpq_query *q) {
   return n < lanes ? n : lanes;
 }
 
-void ivfpq_ranking_add(ivfpq_ranking *r, const int32_t *score, const float *scale, const float *norm2, uint32_t lanes, uint32_t first,
-                       float step, float qq) {
-  r->n += kern_get()->keys_i8(score, scale, norm2, lanes, -2 * step, qq, first, r->limit, r->key + r->n);
+void ivfpq_ranking_begin_look(ivfpq_ranking *r, size_t lanes) {
+  enum { FEWEST = 128, PER_RANK = 4, PER_SLOT = 4 }; /* slots; slots per wanted lane; lanes per slot */
+  r->n_slots = FEWEST, r->at = 0;
+  while (r->n_slots < PER_RANK * r->want && r->n_slots < IVFPQ_RANKING_SLOTS) r->n_slots *= 2;
+  if (r->n_slots < PER_RANK * r->want || lanes < PER_SLOT * r->n_slots || r->limit != UINT64_MAX) r->n_slots = 0;
+  for (size_t i = 0; i < r->n_slots; i++) r->slots[i] = INFINITY;
+}
+
+void ivfpq_ranking_look(ivfpq_ranking *r, const int32_t *score, const float *scale, const float *norm2, uint32_t lanes) {
+  if (!r->n_slots) return;
+  kern_get()->least_i8(score, scale, norm2, lanes, -2 * r->step, r->qq, r->slots, r->n_slots, r->at);
+  r->at += ivfpq_round(lanes, 16);
+}
+
+void ivfpq_ranking_end_look(ivfpq_ranking *r) {
+  if (!r->n_slots) return;
+  for (size_t i = 0; i < r->n_slots; i++) r->scratch[i] = kern_key(r->slots[i], UINT32_MAX);
+  r->limit = kern_get()->select_u64(r->scratch, r->n_slots, r->want, r->scratch + r->n_slots);
+}
+
+void ivfpq_ranking_add(ivfpq_ranking *r, const int32_t *score, const float *scale, const float *norm2, uint32_t lanes, uint32_t first) {
+  r->n += kern_get()->keys_i8(score, scale, norm2, lanes, -2 * r->step, r->qq, first, r->limit, r->key + r->n);
   if (r->n < 2 * r->want + 128) return;
   r->limit = kern_get()->select_u64(r->key, r->n, r->want, r->scratch);
   r->n = r->want;
@@ -166,20 +186,46 @@ void ivfpq_ranking_end(ivfpq_ranking *r) {
   if (r->n > r->want) kern_get()->select_u64(r->key, r->n, r->want, r->scratch), r->n = r->want;
 }
 
+/* How many lanes lie side by side from those of the i-th group of c->order on; *next: the group behind them. */
+static uint32_t lanes_together(const scan *c, size_t i, size_t end, size_t *next) {
+  const uint32_t *first_lane = c->s->first_lane;
+  const ivfpq_group_view *v = view_of(c, c->order[i]);
+  uint32_t first = first_lane[c->order[i]], lanes = first_lane[c->order[i] + 1] - first;
+  for (*next = i + 1; *next < end; ++*next) {
+    uint32_t g = c->order[*next];
+    const ivfpq_group_view *w = view_of(c, g);
+    if (first_lane[g] != first + lanes || w->scale != v->scale + lanes || w->norm2 != v->norm2 + lanes) break;
+    lanes += first_lane[g + 1] - first_lane[g];
+  }
+  return lanes;
+}
+
 /* Ranks n groups of c->order, from the at-th on, behind what is ranked already; keeps the nearest `want`. */
 static void rank_groups(scan *c, size_t at, size_t n, size_t want) {
   const ivfpq_params *p = &c->s->params;
   uint32_t width = p->project ? p->project : ivfpq_coded_dim(p);
   float step = p->project ? ivfpq_project(c->s, &c->table, c->score, c->projected, c->projected8) : c->table.step8;
   const int8_t *q = p->project ? c->projected8 : c->table.bytes;
-  ivfpq_ranking r = {.key = c->rank + c->next, .scratch = c->rank_scratch, .n = c->n_ranked - c->next, .want = want, .limit = UINT64_MAX};
+  const uint32_t *first_lane = c->s->first_lane;
+  ivfpq_ranking r = {.key = c->rank + c->next, .scratch = c->rank_scratch, .n = c->n_ranked - c->next, .want = want, .step = step,
+                     .qq = c->table.qq, .limit = UINT64_MAX, .slots = c->slots};
   size_t seen = r.n;
+  for (size_t i = at; i < at + n; i++) seen += first_lane[c->order[i] + 1] - first_lane[c->order[i]];
+  ivfpq_ranking_begin_look(&r, seen - r.n);
   for (size_t i = at; i < at + n; i++) {
-    uint32_t g = c->order[i], first = c->s->first_lane[g], lanes = c->s->first_lane[g + 1] - first;
+    uint32_t g = c->order[i];
     const ivfpq_group_view *v = view_of(c, g);
-    kern_get()->scores_i8(q, 1, 0, width, v->packed, v->n, c->score, 0);
-    ivfpq_ranking_add(&r, c->score, v->scale, v->norm2, lanes, first, step, c->table.qq);
-    seen += lanes;
+    kern_get()->scores_i8(q, 1, 0, width, v->packed, v->n, c->score + first_lane[g], 0);
+  }
+  for (size_t i = at, next; i < at + n; i = next) {
+    const ivfpq_group_view *v = view_of(c, c->order[i]);
+    ivfpq_ranking_look(&r, c->score + first_lane[c->order[i]], v->scale, v->norm2, lanes_together(c, i, at + n, &next));
+  }
+  ivfpq_ranking_end_look(&r);
+  for (size_t i = at, next; i < at + n; i = next) {
+    const ivfpq_group_view *v = view_of(c, c->order[i]);
+    uint32_t first = first_lane[c->order[i]];
+    ivfpq_ranking_add(&r, c->score + first, v->scale, v->norm2, lanes_together(c, i, at + n, &next), first);
   }
   ivfpq_ranking_end(&r);
   c->n_ranked = c->next + r.n;
@@ -201,10 +247,8 @@ static void rank_again(scan *c, size_t from, size_t to) {
         for (uint32_t z = 0; z < width; z += 64) __builtin_prefetch(nv->rows + (size_t)(next - c->s->first_lane[ng]) * width + z);
     }
     if (in >= v->n) continue;
-    int32_t score = k->dot_i8(c->table.bytes, v->rows + (size_t)in * width, width);
-    uint64_t key[16];
-    k->keys_i8(&score, v->row_scale + in, v->norm2 + in, 1, -2 * c->table.step8, c->table.qq, lane, UINT64_MAX, key);
-    c->rank[i] = key[0];
+    float product = c->table.step8 * v->row_scale[in] * (float)k->dot_i8(c->table.bytes, v->rows + (size_t)in * width, width);
+    c->rank[i] = kern_key(v->norm2[in] + c->table.qq - 2 * product, lane);
   }
 }
 

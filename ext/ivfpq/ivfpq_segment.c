@@ -364,7 +364,7 @@ void ivfpq_segment_close(ivfpq_segment *s) {
   if (s->spare) s->free_spare(s->spare);
   if (s->resident) ivfpq_groups_release(s, s->resident, s->params.n_groups);
   free(s->columns), free(s->groups), free(s->group_bias), free(s->mean), free(s->codebook), free(s->projection);
-  free(s->calibration), free(s->first_lane), free(s->lane_group), free(s->resident);
+  free(s->calibration), free(s->first_lane), free(s->lane_group), free(s->resident), free(s->resident_lanes);
   free(s->group_checked), free(s->part_checked), free(s->rows_checked), free(s->sketches_checked);
   vs_io_close(s->io);
   free(s);
@@ -450,6 +450,20 @@ void ivfpq_groups_release(ivfpq_segment *s, ivfpq_group_view *views, size_t n) {
   for (size_t i = 0; i < n; i++) vs_io_release(s->io, &views[i].range, 1);
 }
 
+/* The numbers that ranking needs of every centroid, side by side: one pass over all is far cheaper than one per group. */
+static vs_rc lanes_together(const ivfpq_segment *s, ivfpq_group_view *views, float **out, vs_err *err) {
+  size_t lanes = s->first_lane[s->params.n_groups];
+  float *scale = malloc((2 * lanes + 1) * sizeof *scale), *norm2 = scale + lanes;
+  if (!scale) return vs_nomem(err);
+  for (uint32_t g = 0; g < s->params.n_groups; g++) {
+    size_t first = s->first_lane[g], bytes = (s->first_lane[g + 1] - first) * sizeof *scale;
+    memcpy(scale + first, views[g].scale, bytes), memcpy(norm2 + first, views[g].norm2, bytes);
+    views[g].scale = scale + first, views[g].norm2 = norm2 + first;
+  }
+  *out = scale;
+  return VS_OK;
+}
+
 vs_rc ivfpq_resident(ivfpq_segment *s, const ivfpq_group_view **views, vs_err *err) {
   ivfpq_group_view *have = __atomic_load_n(&s->resident, __ATOMIC_ACQUIRE), *made;
   uint32_t n = s->params.n_groups;
@@ -460,9 +474,12 @@ vs_rc ivfpq_resident(ivfpq_segment *s, const ivfpq_group_view **views, vs_err *e
   vs_rc rc = all && made ? VS_OK : vs_nomem(err);
   for (uint32_t g = 0; g < n && !rc; g++) all[g] = g;
   if (!rc) rc = ivfpq_groups_fetch(s, all, n, made, err);
-  if (!rc && __atomic_compare_exchange_n(&s->resident, &have, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) *views = made, made = NULL;
+  float *lanes = NULL;
+  if (!rc && (rc = lanes_together(s, made, &lanes, err))) ivfpq_groups_release(s, made, n);
+  if (!rc && __atomic_compare_exchange_n(&s->resident, &have, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) *views = made, s->resident_lanes = lanes, made = NULL;
   else if (!rc) {
     ivfpq_groups_release(s, made, n);
+    free(lanes);
     *views = have;
   }
   free(all), free(made);

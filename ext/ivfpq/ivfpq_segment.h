@@ -49,6 +49,7 @@ typedef struct ivfpq_segment {
   const uint8_t *mapped_rows;   /* the ROWS section of a stable io, else NULL */
   const uint8_t *mapped_sketches; /* the SKETCH section of a stable io, else NULL */
   ivfpq_group_view *resident;   /* all groups, once ivfpq_resident made them (stable io only) */
+  float *resident_lanes;        /* scale and norm2 of its lanes */
   void *spare;                  /* a scan's memory, kept for the next one: see ivfpq_scan.c */
   void (*free_spare)(void *);
   unsigned char *group_checked; /* n_groups flags: the block was verified (stable io only) */

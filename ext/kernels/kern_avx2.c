@@ -16,6 +16,9 @@
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include "kern_int.h"
 
 /* Eight words from here on: n of them all ones, n <= 8. */
@@ -501,6 +504,18 @@ static size_t keys_i8(const int32_t *score, const float *scale, const float *nor
   return n_out;
 }
 
+static void least_i8(const int32_t *score, const float *scale, const float *norm2, size_t n, float mul, float base, float *least,
+                     size_t n_least, size_t at) {
+  for (size_t i = 0; i < n; i += 8) {
+    __m256i live = tail8(n - i);
+    float *slot = least + ((at + i) & (n_least - 1));
+    __m256 v = _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(mul), _mm256_maskload_ps(scale + i, live)),
+                             _mm256_cvtepi32_ps(_mm256_maskload_epi32(score + i, live)));
+    v = _mm256_add_ps(_mm256_add_ps(_mm256_maskload_ps(norm2 + i, live), _mm256_set1_ps(base)), v);
+    _mm256_maskstore_ps(slot, live, _mm256_min_ps(v, _mm256_maskload_ps(slot, live)));
+  }
+}
+
 static void keys_u16(const uint16_t *sum, const uint32_t *row, size_t n, float base, float step, uint32_t first,
                      uint64_t *out) {
   for (size_t i = 0; i < n; i += 8) {
@@ -740,6 +755,8 @@ static uint64_t select_u64(uint64_t *a, size_t n, size_t want, uint64_t *scratch
   return kern_select_by(split_u64, kern_sort_insertion, SELECT_FEW, a, n, want, scratch);
 }
 
+static uint64_t xxh3(const void *p, size_t n) { return XXH3_64bits(p, n); }
+
 const kern kern_table_avx2 = {
   .name = "avx2",
   .dot_f32 = dot_f32,
@@ -757,12 +774,14 @@ const kern kern_table_avx2 = {
   .scores_i8 = scores_i8,
   .dot_i8 = dot_i8,
   .keys_i8 = keys_i8,
+  .least_i8 = least_i8,
   .keys_u16 = keys_u16,
   .pq_table_raw = pq_table_raw,
   .pq_table = pq_table,
   .pq_scan = pq_scan,
   .sort_few_u64 = kern_sort_insertion,
   .select_u64 = select_u64,
+  .xxh3 = xxh3,
 };
 #else
 typedef int kern_avx2_is_empty; /* ISO C wants a declaration in every file */

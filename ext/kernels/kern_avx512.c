@@ -18,6 +18,9 @@
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include "kern_int.h"
 
 KERN_INLINE __mmask16 tail16(size_t n) { return n < 16 ? (__mmask16)((1u << n) - 1) : (__mmask16)0xffff; }
@@ -335,44 +338,47 @@ KERN_INLINE __m512i four_of(const int8_t *q) {
   return _mm512_set1_epi32(four);
 }
 
-enum { I8_QUERIES = 4, I8_GROUPS = 4 };
+enum { I8_QUERIES = 4, I8_GROUPS = 4, I8_GROUPS_OF_ONE = 8 }; /* registers of sums: enough to hide their latency */
 
 /* n_q queries against n_groups groups of 16. */
 KERN_INLINE void tile_i8(const int8_t *q, size_t q_stride, const int32_t *zero, size_t dim, const uint8_t *packed, const int n_q,
                          const int n_groups, int32_t *out, size_t out_stride) {
-  __m512i acc[I8_QUERIES][I8_GROUPS];
+  __m512i acc[I8_QUERIES][I8_GROUPS_OF_ONE];
   KERN_UNROLL
   for (int r = 0; r < I8_QUERIES; r++)
     KERN_UNROLL
-    for (int g = 0; g < I8_GROUPS; g++)
+    for (int g = 0; g < I8_GROUPS_OF_ONE; g++)
       if (r < n_q && g < n_groups) acc[r][g] = _mm512_set1_epi32(zero[r]);
   for (size_t j = 0; j < dim; j += 4) {
-    __m512i column[I8_GROUPS];
+    __m512i column[I8_GROUPS_OF_ONE];
     KERN_UNROLL
-    for (int g = 0; g < I8_GROUPS; g++)
+    for (int g = 0; g < I8_GROUPS_OF_ONE; g++)
       if (g < n_groups) column[g] = _mm512_loadu_si512(packed + ((size_t)g * dim + j) * KERN_LANES);
     KERN_UNROLL
     for (int r = 0; r < I8_QUERIES; r++) {
       if (r >= n_q) break;
       __m512i value = four_of(q + (size_t)r * q_stride + j);
       KERN_UNROLL
-      for (int g = 0; g < I8_GROUPS; g++)
+      for (int g = 0; g < I8_GROUPS_OF_ONE; g++)
         if (g < n_groups) acc[r][g] = _mm512_dpbusd_epi32(acc[r][g], column[g], value);
     }
   }
   KERN_UNROLL
   for (int r = 0; r < I8_QUERIES; r++)
     KERN_UNROLL
-    for (int g = 0; g < I8_GROUPS; g++)
+    for (int g = 0; g < I8_GROUPS_OF_ONE; g++)
       if (r < n_q && g < n_groups) _mm512_storeu_si512(out + (size_t)r * out_stride + KERN_LANES * g, acc[r][g]);
 }
 
 KERN_INLINE void strip_i8(const int8_t *q, size_t q_stride, const int32_t *zero, size_t dim, const uint8_t *packed, size_t n_c,
                           const int n_q, int32_t *out, size_t out_stride) {
-  size_t c = 0, n_padded = (n_c + KERN_LANES - 1) / KERN_LANES * KERN_LANES;
-  for (; c + I8_GROUPS * KERN_LANES <= n_padded; c += I8_GROUPS * KERN_LANES)
-    tile_i8(q, q_stride, zero, dim, packed + c * dim, n_q, I8_GROUPS, out + c, out_stride);
-  for (; c < n_padded; c += KERN_LANES) tile_i8(q, q_stride, zero, dim, packed + c * dim, n_q, 1, out + c, out_stride);
+  const int most = n_q == 1 ? I8_GROUPS_OF_ONE : I8_GROUPS;
+  size_t c = 0, left = (n_c + KERN_LANES - 1) / KERN_LANES;
+  for (; left >= (size_t)most; left -= (size_t)most, c += (size_t)most * KERN_LANES)
+    tile_i8(q, q_stride, zero, dim, packed + c * dim, n_q, most, out + c, out_stride);
+  KERN_UNROLL
+  for (int n = 1; n < I8_GROUPS_OF_ONE; n++)
+    if (n < most && left == (size_t)n) tile_i8(q, q_stride, zero, dim, packed + c * dim, n_q, n, out + c, out_stride);
 }
 
 /* A stretch of the matrix that the L1 holds beside the queries meets all queries before the next one. */
@@ -469,9 +475,22 @@ static size_t keys_i8(const int32_t *score, const float *scale, const float *nor
     __mmask16 live = tail16(n - i);
     __m512 v = distance16(&r, _mm512_maskz_loadu_epi32(live, score + i), _mm512_maskz_loadu_ps(live, scale + i),
                           _mm512_maskz_loadu_ps(live, norm2 + i));
-    n_out += append_keys(&r, v, i, live, out + n_out);
+    if (r.every || _mm512_cmp_ps_mask(v, r.highest, _CMP_LE_OQ)) n_out += append_keys(&r, v, i, live, out + n_out);
   }
   return n_out;
+}
+
+static void least_i8(const int32_t *score, const float *scale, const float *norm2, size_t n, float mul, float base, float *least,
+                     size_t n_least, size_t at) {
+  key_rule r = {.mul = _mm512_set1_ps(mul), .base = _mm512_set1_ps(base)};
+  for (size_t i = 0; i < n; i += 16) {
+    __mmask16 live = tail16(n - i);
+    float *slot = least + ((at + i) & (n_least - 1));
+    __m512 v = distance16(&r, _mm512_maskz_loadu_epi32(live, score + i), _mm512_maskz_loadu_ps(live, scale + i),
+                          _mm512_maskz_loadu_ps(live, norm2 + i));
+    __m512 have = _mm512_loadu_ps(slot);
+    _mm512_storeu_ps(slot, _mm512_mask_min_ps(have, live, v, have));
+  }
 }
 
 static void keys_u16(const uint16_t *sum, const uint32_t *row, size_t n, float base, float step, uint32_t first, uint64_t *out) {
@@ -681,6 +700,8 @@ static uint64_t select_u64(uint64_t *a, size_t n, size_t want, uint64_t *scratch
   return kern_select_by(split_u64, sort_few_u64, SELECT_FEW, a, n, want, scratch);
 }
 
+static uint64_t xxh3(const void *p, size_t n) { return XXH3_64bits(p, n); }
+
 const kern kern_table_avx512 = {
   .name = "avx512",
   .dot_f32 = dot_f32,
@@ -698,12 +719,14 @@ const kern kern_table_avx512 = {
   .scores_i8 = scores_i8,
   .dot_i8 = dot_i8,
   .keys_i8 = keys_i8,
+  .least_i8 = least_i8,
   .keys_u16 = keys_u16,
   .pq_table_raw = pq_table_raw,
   .pq_table = pq_table,
   .pq_scan = pq_scan,
   .sort_few_u64 = sort_few_u64,
   .select_u64 = select_u64,
+  .xxh3 = xxh3,
 };
 #else
 typedef int kern_avx512_is_empty; /* ISO C wants a declaration in every file */

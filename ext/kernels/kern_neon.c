@@ -17,6 +17,9 @@
 #include <arm_neon.h>
 #include <math.h>
 #include <string.h>
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include "kern_int.h"
 
 /* n floats, n <= 4, the rest zeros. */
@@ -398,6 +401,20 @@ static size_t keys_i8(const int32_t *score, const float *scale, const float *nor
   return n_out;
 }
 
+static void least_i8(const int32_t *score, const float *scale, const float *norm2, size_t n, float mul, float base, float *least,
+                     size_t n_least, size_t at) {
+  size_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    float *slot = least + ((at + i) & (n_least - 1));
+    float32x4_t v = vmulq_f32(vmulq_f32(vdupq_n_f32(mul), vld1q_f32(scale + i)), vcvtq_f32_s32(vld1q_s32(score + i)));
+    vst1q_f32(slot, vminnmq_f32(vaddq_f32(vaddq_f32(vld1q_f32(norm2 + i), vdupq_n_f32(base)), v), vld1q_f32(slot)));
+  }
+  for (; i < n; i++) {
+    float v = (norm2[i] + base) + (mul * scale[i]) * (float)score[i], *slot = &least[(at + i) & (n_least - 1)];
+    if (v < *slot) *slot = v;
+  }
+}
+
 static void keys_u16(const uint16_t *sum, const uint32_t *row, size_t n, float base, float step, uint32_t first,
                      uint64_t *out) {
   size_t i = 0;
@@ -539,6 +556,8 @@ static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, siz
   return s.n_out;
 }
 
+static uint64_t xxh3(const void *p, size_t n) { return XXH3_64bits(p, n); }
+
 /* ------------------------------------------------------------------ tables */
 
 /* Two tables that differ in what is made of dot products of bytes. */
@@ -546,7 +565,8 @@ static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, siz
   .dot_f32 = dot_f32, .l2sq_f32 = l2sq_f32, .cosine_f32 = cosine_f32, .f16_to_f32 = f16_to_f32, .f32_to_f16 = f32_to_f16, \
   .all_finite_f32 = all_finite_f32, .scores_f32 = scores_f32, .scores_many_f32 = scores_many_f32,                         \
   .argmax_f32 = argmax_f32, .dot_f16 = dot_f16, .l2sq_f16 = l2sq_f16, .quantize_i8 = quantize_i8, .keys_i8 = keys_i8,     \
-  .keys_u16 = keys_u16, .pq_table = pq_table, .pq_scan = pq_scan, .sort_few_u64 = kern_sort_insertion, .select_u64 = kern_scalar_select_u64
+  .least_i8 = least_i8, .keys_u16 = keys_u16, .pq_table = pq_table, .pq_scan = pq_scan, .xxh3 = xxh3,                     \
+  .sort_few_u64 = kern_sort_insertion, .select_u64 = kern_scalar_select_u64
 
 const kern kern_table_neon = {
   .name = "neon",

@@ -5,6 +5,9 @@
  */
 #include <math.h>
 #include <string.h>
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include "kern_int.h"
 
 static float dot_f32(const float *a, const float *b, size_t n) {
@@ -172,6 +175,14 @@ static size_t keys_i8(const int32_t *score, const float *scale, const float *nor
   return n_out;
 }
 
+static void least_i8(const int32_t *score, const float *scale, const float *norm2, size_t n, float mul, float base, float *least,
+                     size_t n_least, size_t at) {
+  for (size_t i = 0; i < n; i++) {
+    float v = (norm2[i] + base) + (mul * scale[i]) * (float)score[i], *slot = &least[(at + i) & (n_least - 1)];
+    if (v < *slot) *slot = v;
+  }
+}
+
 static void keys_u16(const uint16_t *sum, const uint32_t *row, size_t n, float base, float step, uint32_t first, uint64_t *out) {
   for (size_t i = 0; i < n; i++) out[i] = kern_key(base + step * (float)sum[i], first + row[i]);
 }
@@ -238,6 +249,8 @@ uint64_t kern_scalar_select_u64(uint64_t *a, size_t n, size_t want, uint64_t *sc
   return kern_select_by(split_u64, kern_sort_insertion, SELECT_FEW, a, n, want, scratch);
 }
 
+static uint64_t xxh3(const void *p, size_t n) { return XXH3_64bits(p, n); }
+
 const kern kern_table_scalar = {
   .name = "scalar",
   .dot_f32 = dot_f32,
@@ -255,10 +268,12 @@ const kern kern_table_scalar = {
   .scores_i8 = scores_i8,
   .dot_i8 = dot_i8,
   .keys_i8 = keys_i8,
+  .least_i8 = least_i8,
   .keys_u16 = keys_u16,
   .pq_table_raw = pq_table_raw,
   .pq_table = pq_table,
   .pq_scan = pq_scan,
   .sort_few_u64 = kern_sort_insertion,
   .select_u64 = kern_scalar_select_u64,
+  .xxh3 = xxh3,
 };

@@ -250,7 +250,7 @@ static vs_rc bound(job *j, size_t at, size_t n, vs_err *err) {
 static vs_rc drop_far(const shard_refine *r, shard_hit *hits, size_t *n_hits, vs_err *err) {
   size_t n = *n_hits, kept = 0;
   int one = r->q->n_shards == 1 && r->q->shards[0]->manifest.n_segments == 1;
-  if (n <= r->k + SHARD_SPARE || !all_sketched(r->q, hits, n)) return VS_OK;
+  if (!shard_sketches_pay(n, r->k) || !all_sketched(r->q, hits, n)) return VS_OK;
   if (!one && n < MANY) qsort(hits, n, sizeof *hits, shard_storage_order);
   vs_rc rc = ivfpq_keys_room(r->work, n, err);
   job j;

@@ -101,7 +101,7 @@ static void drop_far(slice *s, size_t i) {
   shard_found *f = &s->j->found[s->query[i]];
   const float *est = s->est + s->first[i], *width = s->width + s->first[i];
   size_t kept = 0;
-  if (f->n <= s->j->r->k + SHARD_SPARE) return;
+  if (!shard_sketches_pay(f->n, s->j->r->k)) return;
   for (size_t h = 0; h < f->n; h++) s->key[h] = kern_key(est[h] + width[h], (uint32_t)h);
   float border = kern_key_value(kern_get()->select_u64(s->key, f->n, (size_t)s->j->r->k, s->scratch));
   for (size_t h = 0; h < f->n; h++)
@@ -170,7 +170,7 @@ static vs_rc run_slice(slice *s, vs_err *err) {
   vs_rc rc = slice_allocate(s, n_hits, err);
   if (rc) return rc;
   number(s);
-  if (all_sketched(s)) {
+  if (s->n && shard_sketches_pay(n_hits / s->n, s->j->r->k) && all_sketched(s)) {
     rc = each_segment(s, look_at_sketches, err);
     for (size_t i = 0; i < s->n && !rc; i++) drop_far(s, i);
     number(s);

@@ -199,7 +199,7 @@ static void cpu(sqlite3_context *ctx, int argc, sqlite3_value **argv) {
 /* ---- vec_pack ---- */
 
 typedef struct packing {
-  sqlite3_str *vectors, *keys; /* made with the first row */
+  sqlite3_str *packed, *keys; /* made with the first row */
   uint32_t dim, n;
 } packing;
 
@@ -228,50 +228,55 @@ static int append_key(sqlite3_str *s, sqlite3_value *v) {
 }
 
 static void pack_step(sqlite3_context *ctx, int argc, sqlite3_value **argv) {
+  static const char head[VEC_PACK_HEADER];
   if (sqlite3_value_type(argv[0]) == SQLITE_NULL) return; /* left out, as aggregates do */
   packing *p = sqlite3_aggregate_context(ctx, sizeof *p);
+  const float *v;
+  float *owned = NULL;
   uint32_t dim;
+  vs_err err = {0};
   if (!p) {
     sqlite3_result_error_nomem(ctx);
     return;
   }
-  float *v = argument(ctx, argv[0], "", &dim);
-  if (!v) return;
-  if (!p->vectors) p->vectors = sqlite3_str_new(NULL), p->keys = argc > 1 ? sqlite3_str_new(NULL) : NULL, p->dim = dim;
+  vs_rc rc = vec_borrow(argv[0], &v, &dim, &owned, &err);
+  if (rc == VS_NOMEM) sqlite3_result_error_nomem(ctx);
+  else if (rc) fail(ctx, "%s", err.text);
+  if (rc) return;
+  if (!p->packed) {
+    p->packed = sqlite3_str_new(sqlite3_context_db_handle(ctx)), p->keys = argc > 1 ? sqlite3_str_new(NULL) : NULL, p->dim = dim;
+    sqlite3_str_append(p->packed, head, sizeof head); /* filled in at the end */
+  }
   if (dim != p->dim) {
     fail(ctx, "vec_pack: one vector has %u dimensions, another has %u", p->dim, dim);
   } else {
-    sqlite3_str_append(p->vectors, (const char *)v, (int)(dim * sizeof *v));
+    sqlite3_str_append(p->packed, (const char *)v, (int)(dim * sizeof *v));
     if (p->keys && !append_key(p->keys, argv[1])) sqlite3_result_error_nomem(ctx);
     p->n++;
   }
-  sqlite3_free(v);
+  sqlite3_free(owned);
 }
 
-static void append_all(sqlite3_str *out, sqlite3_str *in) {
-  if (in && sqlite3_str_length(in)) sqlite3_str_append(out, sqlite3_str_value(in), sqlite3_str_length(in));
+static void append_all(sqlite3_str *to, sqlite3_str *from) {
+  if (from && sqlite3_str_length(from)) sqlite3_str_append(to, sqlite3_str_value(from), sqlite3_str_length(from));
 }
 
-/* No row gives NULL, which searches nothing. Also called, for the sake of the strings, after an error. */
+/* Vectors lie where they are to be from the start: many megabytes are not copied once more. */
 static void pack_final(sqlite3_context *ctx) {
   packing *p = sqlite3_aggregate_context(ctx, 0);
-  if (!p || !p->vectors) return;
+  if (!p || !p->packed) return;
   uint32_t head[VEC_PACK_HEADER / 4] = {0, VEC_PACK_VERSION, p->dim, p->n, p->keys ? VEC_PACK_KEYS : 0, 0};
   memcpy(head, VEC_PACK_MAGIC, 4);
-  sqlite3_str *out = sqlite3_str_new(sqlite3_context_db_handle(ctx));
-  int rc = sqlite3_str_errcode(p->vectors);
-  if (!rc && p->keys) rc = sqlite3_str_errcode(p->keys);
-  sqlite3_str_append(out, (const char *)head, sizeof head);
-  append_all(out, p->vectors);
-  append_all(out, p->keys);
-  int n_zeros = (VEC_PACK_LENGTH_MOD_4 - sqlite3_str_length(out) % 4 + 4) % 4;
-  sqlite3_str_append(out, "\0\0\0", n_zeros);
-  if (!rc) rc = sqlite3_str_errcode(out);
-  int n = sqlite3_str_length(out);
-  char *bytes = sqlite3_str_finish(out);
-  sqlite3_free(sqlite3_str_finish(p->vectors)), sqlite3_free(sqlite3_str_finish(p->keys));
-  p->vectors = p->keys = NULL;
+  int rc = p->keys ? sqlite3_str_errcode(p->keys) : SQLITE_OK;
+  append_all(p->packed, p->keys);
+  sqlite3_str_append(p->packed, "\0\0\0", (VEC_PACK_LENGTH_MOD_4 - sqlite3_str_length(p->packed) % 4 + 4) % 4);
+  if (!rc) rc = sqlite3_str_errcode(p->packed);
+  int n = sqlite3_str_length(p->packed);
+  char *bytes = sqlite3_str_finish(p->packed);
+  sqlite3_free(sqlite3_str_finish(p->keys));
+  p->packed = p->keys = NULL;
   if (!rc && bytes) {
+    memcpy(bytes, head, sizeof head);
     sqlite3_result_blob(ctx, bytes, n, sqlite3_free);
     return;
   }
