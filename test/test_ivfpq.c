@@ -1361,6 +1361,103 @@ static void test_filters(void **state) {
   input_close(&t->in);
 }
 
+/* What brute force finds, against the distances of all rows: the same keys to the bit, for one query and for many, page after page,
+ * with and without a filter. */
+static void assert_brute(ivfpq_segment *s, const float *queries, size_t n_queries, uint64_t want, const ivfpq_filter *filter, int64_t modulus) {
+  uint64_t n = s->params.n_rows;
+  uint32_t dim = s->params.dim, *rows = malloc(n * sizeof *rows);
+  float *d = malloc(n * sizeof *d);
+  uint64_t *all = malloc(n * sizeof *all);
+  ivfpq_keys *many = calloc(n_queries, sizeof *many);
+  ivfpq_stats stats = {0};
+  vs_err err = {0};
+  ivfpq_query q = {.n_candidates = want, .filter = filter};
+  for (uint64_t i = 0; i < n; i++) rows[i] = (uint32_t)i;
+  assert_ok(ivfpq_exact_many(s, &q, queries, n_queries, 2, many, &stats, &err), err);
+  for (size_t i = 0; i < n_queries; i++) {
+    ivfpq_keys one = {0};
+    size_t m = 0;
+    q.vector = queries + i * dim;
+    assert_ok(ivfpq_distances(s, q.vector, rows, n, d, &err), err);
+    for (uint64_t r = 0; r < n; r++) {
+      const uint8_t *record;
+      ivfpq_id id = {0};
+      if (filter) {
+        assert_ok(ivfpq_row_at(s, (uint32_t)r, &record, &err), err);
+        assert_ok(ivfpq_row_id(s, record, &id, &err), err);
+      }
+      if (!filter || id.i % modulus == 0) all[m++] = kern_key(d[r], (uint32_t)r);
+    }
+    qsort(all, m, sizeof *all, by_key);
+    size_t first = want < m ? want : m, next = want < m - first ? want : m - first;
+    qsort(many[i].key, many[i].n, sizeof *all, by_key);
+    assert_int_equal(many[i].n, first);
+    assert_memory_equal(many[i].key, all, first * sizeof *all);
+    assert_ok(ivfpq_exact(s, &q, NULL, 2, &one, &stats, &err), err);
+    qsort(one.key, one.n, sizeof *all, by_key);
+    assert_int_equal(one.n, first);
+    assert_memory_equal(one.key, all, first * sizeof *all);
+    one.n = 0;
+    if (first) assert_ok(ivfpq_exact(s, &q, &all[first - 1], 1, &one, &stats, &err), err);
+    if (one.n) qsort(one.key, one.n, sizeof *all, by_key);
+    assert_int_equal(one.n, next);
+    if (next) assert_memory_equal(one.key, all + first, next * sizeof *all);
+    ivfpq_keys_reset(&one), ivfpq_keys_reset(&many[i]);
+  }
+  free(rows), free(d), free(all), free(many);
+}
+
+typedef enum { PLAIN, ALIKE, WILD, N_KINDS } row_kind;
+
+/* ALIKE: rows that floats hardly tell apart. WILD: lengths from below what floats can square to beyond it, and zeros. */
+static void fill_kind(float *x, uint64_t n, uint32_t dim, row_kind kind, float top, ivfpq_rng *r) {
+  const float scale[] = {1e-25f, 1e-18f, 1e-8f, 1, 1e8f, 1e12f, top, 0};
+  for (uint64_t i = 0; i < n; i++) {
+    float by = kind == WILD ? scale[ivfpq_rng_below(r, 8)] : 1;
+    for (uint32_t j = 0; j < dim; j++) {
+      float v = rng_float(r);
+      x[i * dim + j] = kind == ALIKE ? 3 + 1e-6f * v : by * v;
+    }
+  }
+}
+
+static void test_brute(void **state) {
+  (void)state;
+  static const struct { uint64_t n; uint32_t dim; } sizes[] = {{1, 3}, {70, 17}, {700, 100}, {4200, 2}, {4500, 8}};
+  enum { QUERIES = 70 };
+  every e = {7, 0};
+  ivfpq_filter seventh = {&e, eval_every};
+  for (size_t z = 0; z < sizeof sizes / sizeof *sizes; z++)
+    for (int metric = 0; metric < 3; metric++)
+      for (int kind = 0; kind < N_KINDS; kind++)
+        for (int half = 0; half < 2; half++) {
+          ivfpq_rng r = rng_of(z * 100 + (uint64_t)metric * 10 + (uint64_t)kind);
+          uint64_t n = sizes[z].n;
+          uint32_t dim = sizes[z].dim;
+          if ((half && kind) || (kind == WILD && metric == IVFPQ_COSINE)) continue; /* a build refuses zeros there */
+          set *t = set_open(n, dim, CLUSTERS, INT_IDS, 0);
+          for (uint64_t i = 0; i < n; i++) t->ids[i].i = (int64_t)i;
+          fill_kind(t->x, n, dim, (row_kind)kind, 1e16f, &r); /* a build takes lengths up to 1e18 */
+          ivfpq_build_options o = options((ivfpq_metric)metric);
+          o.store_f16 = half;
+          const char *path = path_of("brute.ivf");
+          build(t, &o, path);
+          ivfpq_segment *s = open_path(path, 1);
+          float *q = malloc(QUERIES * dim * sizeof *q);
+          fill_kind(q, QUERIES, dim, (row_kind)kind, 1e30f, &r);
+          memcpy(q, t->x, dim * sizeof *q); /* one of the rows */
+          if (metric != IVFPQ_COSINE) memset(q + dim, 0, dim * sizeof *q);
+          assert_brute(s, q, 2, 10, NULL, 1);
+          assert_brute(s, q, 3, 1, NULL, 1);
+          assert_brute(s, q, 5, n < 1000 ? n + 5 : 300, NULL, 1);
+          assert_brute(s, q, 4, 20, &seventh, 7);
+          if (n < 1000) assert_brute(s, q, QUERIES, 10, NULL, 1);
+          free(q);
+          ivfpq_segment_close(s);
+          input_close(&t->in);
+        }
+}
+
 /* ---- one segment, many threads ---- */
 
 typedef struct crowd {
@@ -2088,6 +2185,7 @@ int main(int argc, char **argv) {
                                      cmocka_unit_test(test_refusals),
                                      cmocka_unit_test(test_column_limits),
                                      cmocka_unit_test(test_filters),
+    cmocka_unit_test(test_brute),
                                      cmocka_unit_test(test_crowd),
                                      cmocka_unit_test(test_damage),
                                      cmocka_unit_test(test_failing_reads),
