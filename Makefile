@@ -1,8 +1,8 @@
 # vecshard: make | make test | make demo | make demo-s3 | make check SAN=address|thread | make bench | make soak | make clean
 #
-# Everything is compiled twice: build/obj/ext for the loadable extension (SQLite through sqlite3_api), build/obj/core for
-# static linking and the tool (SQLite called directly). Only the kernel files get wider instructions; they are chosen at run
-# time. SAN=address (with undefined) or SAN=thread builds into a folder of its own.
+# What speaks to SQLite is compiled twice: build/obj/ext for the loadable extension (through sqlite3_api), build/obj/core for
+# static linking and the tool (SQLite called directly); all else is there once, in build/obj/core. Only the kernel files get wider
+# instructions; they are chosen at run time. SAN=address (with undefined) or SAN=thread builds into a folder of its own.
 
 CC ?= gcc
 SAN ?=
@@ -23,7 +23,8 @@ INPUT := $(filter-out ext/input/input_fault.c,$(wildcard ext/input/*.c))
 HDF5_EXT := ext/vecshard_hdf5.c ext/vtab/hdf5_vectors.c $(INPUT) ext/input/input_fault.c $(addprefix ext/base/,vs_err.c vs_pool.c vs_scope.c)
 TOOL := $(wildcard tool/*.c)
 
-ext_obj = $(patsubst %.c,$(OUT)/obj/ext/%.o,$(1))
+SPEAKS_SQLITE := $(wildcard ext/*.c ext/vtab/*.c) $(addprefix ext/s3vfs/,s3_vfs.c db_interrupt.c) $(addprefix ext/shard/,shard_manifest.c shard_set.c)
+ext_obj = $(patsubst %.c,$(OUT)/obj/ext/%.o,$(filter $(SPEAKS_SQLITE),$(1))) $(call core_obj,$(filter-out $(SPEAKS_SQLITE),$(1)))
 core_obj = $(patsubst %.c,$(OUT)/obj/core/%.o,$(1))
 
 all: $(OUT)/vecshard.so $(OUT)/libvecshard.a $(OUT)/vecshard.h $(OUT)/vecshard $(OUT)/vecshard_hdf5.so
@@ -39,17 +40,19 @@ $(OUT)/vecshard.h: ext/vecshard.h
 $(OUT)/vecshard: $(call core_obj,$(TOOL) $(INPUT)) $(OUT)/libvecshard.a
 	@echo "  LINK  $@"; $(CC) $(SAN_FLAGS) $(LDFLAGS) -o $@ $^ $(HDF5_LIBS) -lsqlite3 $(NET_LIBS) $(LIBS)
 
+# Unrolled further under a sanitizer they take twice as long to compile, and run no faster. (-O1 for all made tests up to twice as slow.)
+KERN_LEVEL := $(if $(SAN),-O2,-O3)
 KERN_FLAGS_scalar := -fno-tree-vectorize
 ARCH := $(shell $(CC) -dumpmachine 2>/dev/null)
 ifneq ($(filter x86_64%,$(ARCH)),)
-KERN_FLAGS_avx2 := -O3 -mavx2 -mfma -mf16c
-KERN_FLAGS_avx512 := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mavx2 -mfma -mf16c
+KERN_FLAGS_avx2 := $(KERN_LEVEL) -mavx2 -mfma -mf16c
+KERN_FLAGS_avx512 := $(KERN_LEVEL) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mavx2 -mfma -mf16c
 KERN_FLAGS_words_avx512 := $(KERN_FLAGS_avx512)
 KERN_FLAGS_nearest_avx512 := $(KERN_FLAGS_avx512) -mamx-tile -mamx-int8
 KERN_FLAGS_grouped_avx512 := $(KERN_FLAGS_nearest_avx512)
 else ifneq ($(filter aarch64%,$(ARCH)),)
-KERN_FLAGS_neon := -O3
-KERN_FLAGS_dotprod := -O3 -march=armv8.2-a+dotprod
+KERN_FLAGS_neon := $(KERN_LEVEL)
+KERN_FLAGS_dotprod := $(KERN_LEVEL) -march=armv8.2-a+dotprod
 endif
 kern_flags = $(KERN_FLAGS_$(patsubst kern_%,%,$(notdir $(basename $(1)))))
 

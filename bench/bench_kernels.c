@@ -134,6 +134,7 @@ static void quantize_i8(const kern *k) { sink = k->quantize_i8(queries, DIM, que
 static void scores_i8(const kern *k) { k->scores_i8(query_bytes, 1, DIM, DIM, packed_bytes, ROWS, scores, ROWS); }
 static void scores_many_i8(const kern *k) { k->scores_i8(query_bytes, FEW, DIM, DIM, packed_bytes, ROWS, scores, ROWS); }
 static void dot_i8(const kern *k) { sink = k->dot_i8(query_bytes, row_bytes, DIM); }
+static void not_below_f32(const kern *k) { sink = (double)k->not_below_f32(rows, LONG, 2, numbers); }
 static void least_i8(const kern *k) { k->least_i8(scores, rows, rows + LONG, LONG, 1, 0, least, sizeof least / sizeof *least, 0); }
 static void keys_i8(const kern *k) { sink = (double)k->keys_i8(scores, rows, rows + LONG, LONG, 1, 0, 0, UINT64_MAX / 2, keys); }
 static void keys_u16(const kern *k) { k->keys_u16(sums, numbers, LONG, 1, 0.5f, 0, keys); }
@@ -208,6 +209,7 @@ static const kernel_case cases[] = {
     {"dot_i8", "960", "op", 2 * DIM, 0, dot_i8},
     {"keys_i8", "16384", "byte", 12.0 * LONG, 0, keys_i8},
     {"least_i8", "16384", "byte", 12.0 * LONG, 0, least_i8},
+    {"not_below_f32", "16384", "byte", 4.0 * LONG, 0, not_below_f32},
     {"keys_u16", "16384", "byte", 6.0 * LONG, 0, keys_u16},
     {"pq_table_raw", "60 x 16", "op", 2.0 * M_WIDE * 256 * SUB_DIM, 0, pq_table_raw},
     {"pq_table", "60 x 256", "byte", 4.0 * M_WIDE * 256, 0, pq_table},

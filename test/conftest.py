@@ -2,7 +2,7 @@
 
 `db` is a connection, connect(path) makes more; `tool(*args)` runs the command line; `make_shard(...)` builds a shard once per
 session and returns what went in, with brute force over it as the truth. VECSHARD_BUILD names another build folder, relative
-to the project. Needs a Python whose sqlite3 loads extensions (Debian: /usr/bin/python3).
+to the project; tests marked plain_only are left out there. Needs a Python whose sqlite3 loads extensions (Debian: /usr/bin/python3).
 
 `s3` is a real object store on this machine, started when the first test asks for it and ended with the session, or with the
 process whose number is in VECSHARD_S3_OWNER; `proxy` stands in front of it and breaks things. VECSHARD_S3_DIR names a folder
@@ -134,6 +134,17 @@ def few_directions(n, dim, seed, directions=8):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, directions)) @ rng.normal(size=(directions, dim))
     return (x + .02 * rng.normal(size=(n, dim))).astype("<f4")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "plain_only(why): left out where VECSHARD_BUILD names a sanitized build, because it proves nothing more there")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        mark = item.get_closest_marker("plain_only")
+        if mark and BUILD.name != "build":
+            item.add_marker(pytest.mark.skip(reason="without sanitizers only: " + mark.args[0]))
 
 
 @pytest.fixture

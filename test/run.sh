@@ -118,6 +118,21 @@ pytest_all() {
 if ! run_quietly "build" make -s -j"$jobs" all c-tests; then echo "FAILED: build"; count 0 1; finish; fi
 count 1 0
 mapfile -t programs < <(c_programs build/test)
+
+# The kernels of the other kind of CPU, emulated; 'max' is an ARM with every instruction that the emulator knows.
+if [ "$(uname -m)" = x86_64 ]; then
+  emulator=$(command -v qemu-aarch64-static || command -v qemu-aarch64)
+  if [ -n "$emulator" ] && command -v aarch64-linux-gnu-gcc >/dev/null; then
+    if run_quietly "build test_kernels, aarch64" \
+        make -s -j"$jobs" CC=aarch64-linux-gnu-gcc OUT=build/aarch64 build/aarch64/test/bare_kernels; then
+      programs=("$emulator -cpu max build/aarch64/test/bare_kernels" "${programs[@]}")
+    else
+      echo "FAILED: build test_kernels, aarch64"; count 0 1
+    fi
+  else
+    lacking "kernels for aarch64: no aarch64-linux-gnu-gcc or no qemu-aarch64 (tool/install-deps test)"
+  fi
+fi
 c_tests "" "${programs[@]}"
 
 # The demo leaves the database whose first rows README.md shows; test_docs.py compares them.
@@ -156,7 +171,7 @@ fi
 plain=$(if setarch "$(uname -m)" -R true 2>/dev/null; then echo "setarch $(uname -m) -R "; fi)
 if run_quietly "build, SAN=thread" make -s -j"$jobs" SAN=thread build-thread/test/test_base build-thread/test/test_ivfpq; then
   programs=("${plain}build-thread/test/test_base")
-  for t in runs kmeans many_partitions sketches same_bytes filters crowd failing_reads writer; do
+  for t in same_bytes filters sketches many_partitions crowd runs kmeans failing_reads writer; do
     programs+=("${plain}build-thread/test/test_ivfpq test_$t")
   done
   c_tests ", SAN=thread" "${programs[@]}"
@@ -172,23 +187,8 @@ else
   echo "FAILED: build s3_threads, SAN=thread"; count 0 1
 fi
 
-# The kernels of the other kind of CPU, emulated; 'max' is an ARM with every instruction that the emulator knows.
-if [ "$(uname -m)" = x86_64 ]; then
-  emulator=$(command -v qemu-aarch64-static || command -v qemu-aarch64)
-  if [ -n "$emulator" ] && command -v aarch64-linux-gnu-gcc >/dev/null; then
-    if run_quietly "build test_kernels, aarch64" \
-        make -s -j"$jobs" CC=aarch64-linux-gnu-gcc OUT=build/aarch64 build/aarch64/test/bare_kernels; then
-      c_tests ", aarch64" "$emulator -cpu max build/aarch64/test/bare_kernels"
-    else
-      echo "FAILED: build test_kernels, aarch64"; count 0 1
-    fi
-  else
-    lacking "kernels for aarch64: no aarch64-linux-gnu-gcc or no qemu-aarch64 (tool/install-deps test)"
-  fi
-fi
-
 if command -v clang >/dev/null; then
-  step "build, clang" logged make -s -j"$jobs" CC=clang OUT=build/clang all c-tests
+  step "build, clang" logged make -s -j"$jobs" CC=clang CFLAGS=-O0 OUT=build/clang all c-tests # for its warnings: at any level the same
 else
   lacking "a build with clang, which is not installed (tool/install-deps test)"
 fi

@@ -12,12 +12,12 @@ import h5py
 import numpy as np
 import pytest
 
-from conftest import BUILD, ROOT, plain_environ
+from conftest import ROOT, plain_environ
 
 sys.path.insert(0, str(ROOT / "bench"))
 import bench_sets  # noqa: E402
 
-pytestmark = pytest.mark.skipif(BUILD.name != "build", reason="times under a sanitizer say nothing")
+pytestmark = pytest.mark.plain_only("times under a sanitizer say nothing")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,7 +130,7 @@ def test_faiss_beside_it(tmp_path):
 
 
 @pytest.mark.parametrize("args,status,says", [
-    (("--set", "nowhere.npy"), 1, "nowhere.npy: no such file"),
+    (("--set", "nowhere.npy", "--parts", "search"), 1, "nowhere.npy: no such file"),
     (("--sets", "Z"), 2, "no Z"),
     (("--parts", "luck"), 2, "no luck"),
     (("--sets", "quick", "--faiss", "/nowhere", "--parts", "search"), 1, "/nowhere"),

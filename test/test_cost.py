@@ -39,14 +39,13 @@ def built(folder, n, dim, *options, ids=None, columns=None):
     return segment.stat().st_size, out["temp_bytes"]
 
 
+@pytest.mark.plain_only("sizes are the same in every build")
 @pytest.mark.parametrize("n, dim, options", [
     (9000, 16, []), (9000, 100, []), (20000, 128, ["--metric", "l2"]), (6000, 384, ["--store", "f16"]), (5000, 960, []),
     (5000, 960, ["--store", "f16", "--partitions", "200"]), (4100, 1536, ["--metric", "dot"]), (8000, 64, ["--bits", "4"]),
     (8000, 60, ["--subvectors", "7", "--partitions", "sqrt"]), (4095, 300, []), (1, 5, []),
 ])
 def test_size_of_a_built_shard(tmp_path, n, dim, options):
-    if dim > 200 and BUILD.name != "build":
-        pytest.skip("the sizes are the same in every build, and this one is slow")
     size, temp = built(tmp_path, n, dim, *options)
     told = cost(n, dim, *options)
     assert abs(told["shard"]["segment_bytes"] - size) <= .02 * size
@@ -54,6 +53,7 @@ def test_size_of_a_built_shard(tmp_path, n, dim, options):
     assert told["shards"] == 1 and told["storage"]["bytes"] >= told["shard"]["segment_bytes"]
 
 
+@pytest.mark.plain_only("sizes are the same in every build")
 @pytest.mark.parametrize("length", [3, 20, 100])
 def test_size_with_text_ids_and_metadata(tmp_path, length):
     n = 8000
@@ -134,6 +134,7 @@ def test_text_says_what_json_says():
         assert number in text, number
 
 
+@pytest.mark.plain_only("requests and bytes are the same in every build")
 @pytest.mark.parametrize("partitions, nprobe, centers", [(16, 6, 500), (150, 20, 24)])
 def test_requests_and_bytes_of_searches(tmp_path, s3, monkeypatch, partitions, nprobe, centers):
     """Partitions of 43 KB, too far apart to be read together, and small ones, which are; in sets whose partitions are of like size."""

@@ -414,12 +414,15 @@ def test_check_with_a_plan_that_is_none(tmp_path):
 
 # ---- GNU parallel ----
 
+only_once = pytest.mark.plain_only("a test of scripts, which are the same in every build")
+
 def script(name, *args, ok=True, env=None):
     r = subprocess.run([str(ROOT / "tool" / name), *map(str, args)], capture_output=True, text=True, timeout=300, env={**SCRIPT_ENV, **(env or {})})
     assert (r.returncode == 0) == ok, (args, r.returncode, r.stdout[-2000:], r.stderr[-2000:])
     return r
 
 
+@only_once
 @pytest.mark.skipif(not shutil.which("parallel"), reason="GNU parallel is not installed")
 def test_parallel(tmp_path):
     folder = tmp_path / "with space"
@@ -441,6 +444,7 @@ def test_parallel(tmp_path):
         script("parallel-build.sh", *args, ok=False)
 
 
+@only_once
 @pytest.mark.skipif(not shutil.which("parallel"), reason="GNU parallel is not installed")
 def test_readme_with_parallel(tmp_path, s3):
     block, = re.findall(r"^```sh farm\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -456,7 +460,6 @@ def test_readme_with_parallel(tmp_path, s3):
 
 # ---- Slurm ----
 
-only_once = pytest.mark.skipif(BUILD.name != "build", reason="a test of scripts, which are the same in every build")
 needs_slurm = pytest.mark.skipif(bool(slurm.missing()), reason="%s is not installed (tool/install-deps test)" % ", ".join(slurm.missing()))
 
 

@@ -2,6 +2,7 @@
 several shapes and filters give the same segment, byte for byte, at one thread and at several; and that damage in a file is an
 error that names its rows. VECSHARD_BUILD names another build folder."""
 import hashlib
+import itertools
 import os
 import subprocess
 
@@ -48,23 +49,22 @@ def test_storage_does_not_show(tmp_path, vectors):
     raw = tmp_path / "a.f32"
     vectors.tofile(raw)
     want = None
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         out = tmp_path / ("raw%d" % threads)
         p = build(out, raw, "--dim", DIM, threads=threads)
         assert p.returncode == 0, p.stderr
         want = want or segments(out)
         assert segments(out) == want
-    for kind, how in KINDS.items():
+    for threads, (kind, how) in zip(itertools.cycle((3, 1)), KINDS.items()):
         path = tmp_path / (kind + ".h5")
         with h5py.File(path, "w") as f:
             f.create_dataset("embedding", data=vectors, **how)
-        for threads in (1, 3):
-            out = tmp_path / ("%s%d" % (kind, threads))
-            p = build(out, path, "--id-dataset", "none", threads=threads)
-            if kind == "lzf" and "32000 (lzf)" in p.stderr:
-                continue  # a filter that libhdf5 has only inside Python
-            assert p.returncode == 0, p.stderr
-            assert segments(out) == want, (kind, threads)
+        out = tmp_path / kind
+        p = build(out, path, "--id-dataset", "none", threads=threads)
+        if kind == "lzf" and "32000 (lzf)" in p.stderr:
+            continue  # a filter that libhdf5 has only inside Python
+        assert p.returncode == 0, p.stderr
+        assert segments(out) == want, (kind, threads)
 
 
 def test_ids_in_every_storage(tmp_path, vectors):

@@ -801,6 +801,28 @@ static void pq_table_rounds(void **state) {
   }
 }
 
+/* Which are not below a limit: NaN, the limit itself and equal zeros are not; what is a NaN for a limit leaves all. */
+static void not_below_f32_equal_definition(void **state) {
+  (void)state;
+  const kern *k;
+  for (size_t i = 0; i < N_LENGTHS; i++) {
+    size_t n = length_at(i), n_padded = (n + 15) / 16 * 16;
+    float *a = fenced_floats(0, n);
+    uint32_t *got = fenced(1, n_padded * sizeof *got);
+    for (size_t e = 0; e < n; e++)
+      if (i % 2) a[e] = odd_float();
+    float limits[] = {-INFINITY, INFINITY, 0, -0.0f, NAN, n ? a[n / 2] : 1, 50, 1e30f};
+    for (size_t l = 0; l < sizeof limits / sizeof *limits; l++)
+      for (int v = 0; (k = next_variant(&v));) {
+        memset(got, 0xee, n_padded * sizeof *got);
+        size_t n_got = k->not_below_f32(a, n, limits[l], got), at = 0;
+        for (size_t e = 0; e < n; e++)
+          if (!(a[e] < limits[l])) assert_true(at < n_got && got[at] == e), at++;
+        assert_int_equal(at, n_got);
+      }
+  }
+}
+
 /* One function, whatever instructions it is made of; the known answers are those of xxHash 0.8.1. */
 static void xxh3_known_answers(void **state) {
   (void)state;
@@ -1131,6 +1153,7 @@ int main(void) {
     cmocka_unit_test(keys_u16_equal_definition),
     cmocka_unit_test(pq_tables_equal_definition),
     cmocka_unit_test(pq_table_rounds),
+    cmocka_unit_test(not_below_f32_equal_definition),
     cmocka_unit_test(xxh3_known_answers),
     cmocka_unit_test(pq_scan_exact),
     cmocka_unit_test(pq_scan_every_code),

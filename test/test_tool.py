@@ -205,6 +205,7 @@ def test_formats_agree(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.plain_only("bytes are the same in every build; test_same_bytes of test_ivfpq.c is watched")
 @pytest.mark.parametrize("extra", [[], ["--bits", "4", "--store", "f16"], ["--partitions", "sqrt", "--subvectors", "5"]])
 def test_same_bytes_at_any_thread_count(tmp_path, extra):
     x = vectors(6000, 32)

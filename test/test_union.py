@@ -143,6 +143,7 @@ def test_ties_come_by_shard_then_id(db, make_shard):
     assert sorted(lazy) == got
 
 
+@pytest.mark.plain_only("statistics")
 def test_two_phase_recall(db, make_shard):
     """Refining the global best loses at most 0.002 of recall@10 against refining in every shard."""
     x = clustered(24000, 32, SEED + 1, centers=200)

@@ -94,6 +94,9 @@ typedef struct kern {
   size_t (*pq_scan)(const uint8_t *codes, size_t m, const uint16_t *terms, size_t n_rows, const uint8_t *table,
                     uint16_t term_mul, uint32_t threshold, uint32_t *out_row, uint16_t *out_sum);
 
+  /* The i in [0, n) with !(a[i] < limit), NaN among them, ascending; returns how many. out has room for n rounded up to 16. */
+  size_t (*not_below_f32)(const float *a, size_t n, float limit, uint32_t *out);
+
   /* Sorts n <= KERN_FEW keys, ascending. */
   void (*sort_few_u64)(uint64_t *a, size_t n);
 

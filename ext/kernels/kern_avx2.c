@@ -755,6 +755,18 @@ static uint64_t select_u64(uint64_t *a, size_t n, size_t want, uint64_t *scratch
   return kern_select_by(split_u64, kern_sort_insertion, SELECT_FEW, a, n, want, scratch);
 }
 
+static size_t not_below_f32(const float *a, size_t n, float limit, uint32_t *out) {
+  const __m256 least = _mm256_set1_ps(limit);
+  size_t n_out = 0;
+  for (size_t i = 0; i < n; i += 8) {
+    __m256i live = tail8(n - i);
+    unsigned keep = (unsigned)_mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps(_mm256_maskload_ps(a + i, live), least, _CMP_NLT_UQ),
+                                                               _mm256_castsi256_ps(live)));
+    for (; keep; keep &= keep - 1) out[n_out++] = (uint32_t)i + (uint32_t)__builtin_ctz(keep);
+  }
+  return n_out;
+}
+
 static uint64_t xxh3(const void *p, size_t n) { return XXH3_64bits(p, n); }
 
 const kern kern_table_avx2 = {
@@ -781,6 +793,7 @@ const kern kern_table_avx2 = {
   .pq_scan = pq_scan,
   .sort_few_u64 = kern_sort_insertion,
   .select_u64 = select_u64,
+  .not_below_f32 = not_below_f32,
   .xxh3 = xxh3,
 };
 #else

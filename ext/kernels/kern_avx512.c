@@ -700,6 +700,19 @@ static uint64_t select_u64(uint64_t *a, size_t n, size_t want, uint64_t *scratch
   return kern_select_by(split_u64, sort_few_u64, SELECT_FEW, a, n, want, scratch);
 }
 
+static size_t not_below_f32(const float *a, size_t n, float limit, uint32_t *out) {
+  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512 least = _mm512_set1_ps(limit);
+  size_t n_out = 0;
+  for (size_t i = 0; i < n; i += 16) {
+    __mmask16 live = tail16(n - i), keep = _mm512_mask_cmp_ps_mask(live, _mm512_maskz_loadu_ps(live, a + i), least, _CMP_NLT_UQ);
+    if (!keep) continue; /* mostly */
+    _mm512_storeu_si512(out + n_out, _mm512_maskz_compress_epi32(keep, _mm512_add_epi32(_mm512_set1_epi32((int)i), iota)));
+    n_out += (size_t)__builtin_popcount(keep);
+  }
+  return n_out;
+}
+
 static uint64_t xxh3(const void *p, size_t n) { return XXH3_64bits(p, n); }
 
 const kern kern_table_avx512 = {
@@ -726,6 +739,7 @@ const kern kern_table_avx512 = {
   .pq_scan = pq_scan,
   .sort_few_u64 = sort_few_u64,
   .select_u64 = select_u64,
+  .not_below_f32 = not_below_f32,
   .xxh3 = xxh3,
 };
 #else

@@ -556,6 +556,23 @@ static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, siz
   return s.n_out;
 }
 
+static size_t not_below_f32(const float *a, size_t n, float limit, uint32_t *out) {
+  const float32x4_t least = vdupq_n_f32(limit);
+  size_t n_out = 0, i = 0;
+  for (; i + 4 <= n; i += 4) {
+    if (vminvq_u32(vcltq_f32(vld1q_f32(a + i), least))) continue; /* mostly: all below */
+    for (size_t j = i; j < i + 4; j++) {
+      out[n_out] = (uint32_t)j;
+      n_out += !(a[j] < limit);
+    }
+  }
+  for (; i < n; i++) {
+    out[n_out] = (uint32_t)i;
+    n_out += !(a[i] < limit);
+  }
+  return n_out;
+}
+
 static uint64_t xxh3(const void *p, size_t n) { return XXH3_64bits(p, n); }
 
 /* ------------------------------------------------------------------ tables */
@@ -566,7 +583,7 @@ static uint64_t xxh3(const void *p, size_t n) { return XXH3_64bits(p, n); }
   .all_finite_f32 = all_finite_f32, .scores_f32 = scores_f32, .scores_many_f32 = scores_many_f32,                         \
   .argmax_f32 = argmax_f32, .dot_f16 = dot_f16, .l2sq_f16 = l2sq_f16, .quantize_i8 = quantize_i8, .keys_i8 = keys_i8,     \
   .least_i8 = least_i8, .keys_u16 = keys_u16, .pq_table = pq_table, .pq_scan = pq_scan, .xxh3 = xxh3,                     \
-  .sort_few_u64 = kern_sort_insertion, .select_u64 = kern_scalar_select_u64
+  .not_below_f32 = not_below_f32, .sort_few_u64 = kern_sort_insertion, .select_u64 = kern_scalar_select_u64
 
 const kern kern_table_neon = {
   .name = "neon",

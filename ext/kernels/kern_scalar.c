@@ -249,6 +249,15 @@ uint64_t kern_scalar_select_u64(uint64_t *a, size_t n, size_t want, uint64_t *sc
   return kern_select_by(split_u64, kern_sort_insertion, SELECT_FEW, a, n, want, scratch);
 }
 
+static size_t not_below_f32(const float *a, size_t n, float limit, uint32_t *out) {
+  size_t n_out = 0;
+  for (size_t i = 0; i < n; i++) {
+    out[n_out] = (uint32_t)i;
+    n_out += !(a[i] < limit);
+  }
+  return n_out;
+}
+
 static uint64_t xxh3(const void *p, size_t n) { return XXH3_64bits(p, n); }
 
 const kern kern_table_scalar = {
@@ -275,5 +284,6 @@ const kern kern_table_scalar = {
   .pq_scan = pq_scan,
   .sort_few_u64 = kern_sort_insertion,
   .select_u64 = kern_scalar_select_u64,
+  .not_below_f32 = not_below_f32,
   .xxh3 = xxh3,
 };

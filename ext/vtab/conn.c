@@ -42,6 +42,24 @@ void conn_release(void *p) {
   free(c->allowed), free(c);
 }
 
+int conn_vtab_open(conn *c, const char *declaration, size_t size, sqlite3_vtab **out) {
+  int rc = sqlite3_declare_vtab(c->db, declaration);
+  if (rc) return rc;
+  sqlite3_vtab_config(c->db, SQLITE_VTAB_DIRECTONLY);
+  conn_vtab *t = sqlite3_malloc64(size);
+  if (!t) return SQLITE_NOMEM;
+  memset(t, 0, size);
+  t->c = c, c->refs++;
+  *out = &t->base;
+  return SQLITE_OK;
+}
+
+int conn_vtab_close(sqlite3_vtab *v) {
+  conn_release(((conn_vtab *)v)->c);
+  sqlite3_free(v);
+  return SQLITE_OK;
+}
+
 /* ---- tables ---- */
 
 void conn_table_add(conn *c, conn_table *t) { t->next = c->tables, c->tables = t; }

@@ -43,6 +43,12 @@ typedef struct conn {
 conn *conn_new(sqlite3 *db);
 void conn_release(void *conn); /* a module destructor */
 
+/* The table behind a table-valued function: all that it holds, or what it begins with, is the connection, counted. */
+typedef struct conn_vtab { sqlite3_vtab base; conn *c; } conn_vtab;
+/* What its xConnect does: declares the columns and gives size bytes, zero behind the conn_vtab; and its xDisconnect. */
+int conn_vtab_open(conn *c, const char *declaration, size_t size, sqlite3_vtab **out);
+int conn_vtab_close(sqlite3_vtab *v);
+
 void conn_table_add(conn *c, conn_table *t);
 void conn_table_remove(conn *c, conn_table *t);
 /* By name or schema.name, as SQL finds it; NULL when there is no such vecshard table. Connects the table if the schema has it. */

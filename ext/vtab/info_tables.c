@@ -28,7 +28,7 @@ typedef struct info_kind {
   vs_rc (*fill)(conn *, const char *source, rows *, vs_err *);
 } info_kind;
 
-typedef struct info_table { sqlite3_vtab base; conn *c; const info_kind *kind; } info_table;
+typedef struct info_table { conn_vtab base; const info_kind *kind; } info_table;
 typedef struct info_cursor { sqlite3_vtab_cursor base; rows rows; size_t at; } info_cursor;
 
 static void rows_reset(rows *r) {
@@ -193,27 +193,15 @@ enum { N_KINDS = sizeof kinds / sizeof *kinds };
 
 static int x_connect(sqlite3 *db, void *aux, int argc, const char *const *argv, sqlite3_vtab **out, char **message) {
   const info_kind *kind = NULL;
-  (void)argc, (void)message;
+  (void)db, (void)argc, (void)message;
   for (size_t i = 0; i < N_KINDS; i++)
     if (!sqlite3_stricmp(argv[0], kinds[i].name)) kind = &kinds[i];
   if (!kind) return SQLITE_ERROR;
   char *sql = sqlite3_mprintf("CREATE TABLE x(%s, source HIDDEN)", kind->columns);
-  int rc = sql ? sqlite3_declare_vtab(db, sql) : SQLITE_NOMEM;
+  int rc = sql ? conn_vtab_open(aux, sql, sizeof(info_table), out) : SQLITE_NOMEM;
   sqlite3_free(sql);
-  if (rc) return rc;
-  sqlite3_vtab_config(db, SQLITE_VTAB_DIRECTONLY);
-  info_table *t = sqlite3_malloc64(sizeof *t);
-  if (!t) return SQLITE_NOMEM;
-  *t = (info_table){.c = aux, .kind = kind};
-  t->c->refs++;
-  *out = &t->base;
-  return SQLITE_OK;
-}
-
-static int x_disconnect(sqlite3_vtab *v) {
-  conn_release(((info_table *)v)->c);
-  sqlite3_free(v);
-  return SQLITE_OK;
+  if (!rc) ((info_table *)*out)->kind = kind;
+  return rc;
 }
 
 static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
@@ -256,13 +244,13 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
   const char *source = argc ? (const char *)sqlite3_value_text(argv[0]) : "";
   conn_trace last[N_PHASES]; /* of the search before: this is none */
   statement s;
-  memcpy(last, t->c->trace.phases, sizeof last);
-  statement_open(&s, t->c);
+  memcpy(last, t->base.c->trace.phases, sizeof last);
+  statement_open(&s, t->base.c);
   statement_enter(&s, PHASE_OPEN);
-  vs_rc rc = source ? t->kind->fill(t->c, source, &c->rows, &err) : VS_OK;
+  vs_rc rc = source ? t->kind->fill(t->base.c, source, &c->rows, &err) : VS_OK;
   statement_leave(&s);
   statement_close(&s);
-  memcpy(t->c->trace.phases, last, sizeof last);
+  memcpy(t->base.c->trace.phases, last, sizeof last);
   return rc ? conn_error(&err, &v->pVtab->zErrMsg) : SQLITE_OK;
 }
 
@@ -287,8 +275,8 @@ static int x_rowid(sqlite3_vtab_cursor *v, sqlite3_int64 *rowid) {
   return SQLITE_OK;
 }
 
-static const sqlite3_module module = {.xConnect = x_connect, .xBestIndex = x_best_index, .xDisconnect = x_disconnect,
-                                      .xDestroy = x_disconnect, .xOpen = x_open, .xClose = x_close, .xFilter = x_filter,
+static const sqlite3_module module = {.xConnect = x_connect, .xBestIndex = x_best_index, .xDisconnect = conn_vtab_close,
+                                      .xDestroy = conn_vtab_close, .xOpen = x_open, .xClose = x_close, .xFilter = x_filter,
                                       .xNext = x_next, .xEof = x_eof, .xColumn = x_column, .xRowid = x_rowid};
 
 int info_tables_register(conn *c) {

@@ -24,7 +24,6 @@ SQLITE_EXTENSION_INIT3
 enum { COL_NPROBE, COL_REFINE, COL_RECALL, COL_MS, COL_REQUESTS, COL_BYTES, COL_SOURCE, COL_K, COL_QUERIES, COL_TARGET };
 enum { WITH_K = 1, WITH_QUERIES = 2, DEFAULT_K = 10 };
 
-typedef struct recall_table { sqlite3_vtab base; conn *c; } recall_table;
 typedef struct recall_cursor {
   sqlite3_vtab_cursor base;
   statement statement;
@@ -38,23 +37,9 @@ typedef struct recall_cursor {
 } recall_cursor;
 
 static int x_connect(sqlite3 *db, void *aux, int argc, const char *const *argv, sqlite3_vtab **out, char **message) {
-  (void)argc, (void)argv, (void)message;
-  int rc = sqlite3_declare_vtab(db, "CREATE TABLE x(nprobe INTEGER, refine INTEGER, recall REAL, ms REAL, requests REAL, bytes REAL, "
-                                    "source HIDDEN, k HIDDEN, queries HIDDEN, target REAL HIDDEN)");
-  if (rc) return rc;
-  sqlite3_vtab_config(db, SQLITE_VTAB_DIRECTONLY);
-  recall_table *t = sqlite3_malloc64(sizeof *t);
-  if (!t) return SQLITE_NOMEM;
-  *t = (recall_table){.c = aux};
-  t->c->refs++;
-  *out = &t->base;
-  return SQLITE_OK;
-}
-
-static int x_disconnect(sqlite3_vtab *v) {
-  conn_release(((recall_table *)v)->c);
-  sqlite3_free(v);
-  return SQLITE_OK;
+  (void)db, (void)argc, (void)argv, (void)message;
+  return conn_vtab_open(aux, "CREATE TABLE x(nprobe INTEGER, refine INTEGER, recall REAL, ms REAL, requests REAL, bytes REAL, "
+                             "source HIDDEN, k HIDDEN, queries HIDDEN, target REAL HIDDEN)", sizeof(conn_vtab), out);
 }
 
 static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
@@ -82,7 +67,7 @@ static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
 static int x_open(sqlite3_vtab *v, sqlite3_vtab_cursor **out) {
   recall_cursor *c = calloc(1, sizeof *c);
   if (!c) return SQLITE_NOMEM;
-  statement_open(&c->statement, ((recall_table *)v)->c);
+  statement_open(&c->statement, ((conn_vtab *)v)->c);
   *out = &c->base;
   return SQLITE_OK;
 }
@@ -132,7 +117,7 @@ static vs_rc measure(recall_cursor *c, conn *of, const char *source, int64_t que
 
 static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, int argc, sqlite3_value **argv) {
   recall_cursor *c = (recall_cursor *)v;
-  conn *of = ((recall_table *)v->pVtab)->c;
+  conn *of = ((conn_vtab *)v->pVtab)->c;
   vs_err err = {0};
   int64_t queries;
   (void)idx_str, (void)argc;
@@ -150,7 +135,7 @@ static int x_filter(sqlite3_vtab_cursor *v, int idx_num, const char *idx_str, in
 
 static int x_next(sqlite3_vtab_cursor *v) {
   recall_cursor *c = (recall_cursor *)v;
-  conn *of = ((recall_table *)v->pVtab)->c;
+  conn *of = ((conn_vtab *)v->pVtab)->c;
   vs_err err = {0};
   enter(c, of);
   vs_rc rc = shard_recall_next(c->measure, &c->point, &c->more, &err);
@@ -186,8 +171,8 @@ static int x_rowid(sqlite3_vtab_cursor *v, sqlite3_int64 *rowid) {
   return SQLITE_OK;
 }
 
-static const sqlite3_module module = {.xConnect = x_connect, .xBestIndex = x_best_index, .xDisconnect = x_disconnect,
-                                      .xDestroy = x_disconnect, .xOpen = x_open, .xClose = x_close, .xFilter = x_filter,
+static const sqlite3_module module = {.xConnect = x_connect, .xBestIndex = x_best_index, .xDisconnect = conn_vtab_close,
+                                      .xDestroy = conn_vtab_close, .xOpen = x_open, .xClose = x_close, .xFilter = x_filter,
                                       .xNext = x_next, .xEof = x_eof, .xColumn = x_column, .xRowid = x_rowid};
 
 int recall_table_register(conn *c) {

@@ -154,7 +154,6 @@ static void get(sqlite3_context *ctx, int argc, sqlite3_value **argv) {
 
 typedef struct entry { char *key, *etag; int is_prefix; uint64_t size; int64_t modified; } entry;
 
-typedef struct list_table { sqlite3_vtab base; conn *c; } list_table;
 typedef struct list_cursor {
   sqlite3_vtab_cursor base;
   s3_place *place;
@@ -210,23 +209,9 @@ static vs_rc next_page(list_cursor *c, vs_err *err) {
 }
 
 static int x_connect(sqlite3 *db, void *aux, int argc, const char *const *argv, sqlite3_vtab **out, char **message) {
-  (void)argc, (void)argv, (void)message;
-  int rc = sqlite3_declare_vtab(db, "CREATE TABLE x(uri TEXT, key TEXT, size INTEGER, etag TEXT, modified TEXT, source HIDDEN, "
-                                    "recursive INTEGER HIDDEN)");
-  if (rc) return rc;
-  sqlite3_vtab_config(db, SQLITE_VTAB_DIRECTONLY);
-  list_table *t = sqlite3_malloc64(sizeof *t);
-  if (!t) return SQLITE_NOMEM;
-  *t = (list_table){.c = aux};
-  t->c->refs++;
-  *out = &t->base;
-  return SQLITE_OK;
-}
-
-static int x_disconnect(sqlite3_vtab *v) {
-  conn_release(((list_table *)v)->c);
-  sqlite3_free(v);
-  return SQLITE_OK;
+  (void)db, (void)argc, (void)argv, (void)message;
+  return conn_vtab_open(aux, "CREATE TABLE x(uri TEXT, key TEXT, size INTEGER, etag TEXT, modified TEXT, source HIDDEN, "
+                             "recursive INTEGER HIDDEN)", sizeof(conn_vtab), out);
 }
 
 static int x_best_index(sqlite3_vtab *v, sqlite3_index_info *info) {
@@ -267,7 +252,7 @@ static int settle(list_cursor *c) {
   vs_err err = {0};
   call x;
   if (c->at < c->n || c->is_last_page) return SQLITE_OK;
-  call_enter(&x, ((list_table *)c->base.pVtab)->c);
+  call_enter(&x, ((conn_vtab *)c->base.pVtab)->c);
   vs_rc rc = next_page(c, &err);
   call_leave(&x);
   return rc ? conn_error(&err, &c->base.pVtab->zErrMsg) : SQLITE_OK;
@@ -324,8 +309,8 @@ static int x_rowid(sqlite3_vtab_cursor *v, sqlite3_int64 *rowid) {
   return SQLITE_OK;
 }
 
-static const sqlite3_module module = {.xConnect = x_connect, .xBestIndex = x_best_index, .xDisconnect = x_disconnect,
-                                      .xDestroy = x_disconnect, .xOpen = x_open, .xClose = x_close, .xFilter = x_filter,
+static const sqlite3_module module = {.xConnect = x_connect, .xBestIndex = x_best_index, .xDisconnect = conn_vtab_close,
+                                      .xDestroy = conn_vtab_close, .xOpen = x_open, .xClose = x_close, .xFilter = x_filter,
                                       .xNext = x_next, .xEof = x_eof, .xColumn = x_column, .xRowid = x_rowid};
 
 int s3_functions_register(conn *c) {
