@@ -868,11 +868,12 @@ static ivfpq_model new_model(uint32_t subs, uint32_t sub_dim, uint32_t bits) {
 }
 static ivfpq_model learn_model(uint32_t subs, uint32_t sub_dim, uint32_t bits, const float *rows, size_t n) {
   ivfpq_model m = new_model(subs, sub_dim, bits);
-  ivfpq_learn how = {.sample = rows, .n = n, .seed = 3, .threads = 2};
-  float *padded = malloc(n * m.dim * sizeof *padded);
+  float *sample = malloc(n * m.dim * sizeof *sample);
+  ivfpq_learn how = {.sample = sample, .n = n, .seed = 3, .threads = 2};
   vs_err err = {0};
-  assert_ok(ivfpq_model_learn(&m, &how, padded, &err), err);
-  free(padded);
+  memcpy(sample, rows, n * m.dim * sizeof *sample);
+  assert_ok(ivfpq_model_learn(&m, &how, &err), err);
+  free(sample);
   return m;
 }
 
