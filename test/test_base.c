@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -474,6 +475,49 @@ static void environment_chooses_and_no_handle_leaks(void **state) {
   vs_io_close(NULL);
 }
 
+/* Of a map that is not in memory, what is wanted is read, and not all that lies around it. Where a file cannot be put out of memory
+ * (tmpfs) there is only the first to see. */
+static void what_is_wanted_is_read(void **state) {
+  (void)state;
+  enum { SIZE = 8 << 20, FROM = 3 << 20, LENGTH = 9000, FAR = 300 * 4096 };
+  const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+  char path[512];
+  uint8_t *bytes = malloc(SIZE);
+  static unsigned char in[SIZE / 4096];
+  vs_err err = {0};
+  vs_io *io;
+  for (size_t i = 0; i < SIZE; i++) bytes[i] = byte_at(i);
+  snprintf(path, sizeof path, "%s/want", folder);
+  int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+  assert_int_equal(write(fd, bytes, SIZE), SIZE);
+  assert_int_equal(fsync(fd), 0);
+  assert_int_equal(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED), 0);
+  close(fd);
+  assert_int_equal(io_local_open(path, 1, &io, &err), VS_OK);
+  vs_range r = {.off = 0, .len = 1};
+  assert_int_equal(vs_io_fetch(io, &r, 1, &err), VS_OK);
+  void *map = (void *)(uintptr_t)r.ptr;
+  assert_int_equal(mincore(map, SIZE, in), 0);
+  int dropped = !(in[FROM / page] & 1), resident = 0;
+  vs_io_want(io, FROM, LENGTH);
+  for (int turn = 0; turn < 500 && !resident; turn++) { /* it is read in the background */
+    assert_int_equal(mincore(map, SIZE, in), 0);
+    resident = in[FROM / page] & in[(FROM + LENGTH - 1) / page] & 1;
+    if (!resident) usleep(10000);
+  }
+  assert_true(resident);
+  if (dropped) assert_false(in[(FROM + FAR) / page] & 1);
+  for (int i = 0; i < 1000; i++) vs_io_want(io, (uint64_t)i * 8000, 100); /* more and more of it is in memory */
+  vs_io_want(io, 0, SIZE);
+  vs_io_want(io, SIZE - 1, 1);
+  r = (vs_range){.off = FROM, .len = LENGTH};
+  assert_int_equal(vs_io_fetch(io, &r, 1, &err), VS_OK);
+  assert_memory_equal(r.ptr, bytes + FROM, LENGTH);
+  vs_io_close(io);
+  free(bytes);
+  unlink(path);
+}
+
 typedef struct shared_io {
   vs_io *io;
   int wrong; /* atomic */
@@ -539,6 +583,7 @@ int main(int argc, char **argv) {
       cmocka_unit_test(short_read_names_file_and_offset),
       cmocka_unit_test(what_is_no_file_is_refused),
       cmocka_unit_test(environment_chooses_and_no_handle_leaks),
+      cmocka_unit_test(what_is_wanted_is_read),
       cmocka_unit_test(fetches_from_many_threads),
   };
   return cmocka_run_group_tests(tests, make_folder, remove_folder);

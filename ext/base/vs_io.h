@@ -37,6 +37,8 @@ struct vs_io {
   vs_rc (*begin)(vs_io *, vs_range *, size_t n, vs_err *);
   vs_rc (*wait)(vs_io *, vs_range *, size_t n, vs_err *); /* NULL where local */
   void (*release)(vs_io *, vs_range *, size_t n);
+  void (*want)(vs_io *, uint64_t off, uint64_t len); /* of a stable io: bytes that are about to be looked at for the first time; reading
+                                                       begins if they are not in memory. NULL: nothing to be gained. */
   void (*forget)(vs_io *); /* what was read may be damaged: read it anew next time. NULL: nothing is kept. */
   void (*close)(vs_io *);
 };
@@ -58,6 +60,9 @@ static inline vs_rc vs_io_fetch(vs_io *io, vs_range *r, size_t n, vs_err *err) {
   return rc ? rc : vs_io_wait(io, r, n, err);
 }
 static inline void vs_io_release(vs_io *io, vs_range *r, size_t n) { io->release(io, r, n); }
+static inline void vs_io_want(vs_io *io, uint64_t off, uint64_t len) {
+  if (io->want) io->want(io, off, len);
+}
 static inline void vs_io_forget(vs_io *io) {
   if (io->forget) io->forget(io);
 }

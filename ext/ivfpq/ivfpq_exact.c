@@ -76,6 +76,7 @@ vs_rc ivfpq_distances_mapped(ivfpq_segment *s, const float *query, const uint32_
   const kern *k = kern_get();
   size_t ahead = AHEAD_BYTES / p->row_bytes + 1;
   float buf[IVFPQ_MAX_DIM]; /* written when rows are stored as halves only */
+  for (size_t i = 0; i < n; i++) ivfpq_row_want(s, rows[i]);
   for (size_t i = 0; i < ahead && i < n; i++) ivfpq_row_prefetch(s, rows[i]);
   for (size_t i = 0; i < n; i++) {
     const uint8_t *record;

@@ -512,8 +512,11 @@ vs_rc ivfpq_parts_begin(ivfpq_segment *s, int want, ivfpq_part *parts, size_t n,
   vs_rc rc = VS_OK;
   if (s->io->local) { /* one by one: there is nothing to be gained from asking for all of them at once */
     for (size_t i = 0; i < n && !rc; i++) {
-      part_ranges(s, want, &parts[i].entry, parts[i].range);
-      rc = vs_io_begin(s->io, parts[i].range, 2, err);
+      vs_range *r = parts[i].range;
+      part_ranges(s, want, &parts[i].entry, r);
+      rc = vs_io_begin(s->io, r, 2, err);
+      for (int k = 0; k < 2 && !rc; k++)
+        if (r[k].len && !flag_get(s->part_checked, parts[i].number, 1u << k)) vs_io_want(s->io, r[k].off, r[k].len);
       if (rc) ivfpq_parts_release(s, parts, i);
     }
     return rc;

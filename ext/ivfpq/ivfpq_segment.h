@@ -143,6 +143,20 @@ static inline VS_WARN_UNUSED vs_rc ivfpq_row_at(ivfpq_segment *s, uint32_t row, 
   return flags && __atomic_load_n(&flags[at / 8], __ATOMIC_RELAXED) >> at % 8 & 1 ? VS_OK : ivfpq_row_mapped(s, row, record, err);
 }
 
+/* A row, its sketch, of a mapped file: it is about to be looked at. */
+static inline void ivfpq_want_unseen(ivfpq_segment *s, unsigned char **flags, uint32_t section, uint32_t row, uint32_t size) {
+  const unsigned char *have = flags ? __atomic_load_n(&flags[row / IVFPQ_ROWS_PER_FLAGS], __ATOMIC_ACQUIRE) : NULL;
+  uint32_t at = row % IVFPQ_ROWS_PER_FLAGS;
+  if (have && __atomic_load_n(&have[at / 8], __ATOMIC_RELAXED) >> at % 8 & 1) return;
+  vs_io_want(s->io, s->section[section].off + (uint64_t)row * size, size);
+}
+static inline void ivfpq_row_want(ivfpq_segment *s, uint32_t row) {
+  ivfpq_want_unseen(s, s->rows_checked, IVFPQ_ROWS, row, s->params.row_bytes);
+}
+static inline void ivfpq_sketch_want(ivfpq_segment *s, uint32_t row) {
+  ivfpq_want_unseen(s, s->sketches_checked, IVFPQ_SKETCH, row, s->params.sketch_bytes);
+}
+
 static inline void ivfpq_sketch_prefetch(const ivfpq_segment *s, uint32_t row) {
   const uint8_t *p = s->mapped_sketches + (uint64_t)row * s->params.sketch_bytes;
   for (uint32_t z = 0; z < s->params.sketch_bytes; z += 64) __builtin_prefetch(p + z);

@@ -74,6 +74,7 @@ vs_rc ivfpq_sketch_estimate(ivfpq_segment *s, const float *query, const uint32_t
   ivfpq_sketch_query q = {.bytes = calloc(room, 1), .fine = calloc(room, 1)};
   vs_rc rc = x && q.bytes && q.fine ? VS_OK : vs_nomem(err);
   if (!rc) ivfpq_sketch_query_make(s, query, x, &q);
+  for (size_t i = 0; i < n; i++) ivfpq_sketch_want(s, rows[i]);
   for (size_t i = 0; i < n + AHEAD && !rc; i++) {
     const uint8_t *record;
     if (i < n) ivfpq_sketch_prefetch(s, rows[i]);

@@ -4,6 +4,11 @@
  * last page, then a reserved page of ours). Read: each range is a malloc of its own, padded with zeros, that release
  * frees. A file cut short while mapped raises SIGBUS; read, it is an error that names file and offset. No lock: nothing
  * changes once open.
+ *
+ * A map may be larger than memory, so searches touch pages that have to be read: the kernel is told not to read around each of them,
+ * and what a search is about to touch is asked for before, all of it at once (`want`). 1,000,000 x 128, nothing in memory, a batch of
+ * 20 queries: 427 MB and 30 ms a query with the kernel's read-ahead (8 MiB on that machine), 17 MB and 2.6 ms so. Large ranges are
+ * read in sequence.
  */
 #include "io_local.h"
 
@@ -15,20 +20,48 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { HUGE_PAGE = 2 << 20 };
+enum {
+  HUGE_PAGE = 2 << 20,
+  LARGE = 256 << 10,   /* a range so long is asked for as a whole, whether it is in memory or not */
+  SURE = 64, EVERY = 16 /* after SURE ranges that all were in memory, only one in EVERY is looked up */
+};
 
 typedef struct local_io {
   vs_io base;
   int fd;           /* -1 once mapped */
   uint8_t *map;     /* NULL: pread */
   size_t map_bytes; /* with the page behind the file */
+  size_t page;
+  unsigned in_memory; /* ranges in a row that were */
   char name[];
 } local_io;
+
+/* Looking up whether pages are in memory costs a fifth of a microsecond, reading them a hundred times that. */
+static void want_mapped(vs_io *io, uint64_t off, uint64_t len) {
+  local_io *l = (local_io *)io;
+  unsigned run = __atomic_load_n(&l->in_memory, __ATOMIC_RELAXED), cached = 1;
+  unsigned char in[LARGE / 4096 + 2];
+  uint8_t *from = l->map + off / l->page * l->page;
+  size_t n = (size_t)(l->map + off + len - from), n_pages = (n + l->page - 1) / l->page;
+  if (n_pages > sizeof in) {
+    (void)madvise(from, n, MADV_WILLNEED);
+    return;
+  }
+  if (run < SURE || run % EVERY == 0) {
+    if (mincore(from, n, in)) return;
+    for (size_t i = 0; i < n_pages; i++) cached &= in[i];
+    if (!cached) (void)madvise(from, n, MADV_WILLNEED);
+  }
+  __atomic_store_n(&l->in_memory, cached ? run + 1 : 0, __ATOMIC_RELAXED);
+}
 
 static vs_rc fetch_mapped(vs_io *io, vs_range *r, size_t n, vs_err *err) {
   const local_io *l = (const local_io *)io;
   (void)err;
-  for (size_t i = 0; i < n; i++) r[i].ptr = l->map + r[i].off;
+  for (size_t i = 0; i < n; i++) {
+    r[i].ptr = l->map + r[i].off;
+    if (r[i].len >= LARGE) want_mapped(io, r[i].off, r[i].len);
+  }
   return VS_OK;
 }
 static void release_mapped(vs_io *io, vs_range *r, size_t n) { (void)io, (void)r, (void)n; }
@@ -98,8 +131,9 @@ static int map_file(local_io *l) {
     munmap(at, whole + page);
     return 0;
   }
-  l->map = at, l->map_bytes = whole + page;
-  l->base.stable = 1, l->base.begin = fetch_mapped, l->base.release = release_mapped;
+  if (size) (void)madvise(at, size, MADV_RANDOM);
+  l->map = at, l->map_bytes = whole + page, l->page = page;
+  l->base.stable = 1, l->base.begin = fetch_mapped, l->base.release = release_mapped, l->base.want = want_mapped;
   close(l->fd), l->fd = -1;
   return 1;
 }

@@ -83,6 +83,7 @@ static size_t of_segment(slice *s, uint32_t shard_no, uint32_t segment) {
 static vs_rc look_at_sketches(slice *s, ivfpq_segment *g, size_t n, vs_err *err) {
   size_t ahead = AHEAD_BYTES / g->params.sketch_bytes + 1;
   uint64_t made = 0;
+  for (size_t i = 0; i < n; i++) ivfpq_sketch_want(g, (uint32_t)(s->key[i] >> 32));
   for (size_t i = 0; i < n + ahead; i++) {
     const uint8_t *record;
     if (i < n) ivfpq_sketch_prefetch(g, (uint32_t)(s->key[i] >> 32));
@@ -111,6 +112,7 @@ static void drop_far(slice *s, size_t i) {
 
 static vs_rc compare(slice *s, ivfpq_segment *g, size_t n, vs_err *err) {
   size_t ahead = AHEAD_BYTES / g->params.row_bytes + 1;
+  for (size_t i = 0; i < n; i++) ivfpq_row_want(g, (uint32_t)(s->key[i] >> 32));
   for (size_t i = 0; i < n + ahead; i++) {
     if (i < n) ivfpq_row_prefetch(g, (uint32_t)(s->key[i] >> 32));
     if (i < ahead) continue;
