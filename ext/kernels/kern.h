@@ -173,7 +173,7 @@ void kern_nearest_init(kern_nearest *m, const float *rows, size_t n_c, size_t di
  * result does not depend on the rows beside it. */
 void kern_nearest_find(const kern_nearest *m, const float *x, size_t n_x, size_t stride, int exact, uint32_t *id, void *scratch);
 
-/* ---- about the nearest row of a large matrix in groups (kern_grouped.c, kern_grouped_avx512.c) ----
+/* ---- about the nearest row of a large matrix in groups (kern_nearest.c, kern_grouped_avx512.c) ----
  *
  * A point meets the rows of the groups whose centres are near, in bytes: it may be told another row that is about as near, which one
  * does not depend on the rows beside it. Only where bytes are multiplied (kern_grouped_works). */
