@@ -171,7 +171,7 @@ fi
 plain=$(if setarch "$(uname -m)" -R true 2>/dev/null; then echo "setarch $(uname -m) -R "; fi)
 if run_quietly "build, SAN=thread" make -s -j"$jobs" SAN=thread build-thread/test/test_base build-thread/test/test_ivfpq; then
   programs=("${plain}build-thread/test/test_base")
-  for t in same_bytes filters sketches many_partitions crowd runs kmeans failing_reads writer; do
+  for t in same_bytes filters brute_on_threads sketches many_partitions crowd runs kmeans failing_reads writer; do
     programs+=("${plain}build-thread/test/test_ivfpq test_$t")
   done
   c_tests ", SAN=thread" "${programs[@]}"

@@ -1408,55 +1408,63 @@ static void assert_brute(ivfpq_segment *s, const float *queries, size_t n_querie
   free(rows), free(d), free(all), free(many);
 }
 
-typedef enum { PLAIN, ALIKE, WILD, N_KINDS } row_kind;
+typedef enum { PLAIN, ALIKE, TINY, WILD, N_KINDS } row_kind;
 
-/* ALIKE: rows that floats hardly tell apart. WILD: lengths from below what floats can square to beyond it, and zeros. */
+/* ALIKE, TINY: rows that floats hardly tell apart, the latter near the end of what they can square. WILD: lengths from below what floats can square to beyond it, and zeros. */
 static void fill_kind(float *x, uint64_t n, uint32_t dim, row_kind kind, float top, ivfpq_rng *r) {
   const float scale[] = {1e-25f, 1e-18f, 1e-8f, 1, 1e8f, 1e12f, top, 0};
   for (uint64_t i = 0; i < n; i++) {
     float by = kind == WILD ? scale[ivfpq_rng_below(r, 8)] : 1;
     for (uint32_t j = 0; j < dim; j++) {
       float v = rng_float(r);
-      x[i * dim + j] = kind == ALIKE ? 3 + 1e-6f * v : by * v;
+      x[i * dim + j] = kind == ALIKE ? 3 + 1e-6f * v : kind == TINY ? 1e-13f * (3 + 1e-6f * v) : by * v;
     }
   }
+}
+
+static void brute_case(uint64_t n, uint32_t dim, ivfpq_metric metric, row_kind kind, int half) {
+  enum { QUERIES = 70 };
+  every e = {7, 0};
+  ivfpq_filter seventh = {&e, eval_every};
+  ivfpq_rng r = rng_of(n * 100 + (uint64_t)metric * 10 + (uint64_t)kind);
+  set *t = set_open(n, dim, CLUSTERS, INT_IDS, 0);
+  for (uint64_t i = 0; i < n; i++) t->ids[i].i = (int64_t)i;
+  fill_kind(t->x, n, dim, kind, 1e16f, &r); /* a build takes lengths up to 1e18 */
+  ivfpq_build_options o = options(metric);
+  o.store_f16 = half;
+  const char *path = path_of("brute.ivf");
+  build(t, &o, path);
+  ivfpq_segment *s = open_path(path, 1);
+  float *q = malloc(QUERIES * dim * sizeof *q);
+  fill_kind(q, QUERIES, dim, kind, 1e30f, &r);
+  memcpy(q, t->x, dim * sizeof *q); /* one of the rows */
+  if (metric != IVFPQ_COSINE) memset(q + dim, 0, dim * sizeof *q);
+  assert_brute(s, q, 2, 10, NULL, 1);
+  assert_brute(s, q, 3, 1, NULL, 1);
+  assert_brute(s, q, 5, n < 1000 ? n + 5 : 300, NULL, 1);
+  assert_brute(s, q, 4, 20, &seventh, 7);
+  if (n < 1000) assert_brute(s, q, QUERIES, 10, NULL, 1);
+  free(q);
+  ivfpq_segment_close(s);
+  input_close(&t->in);
 }
 
 static void test_brute(void **state) {
   (void)state;
   static const struct { uint64_t n; uint32_t dim; } sizes[] = {{1, 3}, {70, 17}, {700, 100}, {4200, 2}, {4500, 8}};
-  enum { QUERIES = 70 };
-  every e = {7, 0};
-  ivfpq_filter seventh = {&e, eval_every};
   for (size_t z = 0; z < sizeof sizes / sizeof *sizes; z++)
     for (int metric = 0; metric < 3; metric++)
       for (int kind = 0; kind < N_KINDS; kind++)
         for (int half = 0; half < 2; half++) {
-          ivfpq_rng r = rng_of(z * 100 + (uint64_t)metric * 10 + (uint64_t)kind);
-          uint64_t n = sizes[z].n;
-          uint32_t dim = sizes[z].dim;
           if ((half && kind) || (kind == WILD && metric == IVFPQ_COSINE)) continue; /* a build refuses zeros there */
-          set *t = set_open(n, dim, CLUSTERS, INT_IDS, 0);
-          for (uint64_t i = 0; i < n; i++) t->ids[i].i = (int64_t)i;
-          fill_kind(t->x, n, dim, (row_kind)kind, 1e16f, &r); /* a build takes lengths up to 1e18 */
-          ivfpq_build_options o = options((ivfpq_metric)metric);
-          o.store_f16 = half;
-          const char *path = path_of("brute.ivf");
-          build(t, &o, path);
-          ivfpq_segment *s = open_path(path, 1);
-          float *q = malloc(QUERIES * dim * sizeof *q);
-          fill_kind(q, QUERIES, dim, (row_kind)kind, 1e30f, &r);
-          memcpy(q, t->x, dim * sizeof *q); /* one of the rows */
-          if (metric != IVFPQ_COSINE) memset(q + dim, 0, dim * sizeof *q);
-          assert_brute(s, q, 2, 10, NULL, 1);
-          assert_brute(s, q, 3, 1, NULL, 1);
-          assert_brute(s, q, 5, n < 1000 ? n + 5 : 300, NULL, 1);
-          assert_brute(s, q, 4, 20, &seventh, 7);
-          if (n < 1000) assert_brute(s, q, QUERIES, 10, NULL, 1);
-          free(q);
-          ivfpq_segment_close(s);
-          input_close(&t->in);
+          brute_case(sizes[z].n, sizes[z].dim, (ivfpq_metric)metric, (row_kind)kind, half);
         }
+}
+
+/* A case with several tasks, for the thread sanitizer. */
+static void test_brute_on_threads(void **state) {
+  (void)state;
+  brute_case(4500, 8, IVFPQ_L2, PLAIN, 0);
 }
 
 /* ---- one segment, many threads ---- */
@@ -2187,6 +2195,7 @@ int main(int argc, char **argv) {
                                      cmocka_unit_test(test_column_limits),
                                      cmocka_unit_test(test_filters),
     cmocka_unit_test(test_brute),
+    cmocka_unit_test(test_brute_on_threads),
                                      cmocka_unit_test(test_crowd),
                                      cmocka_unit_test(test_damage),
                                      cmocka_unit_test(test_failing_reads),

@@ -12,8 +12,8 @@
  *
  * Errors: a sum of n products in floats is off by n u SUM |x_j q_j| at most (u = 2^-24; Higham, Accuracy and Stability of Numerical
  * Algorithms, section 3.1), and SUM |x_j q_j| <= |x| |q|. With d the distance, |x| <= |q| + d: rows that are near enough to matter
- * have norms that the score itself bounds. The factor 4 covers the same error in the distances that scores stand for.
- * What leaves the range in which this holds (SAFE_MIN, SAFE_MAX) is scored NaN, which no limit leaves out.
+ * have norms that the score itself bounds. The factor 5 covers the same error in the distances that scores stand for.
+ * What leaves the range in which this holds (IVFPQ_SAFE_MIN, IVFPQ_SAFE_MAX) is scored NaN, which no limit leaves out.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -33,8 +33,6 @@ enum {
   AHEAD_BYTES = 4096,       /* of rows asked for before they are needed */
   CHUNK = 256               /* scores between two looks at the limit */
 };
-#define SAFE_MIN 1e-30f
-#define SAFE_MAX 1e37f
 #define UNIT_ROUNDOFF 5.9604645e-8f
 
 uint32_t ivfpq_stretch_rows(const ivfpq_params *p) { return STRETCH_BYTES / p->row_bytes + SLICE; }
@@ -64,7 +62,7 @@ typedef struct brute {
 } brute;
 
 static void fail(brute *b) { __atomic_store_n(&b->failed, 1, __ATOMIC_RELAXED); }
-static int safe(float norm2) { return norm2 > SAFE_MIN && norm2 < SAFE_MAX; }
+static int safe(float norm2) { return norm2 > IVFPQ_SAFE_MIN && norm2 < IVFPQ_SAFE_MAX; }
 
 /* ---- scores ---- */
 
@@ -74,8 +72,11 @@ static float score_of(const brute *b, const float *q, const float *x) {
   float d[3];
   switch ((ivfpq_metric)b->s->params.metric) {
     case IVFPQ_L2: d[0] = k->l2sq_f32(q, x, dim); return safe(d[0]) ? -d[0] : NAN;
-    case IVFPQ_DOT: d[0] = k->dot_f32(q, x, dim); return fabsf(d[0]) < SAFE_MAX ? d[0] : NAN;
-    default: k->cosine_f32(q, x, dim, d); return safe(d[1]) && safe(d[2]) && fabsf(d[0]) < SAFE_MAX ? d[0] / (sqrtf(d[1]) * sqrtf(d[2])) : NAN;
+    case IVFPQ_DOT: d[0] = k->dot_f32(q, x, dim); return fabsf(d[0]) < IVFPQ_SAFE_MAX ? d[0] : NAN;
+    default:
+      k->cosine_f32(q, x, dim, d);
+      if (!safe(d[1]) || !safe(d[2]) || !(fabsf(d[0]) < IVFPQ_SAFE_MAX)) return NAN;
+      return d[0] / (sqrtf(d[1]) * sqrtf(d[2]));
   }
 }
 
@@ -144,10 +145,10 @@ static float score_at(const brute *b, const asked *a, float distance) {
 
 /* How far a score near `score` may lie from that of the true distance. */
 static float error_at(const brute *b, const asked *a, float score, float longest) {
-  float unit = 4 * (float)(b->s->params.dim + 8) * UNIT_ROUNDOFF;
+  float unit = 5 * (float)(b->s->params.dim + 8) * UNIT_ROUNDOFF;
   switch ((ivfpq_metric)b->s->params.metric) {
     case IVFPQ_L2: return b->many ? unit * (5 * a->norm2 + 4 * fabsf(score)) : unit * fabsf(score);
-    case IVFPQ_DOT: return b->many ? unit * sqrtf(a->norm2 * longest) : 4 * UNIT_ROUNDOFF * fabsf(score);
+    case IVFPQ_DOT: return b->many ? unit * sqrtf(a->norm2) * sqrtf(longest) : 4 * UNIT_ROUNDOFF * fabsf(score);
     default: return unit;
   }
 }

@@ -1,9 +1,7 @@
 /* ivfpq_exact.c - true distances of given rows, filters over a whole segment, and the keys of the nearest; see ivfpq_search.h. */
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "../base/vs_pool.h"
 #include "../kernels/kern.h"
 #include "ivfpq_search.h"
 

@@ -21,10 +21,6 @@ uint32_t ivfpq_iddir_levels(uint64_t n_rows, uint64_t pages[8]) {
   return levels;
 }
 
-/* Squares of floats leave the normal range beyond these; then double precision decides. */
-#define SAFE_MIN 1e-30f
-#define SAFE_MAX 1e37f
-
 static double slow_distance(ivfpq_metric metric, const float *a, const float *b, uint32_t dim) {
   double dot = 0, aa = 0, bb = 0, dd = 0;
   for (uint32_t j = 0; j < dim; j++) {
@@ -39,14 +35,14 @@ static double slow_distance(ivfpq_metric metric, const float *a, const float *b,
 double ivfpq_distance_by(const kern *k, ivfpq_metric metric, const float *a, const float *b, uint32_t dim) {
   if (metric == IVFPQ_L2) {
     float d = k->l2sq_f32(a, b, dim);
-    if (d > SAFE_MIN && d < SAFE_MAX) return sqrt((double)d);
+    if (d > IVFPQ_SAFE_MIN && d < IVFPQ_SAFE_MAX) return sqrt((double)d);
   } else if (metric == IVFPQ_DOT) {
     float d = k->dot_f32(a, b, dim);
-    if (fabsf(d) < SAFE_MAX) return -(double)d;
+    if (fabsf(d) < IVFPQ_SAFE_MAX) return -(double)d;
   } else {
     float d[3];
     k->cosine_f32(a, b, dim, d);
-    if (d[1] > SAFE_MIN && d[2] > SAFE_MIN && d[1] < SAFE_MAX && d[2] < SAFE_MAX && fabsf(d[0]) < SAFE_MAX)
+    if (d[1] > IVFPQ_SAFE_MIN && d[2] > IVFPQ_SAFE_MIN && d[1] < IVFPQ_SAFE_MAX && d[2] < IVFPQ_SAFE_MAX && fabsf(d[0]) < IVFPQ_SAFE_MAX)
       return 1 - (double)d[0] / (sqrt((double)d[1]) * sqrt((double)d[2]));
   }
   return slow_distance(metric, a, b, dim);

@@ -236,6 +236,10 @@ static inline uint32_t ivfpq_check32(const void *p, size_t n) { return (uint32_t
 uint64_t ivfpq_key_int(int64_t id);
 uint64_t ivfpq_key_text(const void *text, size_t n);
 
+/* Squares of floats leave the normal range beyond these; then double precision decides. */
+#define IVFPQ_SAFE_MIN 1e-30f
+#define IVFPQ_SAFE_MAX 1e37f
+
 /* The metric distance of the raw vectors; falls back to double precision where float over- or underflows.
  * l2: Euclidean; cosine: 1 - cos (1 when a vector is zero); dot: -a.b */
 double ivfpq_distance(ivfpq_metric metric, const float *a, const float *b, uint32_t dim);

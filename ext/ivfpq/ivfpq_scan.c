@@ -1,7 +1,7 @@
 /* ivfpq_scan.c - estimates by codes; see ivfpq_search.h and the estimate in ivfpq_format.h.
  *
  * A scan, stage by stage (a step ends where reads were begun that are worth waiting for together with other segments'):
- * prepare the query; rank the centroids by 8-bit scores (group by group); make the query's table; scan the partitions, nearest
+ * prepare the query; rank the centroids by 8-bit scores; make the query's table; scan the partitions, nearest
  * first, keeping the best n_candidates: the buffer is cut back by selection when full, which tightens the threshold that the
  * scan kernel rejects by.
  *
@@ -52,8 +52,8 @@ static void scan_free(void *p) {
   scan *c = p;
   if (!c) return;
   ivfpq_table_reset(&c->table);
-  free(c->order), free(c->views), free(c->place), free(c->projected), free(c->projected8), free(c->score), free(c->slots), free(c->rank);
-  free(c->rank_scratch), free(c->out_row), free(c->out_sum), free(c->bitmap), free(c->parts), free(c->part_keys), free(c->flat), free(c->done);
+  free(c->order), free(c->views), free(c->place), free(c->projected), free(c->projected8), free(c->score);
+  free(c->slots), free(c->rank), free(c->rank_scratch), free(c->out_row), free(c->out_sum), free(c->bitmap), free(c->parts), free(c->part_keys), free(c->flat), free(c->done);
   free(c);
 }
 

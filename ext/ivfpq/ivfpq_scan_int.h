@@ -53,8 +53,8 @@ struct ivfpq_scan_state {
 /* The nearest centroids of one query, while lanes of groups are shown one after another, in any order: the `want` nearest of all
  * are the same in the end. key has room for 2 * want + 128 and the lanes shown at once, scratch for twice that.
  *
- * Lanes may be looked at before they are added: the w-th smallest of slots that each hold the least of many distances is a limit that
- * few but the w nearest pass. 4,000 lanes cost 0.6 us so; with a limit that only selections tighten 1.6 us. */
+ * Lanes may be looked at before they are added: the want-th smallest of slots that each hold the least of many distances is a limit
+ * that few but the nearest pass. 4,000 lanes cost 0.6 us so; with a limit that only selections tighten 1.6 us. */
 enum { IVFPQ_RANKING_SLOTS = 1024 };
 typedef struct ivfpq_ranking {
   uint64_t *key, *scratch;

@@ -476,8 +476,10 @@ vs_rc ivfpq_resident(ivfpq_segment *s, const ivfpq_group_view **views, vs_err *e
   if (!rc) rc = ivfpq_groups_fetch(s, all, n, made, err);
   float *lanes = NULL;
   if (!rc && (rc = lanes_together(s, made, &lanes, err))) ivfpq_groups_release(s, made, n);
-  if (!rc && __atomic_compare_exchange_n(&s->resident, &have, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) *views = made, s->resident_lanes = lanes, made = NULL;
-  else if (!rc) {
+  if (!rc && __atomic_compare_exchange_n(&s->resident, &have, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+    *views = made, made = NULL;
+    s->resident_lanes = lanes;
+  } else if (!rc) {
     ivfpq_groups_release(s, made, n);
     free(lanes);
     *views = have;
