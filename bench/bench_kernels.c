@@ -36,8 +36,9 @@ static int32_t *scores;
 static uint32_t *numbers, some_rows[FEW];
 static uint64_t *keys, *many_keys, *scratch;
 static kern_nearest nearest_matrix;
+static kern_grouped grouped_matrix;
 static kern_words word_matrix;
-static void *nearest_memory, *nearest_scratch, *word_memory;
+static void *nearest_memory, *nearest_scratch, *word_memory, *grouped_memory, *grouped_scratch;
 static uint8_t *found_codes;
 static float *many_rows;
 static volatile double sink;
@@ -100,6 +101,21 @@ static void prepare(void) {
   for (size_t i = 0; i < KEYS; i++) many_keys[i] = kern_key((float)(rnd() >> 40), (uint32_t)i);
 }
 
+/* Groups of rows that follow one another, each around its first row. */
+static void prepare_grouped(void) {
+  enum { GROUPS = 48 };
+  uint32_t order[ROWS], start[GROUPS + 1];
+  float *centres = room((size_t)GROUPS * DIM * sizeof *centres);
+  for (uint32_t i = 0; i < ROWS; i++) order[i] = i;
+  for (uint32_t g = 0; g <= GROUPS; g++) start[g] = g * ROWS / GROUPS;
+  for (uint32_t g = 0; g < GROUPS; g++) memcpy(centres + (size_t)g * DIM, rows + (size_t)start[g] * DIM, DIM * sizeof *centres);
+  if (!grouped_memory) grouped_memory = room(kern_grouped_bytes(ROWS, GROUPS, DIM));
+  kern_grouped_init(&grouped_matrix, rows, DIM, order, start, centres, GROUPS, grouped_memory);
+  free(grouped_scratch);
+  grouped_scratch = room(kern_grouped_scratch(&grouped_matrix));
+  free(centres);
+}
+
 /* What the nearest ones are prepared for depends on whether tiles are used: again after they were granted. */
 static void prepare_nearest(void) {
   if (!many_rows) {
@@ -111,6 +127,7 @@ static void prepare_nearest(void) {
   free(nearest_scratch);
   nearest_scratch = room(kern_nearest_scratch(&nearest_matrix));
   kern_words_init(&word_matrix, rows, M_WIDE, 256, SUB_DIM, word_memory);
+  if (kern_grouped_works()) prepare_grouped();
 }
 
 /* ---- one call each ---- */
@@ -134,6 +151,9 @@ static void quantize_i8(const kern *k) { sink = k->quantize_i8(queries, DIM, que
 static void scores_i8(const kern *k) { k->scores_i8(query_bytes, 1, DIM, DIM, packed_bytes, ROWS, scores, ROWS); }
 static void scores_many_i8(const kern *k) { k->scores_i8(query_bytes, FEW, DIM, DIM, packed_bytes, ROWS, scores, ROWS); }
 static void dot_i8(const kern *k) { sink = k->dot_i8(query_bytes, row_bytes, DIM); }
+static void xxh3(const kern *k) {
+  for (size_t i = 0; i < LONG; i += 8) sink = (double)k->xxh3(rows + 130 * i / 8, 520);
+}
 static void not_below_f32(const kern *k) { sink = (double)k->not_below_f32(rows, LONG, 2, numbers); }
 static void least_i8(const kern *k) { k->least_i8(scores, rows, rows + LONG, LONG, 1, 0, least, sizeof least / sizeof *least, 0); }
 static void keys_i8(const kern *k) { sink = (double)k->keys_i8(scores, rows, rows + LONG, LONG, 1, 0, 0, UINT64_MAX / 2, keys); }
@@ -170,6 +190,14 @@ static void nearest_exact(const kern *k) {
 static void nearest_to_train(const kern *k) {
   (void)k;
   kern_nearest_find(&nearest_matrix, many_rows, KERN_NEAREST_ROWS, DIM, 0, numbers, nearest_scratch);
+}
+static void nearest_grouped(const kern *k) {
+  (void)k;
+  if (grouped_scratch) kern_grouped_find(&grouped_matrix, many_rows, KERN_NEAREST_ROWS, DIM, numbers, grouped_scratch);
+}
+static void scores_by_tiles(const kern *k) {
+  (void)k;
+  kern_scores_i8(query_bytes, MANY, DIM, DIM, packed_bytes, ROWS, scores, ROWS);
 }
 static void nearest_words(const kern *k) {
   (void)k;
@@ -217,6 +245,7 @@ static const kernel_case cases[] = {
     {"pq_scan", "512 x 16", "lookup", (double)PART * M_SLIM, 0, pq_scan_slim},
     {"pq_scan", "1048576 x 60", "lookup", (double)BIG_ROWS * M_WIDE, (double)BIG_ROWS * (M_WIDE + 2), pq_scan_memory},
     {"select_u64", "1000 of 100000", "byte", 8.0 * KEYS, 0, select_u64},
+    {"xxh3", "520 bytes", "byte", 520.0 * LONG / 8, 0, xxh3},
     {"sort_few_u64", "64", "byte", 8.0 * KERN_FEW, 0, sort_few_u64},
 };
 static const kernel_case whole_cases[] = {
@@ -224,6 +253,8 @@ static const kernel_case whole_cases[] = {
     {"kern_sort_u64_from", "100000, by the high half", "byte", 8.0 * KEYS, 0, sort_u64_from},
     {"kern_nearest_find", "1024 x 960 x 1024", "op", PRODUCT(KERN_NEAREST_ROWS, ROWS), 0, nearest_exact},
     {"kern_nearest_find", "the same, to train", "op", PRODUCT(KERN_NEAREST_ROWS, ROWS), 0, nearest_to_train},
+    {"kern_grouped_find", "the same, near groups", "op", PRODUCT(KERN_NEAREST_ROWS, ROWS), 0, nearest_grouped},
+    {"kern_scores_i8", "256 x 960 x 1024", "op", PRODUCT(MANY, ROWS), 0, scores_by_tiles},
     {"kern_words_find", "1024 x 60 x 256 x 16", "flop", 2.0 * KERN_NEAREST_ROWS * M_WIDE * 256 * SUB_DIM, 0, nearest_words},
     {"kern_sum_rows_f32", "64 x 960", "byte", 4.0 * FEW * DIM, 0, sum_rows},
     {"kern_scale_sub_f32", "960", "byte", 8.0 * DIM, 0, scale_sub},

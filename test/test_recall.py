@@ -133,6 +133,18 @@ def test_recall_of_other_k(db, shards, k):
         assert r - .015 <= got <= r + .12, (r, got)
 
 
+def test_defaults_follow_the_calibration(db, tmp_path):
+    """Long lists of rows with codes of one byte: the rule of thumb for nprobe and refine finds too little there, and is not left alone."""
+    x = surface(41000, 8)
+    x, queries = x[:-200], x[-200:]
+    build_shard(tmp_path / "long", x, options=("--partitions", "60"))
+    path = str(tmp_path / "long")
+    truth = nearest(x, queries, 10, "l2")
+    rule = share(found(db, path, queries, 10, "nprobe = 32 AND refine = 10"), truth)
+    usual = share(found(db, path, queries, 10, "1"), truth)
+    assert rule < .8 and usual >= .93, (rule, usual)
+
+
 # ---- the figures ----
 
 @pytest.mark.parametrize("metric", ["l2", *(pytest.param(m, marks=pytest.mark.plain_only("statistics")) for m in ("cosine", "dot"))])
