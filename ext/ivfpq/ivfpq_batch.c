@@ -272,9 +272,11 @@ static void rank_slice(void *ctx, size_t slice) {
   for (size_t i = 0; i < n; i++)
     ranks[i] = (ivfpq_ranking){.key = w->rank + i * room, .scratch = w->scratch, .want = b->want, .step = step[i],
                                .qq = b->seeds[slice * SLICE + i].qq, .limit = UINT64_MAX, .slots = w->slots};
-  for (uint32_t g = 0; g < b->s->params.n_groups; g++)
-    for (size_t i = 0; i < n; i++)
-      b->seeds[slice * SLICE + i].n_groups += !b->wishes || (b->wishes[slice * b->s->params.n_groups + g] >> i & 1);
+  for (size_t i = 0; i < n; i++) {
+    uint32_t n_groups = b->s->params.n_groups, *wished = &b->seeds[slice * SLICE + i].n_groups;
+    *wished = b->wishes ? 0 : n_groups;
+    for (uint32_t g = 0; b->wishes && g < n_groups; g++) *wished += b->wishes[slice * n_groups + g] >> i & 1;
+  }
   for (uint32_t at = 0; at < lanes; at += LANES_AT_ONCE)
     rank_lanes(b, w, slice, at, lanes - at < LANES_AT_ONCE ? lanes : at + LANES_AT_ONCE, ranks);
   for (size_t i = 0; i < n; i++) {

@@ -45,6 +45,7 @@ typedef struct asked {
 
 typedef struct brute {
   ivfpq_segment *s;
+  const kern *k;         /* looked up once, not per row */
   const ivfpq_query *q;
   const uint64_t *after, *bitmap;
   int many;
@@ -67,7 +68,7 @@ static int safe(float norm2) { return norm2 > IVFPQ_SAFE_MIN && norm2 < IVFPQ_SA
 /* ---- scores ---- */
 
 static float score_of(const brute *b, const float *q, const float *x) {
-  const kern *k = kern_get();
+  const kern *k = b->k;
   uint32_t dim = b->s->params.dim;
   float d[3];
   switch ((ivfpq_metric)b->s->params.metric) {
@@ -105,7 +106,7 @@ static void block_free(block *w) { free(w->rows), free(w->packed), free(w->bias)
 /* Some rows against all queries of a turn. */
 static void score_block(brute *b, block *w, uint32_t at, uint32_t n, float *longest) {
   const ivfpq_params *p = &b->s->params;
-  const kern *k = kern_get();
+  const kern *k = b->k;
   memset(w->bias, 0, (BLOCK + 16) * sizeof *w->bias);
   for (uint32_t i = 0; i < n; i++) {
     float *to = w->rows + (size_t)i * p->dim;
@@ -171,7 +172,6 @@ static void raise_limit(const brute *b, const asked *a, float longest, found *f)
 }
 
 static vs_rc look_at_scores(const brute *b, const asked *a, const float *score, float longest, found *f) {
-  const kern *k = kern_get();
   uint64_t want = b->q->n_candidates;
   uint32_t near[CHUNK + 16];
   float after = b->after ? score_at(b, a, kern_key_value(*b->after)) : 0, error = b->after ? error_at(b, a, after, longest) : 0;
@@ -182,7 +182,7 @@ static vs_rc look_at_scores(const brute *b, const asked *a, const float *score, 
   }
   if (!safe(a->norm2)) f->limit = -INFINITY;
   for (uint32_t at = 0; at < b->n; at += CHUNK) {
-    size_t n = k->not_below_f32(score + at, b->n - at < CHUNK ? b->n - at : CHUNK, f->limit, near);
+    size_t n = b->k->not_below_f32(score + at, b->n - at < CHUNK ? b->n - at : CHUNK, f->limit, near);
     for (size_t i = 0; i < n; i++) {
       uint32_t row = at + near[i];
       float v = score[row];
@@ -207,13 +207,12 @@ static vs_rc look_at_scores(const brute *b, const asked *a, const float *score, 
 /* True distances of what may matter; those that do join the query's keys. */
 static vs_rc compare(brute *b, asked *a, const float *score, const found *f, float *buf, ivfpq_keys *out) {
   const ivfpq_params *p = &b->s->params;
-  const kern *k = kern_get();
   uint64_t want = b->q->n_candidates;
   for (size_t i = 0; i < f->n; i++) {
     uint32_t row = f->row[i];
     if (score[row] < f->limit) continue;
     const float *x = ivfpq_row_vector(b->s, b->records + (size_t)row * p->row_bytes, buf);
-    uint64_t key = kern_key((float)ivfpq_distance_by(k, (ivfpq_metric)p->metric, a->vector, x, p->dim), b->first + row);
+    uint64_t key = kern_key((float)ivfpq_distance_by(b->k, (ivfpq_metric)p->metric, a->vector, x, p->dim), b->first + row);
     if (key >= a->worst || (b->after && key <= *b->after)) continue;
     if (ivfpq_keys_room(out, out->n + 1, NULL)) return VS_NOMEM;
     out->key[out->n++] = key;
@@ -299,7 +298,6 @@ static vs_rc all_stretches(brute *b, size_t n_queries, uint32_t stretch, int thr
 
 /* Their lengths, and for cosine the queries as they are scored: copies of length 1. */
 static vs_rc prepare(brute *b, const float *vectors, size_t n, float **unit, vs_err *err) {
-  const kern *k = kern_get();
   uint32_t dim = b->s->params.dim;
   int cosine = b->many && b->s->params.metric == IVFPQ_COSINE;
   float *zero = cosine ? calloc(dim, sizeof *zero) : NULL;
@@ -310,7 +308,7 @@ static vs_rc prepare(brute *b, const float *vectors, size_t n, float **unit, vs_
   }
   for (size_t i = 0; i < n; i++) {
     const float *v = vectors + i * dim;
-    b->asked[i] = (asked){.vector = v, .norm2 = k->dot_f32(v, v, dim), .worst = UINT64_MAX};
+    b->asked[i] = (asked){.vector = v, .norm2 = b->k->dot_f32(v, v, dim), .worst = UINT64_MAX};
     if (cosine) kern_scale_sub_f32(v, safe(b->asked[i].norm2) ? 1 / sqrtf(b->asked[i].norm2) : 0, zero, dim, *unit + i * dim);
   }
   b->scored = cosine ? *unit : vectors;
@@ -322,7 +320,7 @@ static vs_rc exact(ivfpq_segment *s, const ivfpq_query *q, const float *vectors,
                    ivfpq_keys *out, ivfpq_stats *stats, vs_err *err) {
   if (!s->params.n_rows || !q->n_candidates || !n) return VS_OK;
   uint32_t stretch = ivfpq_stretch_rows(&s->params);
-  brute b = {.s = s, .q = q, .after = after, .many = n >= MANY, .out = out};
+  brute b = {.s = s, .k = kern_get(), .q = q, .after = after, .many = n >= MANY, .out = out};
   uint64_t *bitmap = NULL;
   float *unit = NULL;
   size_t at_once = b.many ? QUERIES < n ? QUERIES : n : 1;

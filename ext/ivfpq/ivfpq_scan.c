@@ -53,7 +53,8 @@ static void scan_free(void *p) {
   if (!c) return;
   ivfpq_table_reset(&c->table);
   free(c->order), free(c->views), free(c->place), free(c->projected), free(c->projected8), free(c->score);
-  free(c->slots), free(c->rank), free(c->rank_scratch), free(c->out_row), free(c->out_sum), free(c->bitmap), free(c->parts), free(c->part_keys), free(c->flat), free(c->done);
+  free(c->slots), free(c->rank), free(c->rank_scratch), free(c->out_row), free(c->out_sum), free(c->bitmap);
+  free(c->parts), free(c->part_keys), free(c->flat), free(c->done);
   free(c);
 }
 

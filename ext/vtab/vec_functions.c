@@ -261,7 +261,8 @@ static void append_all(sqlite3_str *to, sqlite3_str *from) {
   if (from && sqlite3_str_length(from)) sqlite3_str_append(to, sqlite3_str_value(from), sqlite3_str_length(from));
 }
 
-/* Vectors lie where they are to be from the start: many megabytes are not copied once more. */
+/* No row gives NULL, which searches nothing. Also called, for the sake of the strings, after an error. Vectors lie where they are to
+ * be from the start: many megabytes are not copied once more. */
 static void pack_final(sqlite3_context *ctx) {
   packing *p = sqlite3_aggregate_context(ctx, 0);
   if (!p || !p->packed) return;
