@@ -161,9 +161,9 @@ static void keys_u16(const kern *k) { k->keys_u16(sums, numbers, LONG, 1, 0.5f, 
 static void pq_table_raw(const kern *k) { sink = k->pq_table_raw(query_bytes, words, words_factor, M_WIDE, SUB_DIM, raw, low); }
 static void pq_table(const kern *k) { k->pq_table(raw, low, M_WIDE, 100, table); }
 /* A threshold that lets few rows through, as in a search. */
-static void pq_scan_wide(const kern *k) { sink = (double)k->pq_scan(codes, M_WIDE, terms, PART, table, 16, 2500, numbers, sums); }
-static void pq_scan_slim(const kern *k) { sink = (double)k->pq_scan(codes, M_SLIM, terms, PART, table, 16, 500, numbers, sums); }
-static void pq_scan_memory(const kern *k) { sink = (double)k->pq_scan(codes, M_WIDE, terms, BIG_ROWS, table, 16, 2500, numbers, sums); }
+static void pq_scan_wide(const kern *k) { sink = (double)k->pq_scan(codes, M_WIDE, terms, PART, table, 16, 2500, NULL, numbers, sums); }
+static void pq_scan_slim(const kern *k) { sink = (double)k->pq_scan(codes, M_SLIM, terms, PART, table, 16, 500, NULL, numbers, sums); }
+static void pq_scan_memory(const kern *k) { sink = (double)k->pq_scan(codes, M_WIDE, terms, BIG_ROWS, table, 16, 2500, NULL, numbers, sums); }
 static void select_u64(const kern *k) {
   memcpy(scratch, many_keys, KEYS * sizeof *scratch);
   sink = (double)k->select_u64(scratch, KEYS, WANT, scratch + KEYS);

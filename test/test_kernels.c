@@ -870,10 +870,12 @@ static partition make_partition(size_t m, size_t n_rows, int extreme) {
   return p;
 }
 
+/* What is scanned next may lie anywhere, even where nothing may be read: it is only asked for. */
 static void check_scan(const kern *k, const partition *p, uint16_t term_mul, uint32_t threshold) {
+  const uint8_t *next = threshold % 2 ? NULL : fenced(0, 0);
   uint32_t *row = fenced(3, p->n_padded * sizeof *row);
   uint16_t *sum = fenced(4, p->n_padded * sizeof *sum);
-  size_t n = k->pq_scan(p->codes, p->m, p->terms, p->n_rows, p->table, term_mul, threshold, row, sum), at = 0;
+  size_t n = k->pq_scan(p->codes, p->m, p->terms, p->n_rows, p->table, term_mul, threshold, next, row, sum), at = 0;
   assert_true(n <= p->n_rows);
   for (size_t r = 0; r < p->n_rows; r++) {
     uint64_t want = p->sum[r] + ((uint64_t)p->terms[r] * term_mul >> 16);

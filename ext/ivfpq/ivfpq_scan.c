@@ -23,7 +23,6 @@
 #include "ivfpq_scan_int.h"
 
 enum {
-  AHEAD = 2,                    /* partitions whose codes are asked for before they are needed */
   SCAN_ROWS = 16 * KERN_BLOCK,  /* rows between two looks at the threshold */
   PARTS_BYTES = IVFPQ_PARTS_BYTES,
   CHUNK = 16,                   /* partitions put in order, and looked up, at once: most queries stop early */
@@ -372,7 +371,8 @@ static vs_rc eval_filter(scan *c, const ivfpq_part *part, vs_err *err) {
   return rc;
 }
 
-static vs_rc scan_part(scan *c, const ivfpq_part *part, float coarse, vs_err *err) {
+/* next: the part to be scanned after this one, or NULL. */
+static vs_rc scan_part(scan *c, const ivfpq_part *part, const ivfpq_part *next, float coarse, vs_err *err) {
   const ivfpq_params *p = &c->s->params;
   uint32_t n = part->entry.n_rows;
   float base = ivfpq_table_base(c->s, &c->table, coarse);
@@ -389,8 +389,9 @@ static vs_rc scan_part(scan *c, const ivfpq_part *part, float coarse, vs_err *er
   for (uint32_t at = 0; at < n && !rc; at += SCAN_ROWS) {
     uint32_t m = n - at < SCAN_ROWS ? n - at : SCAN_ROWS, threshold = threshold_of(c, base);
     if (!threshold) break;
+    const uint8_t *soon = next && at < next->entry.n_rows ? next->codes + (size_t)at * p->m : NULL;
     size_t hits = kern_get()->pq_scan(part->codes + (size_t)at * p->m, p->m, part->terms + at, m, c->table.table, c->table.term_mul,
-                                      threshold, c->out_row, c->out_sum);
+                                      threshold, soon, c->out_row, c->out_sum);
     rc = take_survivors(c, hits, (uint32_t)part->entry.row0, bitmap, at, base, err);
   }
   return rc;
@@ -442,20 +443,11 @@ static vs_rc begin_parts(scan *c, vs_err *err) {
   return rc;
 }
 
-/* The head of each page of codes: the hardware follows within a page only. */
-static void prefetch_part(const scan *c, const ivfpq_part *p) {
-  const uint8_t *end = p->codes + ivfpq_term_offset(p->entry.n_rows, c->s->params.m);
-  for (const uint8_t *page = p->codes; page < end; page = (const uint8_t *)(((uintptr_t)page | 4095) + 1))
-    for (const uint8_t *z = page; z < page + 256 && z < end; z += 64) __builtin_prefetch(z);
-  __builtin_prefetch(end);
-}
-
 static vs_rc scan_parts(scan *c, vs_err *err) {
   size_t n = c->n_parts;
   c->pending = IVFPQ_NOTHING, c->n_parts = 0;
   vs_rc rc = ivfpq_parts_wait(c->s, c->parts, n, err);
   if (rc) return rc;
-  for (size_t i = 0; i < n && i < AHEAD; i++) prefetch_part(c, &c->parts[i]);
   if (!c->has_table) ivfpq_table_make(c->s, &c->table), c->has_table = 1;
   for (size_t i = 0; i < n && !rc; i++) {
     float coarse = kern_key_value(c->part_keys[i]);
@@ -463,8 +455,7 @@ static vs_rc scan_parts(scan *c, vs_err *err) {
       c->arrived = 1;
       break;
     }
-    if (i + AHEAD < n) prefetch_part(c, &c->parts[i + AHEAD]);
-    rc = scan_part(c, &c->parts[i], coarse, err);
+    rc = scan_part(c, &c->parts[i], i + 1 < n ? &c->parts[i + 1] : NULL, coarse, err);
     if (c->arrived) break;
   }
   if (!rc && stopped(c->q)) rc = interrupted(err);

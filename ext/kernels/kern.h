@@ -90,9 +90,11 @@ typedef struct kern {
    *   sum(row) = min(65535, SUM_j table[j][code_j(row)] + (terms[row] * term_mul >> 16)),   m <= 256
    * Rows with sum < threshold are survivors (threshold above 65535: all rows); their numbers in [0, n_rows), ascending, go
    * to out_row and their sums to out_sum, both with room for n_rows rounded up to KERN_GROUP. Returns how many.
-   * May read up to 64 bytes behind the codes and behind the terms. */
+   * May read up to 64 bytes behind the codes and behind the terms.
+   * next: codes that will be scanned after these, or NULL. About as many bytes of them as these have are brought into the cache in
+   * the meantime; they are not read, and need not be that many. */
   size_t (*pq_scan)(const uint8_t *codes, size_t m, const uint16_t *terms, size_t n_rows, const uint8_t *table,
-                    uint16_t term_mul, uint32_t threshold, uint32_t *out_row, uint16_t *out_sum);
+                    uint16_t term_mul, uint32_t threshold, const uint8_t *next, uint32_t *out_row, uint16_t *out_sum);
 
   /* The i in [0, n) with !(a[i] < limit), NaN among them, ascending; returns how many. out has room for n rounded up to 16. */
   size_t (*not_below_f32)(const float *a, size_t n, float limit, uint32_t *out);

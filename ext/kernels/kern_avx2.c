@@ -709,7 +709,7 @@ static void scan_rows(const uint8_t *codes, size_t m, const uint8_t *table, size
 }
 
 static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, size_t n_rows, const uint8_t *table,
-                      uint16_t term_mul, uint32_t threshold, uint32_t *out_row, uint16_t *out_sum) {
+                      uint16_t term_mul, uint32_t threshold, const uint8_t *next, uint32_t *out_row, uint16_t *out_sum) {
   if (threshold == 0) return 0;
   sieve s = {.term_mul = _mm256_set1_epi16((short)term_mul),
              .limit = _mm256_set1_epi16((short)kern_pq_limit(threshold)),
@@ -717,6 +717,7 @@ static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, siz
              .n_rows = n_rows,
              .out_row = out_row,
              .out_sum = out_sum};
+  kern_want_codes(next, n_rows * m);
   for (size_t row = 0; row < n_rows; row += SCAN_ROWS)
     scan_rows(codes + row * m, m, table, row, n_rows - row < SCAN_ROWS ? n_rows - row : SCAN_ROWS, &s);
   return s.n_out;

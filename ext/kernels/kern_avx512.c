@@ -580,9 +580,9 @@ KERN_INLINE void sift32(sieve *s, __m512i sum, size_t row, size_t end) {
 
 /* One block of `width` <= n_groups * 64 rows (rounded up to 2). A looked-up register holds even bytes E and odd bytes O as words E + 256 O. `both`
  * sums the words modulo 2^16 and `odd` sums O; since SUM E < 2^16 it is both - 256 * odd, exactly, and the loop is
- * spared the masking of the even bytes. */
+ * spared the masking of the even bytes. One line of `next` is asked for with each line of codes: all at once would wait for one another. */
 KERN_INLINE void scan_block(const uint8_t *codes, size_t m, const uint8_t *table, size_t row, size_t width, const int n_groups,
-                            sieve *s) {
+                            const uint8_t *next, sieve *s) {
   __m512i both[BLOCK_GROUPS], odd[BLOCK_GROUPS];
   KERN_UNROLL
   for (int g = 0; g < BLOCK_GROUPS; g++)
@@ -593,7 +593,9 @@ KERN_INLINE void scan_block(const uint8_t *codes, size_t m, const uint8_t *table
     KERN_UNROLL
     for (int g = 0; g < BLOCK_GROUPS; g++) {
       if (g >= n_groups) break;
-      __m512i code = _mm512_loadu_si512(codes + j * width + (size_t)g * KERN_GROUP);
+      size_t at = j * width + (size_t)g * KERN_GROUP;
+      __m512i code = _mm512_loadu_si512(codes + at);
+      _mm_prefetch(next + at, _MM_HINT_T0);
       __m512i low = _mm512_permutex2var_epi8(t0, code, t1), high = _mm512_permutex2var_epi8(t2, code, t3);
       __m512i entry = _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), low, high);
       both[g] = _mm512_add_epi16(both[g], entry);
@@ -610,8 +612,9 @@ KERN_INLINE void scan_block(const uint8_t *codes, size_t m, const uint8_t *table
 }
 
 static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, size_t n_rows, const uint8_t *table,
-                      uint16_t term_mul, uint32_t threshold, uint32_t *out_row, uint16_t *out_sum) {
+                      uint16_t term_mul, uint32_t threshold, const uint8_t *next, uint32_t *out_row, uint16_t *out_sum) {
   if (threshold == 0) return 0;
+  if (!next) next = codes;
   sieve s = {.term_mul = _mm512_set1_epi16((short)term_mul),
              .limit = _mm512_set1_epi16((short)kern_pq_limit(threshold)),
              .terms = terms,
@@ -619,13 +622,13 @@ static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, siz
              .out_row = out_row,
              .out_sum = out_sum};
   size_t row = 0;
-  for (; row + KERN_BLOCK <= n_rows; row += KERN_BLOCK) scan_block(codes + row * m, m, table, row, KERN_BLOCK, BLOCK_GROUPS, &s);
+  for (; row + KERN_BLOCK <= n_rows; row += KERN_BLOCK) scan_block(codes + row * m, m, table, row, KERN_BLOCK, BLOCK_GROUPS, next + row * m, &s);
   size_t width = (n_rows - row + 1) / 2 * 2;
   switch ((width + KERN_GROUP - 1) / KERN_GROUP) {
-  case 1: scan_block(codes + row * m, m, table, row, width, 1, &s); break;
-  case 2: scan_block(codes + row * m, m, table, row, width, 2, &s); break;
-  case 3: scan_block(codes + row * m, m, table, row, width, 3, &s); break;
-  case 4: scan_block(codes + row * m, m, table, row, width, 4, &s); break;
+  case 1: scan_block(codes + row * m, m, table, row, width, 1, next + row * m, &s); break;
+  case 2: scan_block(codes + row * m, m, table, row, width, 2, next + row * m, &s); break;
+  case 3: scan_block(codes + row * m, m, table, row, width, 3, next + row * m, &s); break;
+  case 4: scan_block(codes + row * m, m, table, row, width, 4, next + row * m, &s); break;
   default: break;
   }
   return s.n_out;

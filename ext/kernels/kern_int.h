@@ -86,4 +86,12 @@ static inline uint16_t kern_pq_limit(uint32_t threshold) {
   return threshold > 65536 ? 65535 : (uint16_t)(threshold - 1);
 }
 
+/* Asks for the head of each page of codes: the hardware follows within a page only. */
+static inline void kern_want_codes(const uint8_t *codes, size_t n) {
+  enum { PAGE = 4096, HEAD = 256 };
+  if (!codes) return;
+  for (const uint8_t *page = codes, *end = codes + n; page < end; page = (const uint8_t *)(((uintptr_t)page | (PAGE - 1)) + 1))
+    for (const uint8_t *z = page; z < page + HEAD && z < end; z += 64) __builtin_prefetch(z);
+}
+
 #endif

@@ -541,7 +541,7 @@ static void scan_block(const uint8_t *codes, size_t m, const uint8_t *table, siz
 }
 
 static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, size_t n_rows, const uint8_t *table,
-                      uint16_t term_mul, uint32_t threshold, uint32_t *out_row, uint16_t *out_sum) {
+                      uint16_t term_mul, uint32_t threshold, const uint8_t *next, uint32_t *out_row, uint16_t *out_sum) {
   if (threshold == 0) return 0;
   sieve s = {.limit = vdupq_n_u16(kern_pq_limit(threshold)),
              .term_mul = term_mul,
@@ -549,6 +549,7 @@ static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, siz
              .n_rows = n_rows,
              .out_row = out_row,
              .out_sum = out_sum};
+  kern_want_codes(next, n_rows * m);
   for (size_t row = 0; row < n_rows; row += KERN_BLOCK) {
     size_t left = n_rows - row < KERN_BLOCK ? n_rows - row : KERN_BLOCK;
     scan_block(codes + row * m, m, table, row, (left + 1) / 2 * 2, &s);

@@ -214,8 +214,9 @@ static void pq_table(const float *raw, const float *low, size_t m, float inv, ui
 }
 
 static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, size_t n_rows, const uint8_t *table,
-                      uint16_t term_mul, uint32_t threshold, uint32_t *out_row, uint16_t *out_sum) {
+                      uint16_t term_mul, uint32_t threshold, const uint8_t *next, uint32_t *out_row, uint16_t *out_sum) {
   size_t n_out = 0;
+  kern_want_codes(next, n_rows * m);
   for (size_t r = 0; r < n_rows; r++) {
     uint32_t sum = (uint32_t)terms[r] * term_mul >> 16;
     for (size_t j = 0; j < m; j++) sum += table[j * 256 + codes[kern_code_offset(n_rows, m, r, j)]];
