@@ -96,11 +96,11 @@ def each_set(a):
         yield bench_sets.given(f, a.queries, a.data, a.dim, a.metric, say=say)
 
 
-def peers(a, data, goals):
+def peers(a, data, goals, rival):
     """What every peer that is there reaches; for one that is not, the reason."""
     found = []
     place = bench_faiss.locate(a.faiss)
-    tries = [("FAISS", lambda: bench_faiss.tuned(place, data, goals, say, a.quick))]
+    tries = [("FAISS", lambda: bench_faiss.tuned(place, data, goals, say, rival, a.quick))]
     if not a.no_lancedb:
         tries.append(("LanceDB", lambda: bench_lancedb.tuned(data, a.data, goals, say)))
     for name, tune in tries:
@@ -143,7 +143,8 @@ def run(a):
         result = bench_search.whole(PROJECT, data, a.parts, goals, a.build_args.split(), a.quick, say)
         show(bench_report.search(result))
         if a.peers:
-            result["peers"] = peers(a, data, goals)
+            with bench_search.Rival(PROJECT, data, result) as rival:
+                result["peers"] = peers(a, data, goals, rival)
             report["ratios"] += bench_report.ratios(result)
         report["sets"].append(result)
         write(a.json, report)

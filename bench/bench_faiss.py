@@ -3,15 +3,17 @@
 Tried are IVF{nlist},PQ{M}x4fs with lists from sqrt(n) to 4 sqrt(n) and M of dim/8 to dim/2, then for the best of these the
 residual form (x4fsr), 8-bit codes and a graph over the centroids; refined from float32 (RFlat) with every k_factor of FACTORS.
 """
+import functools
 import os
 import pathlib
 import platform
 import subprocess
 
-from bench_program import Program, Search, cheapest, measure
+from bench_program import Program, Search, cheapest, in_turns, measure
 from bench_sets import Failure
 
 HERE = pathlib.Path(__file__).resolve().parent
+ROUNDS = 15  # of measurements beside one another
 FACTORS = (2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32)
 NPROBES = (4, 6, 8, 10, 12, 14, 16, 18, 20, 23, 26, 30, 34, 38, 43, 48, 54, 60, 68, 76, 85, 96, 108, 120, 136, 152, 170, 192, 216,
            240, 272, 304, 340, 384, 432, 480, 544, 608, 680)
@@ -81,7 +83,7 @@ def divisor(dim, want):
     return min((m for m in range(1, dim + 1) if dim % m == 0), key=lambda m: abs(m - want))
 
 
-def tuned(found, data, goals, say, quick=False):
+def tuned(found, data, goals, say, rival, quick=False):
     """The result for the report: what ran, every point, and per goal the best of single queries and of batches."""
     folder = data.cache / "peers"
     folder.mkdir(exist_ok=True)
@@ -135,7 +137,7 @@ def tuned(found, data, goals, say, quick=False):
             for choice in sorted(more):
                 try_index(choice)
         for goal in goals:
-            result["best"]["%.2f" % goal] = finals(p, data, result["points"], goal, open_index, say, threads)
+            result["best"]["%.2f" % goal] = finals(p, data, result["points"], goal, open_index, say, threads, rival)
         return result
 
 
@@ -148,31 +150,53 @@ def contenders(points, goal, n_indexes, each):
     return {choice: found[:each] for choice, found in chosen.items()}
 
 
-def finals(p, data, points, goal, open_index, say, threads):
+def rematch(p, data, points, open_index, **words):
+    """Points of several indexes, each measured again in several rounds; of every point the best."""
+    def once(c):
+        open_index(c["choice"])
+        more = {w: c[w] for w in ("implem",) if w in c}
+        point = measure(p, data, 10, 0, data.half, passes=2, nprobe=c["nprobe"], refine=c["refine"], threads=1, **more, **words)
+        return dict(point, index=c["index"], choice=c["choice"])
+
+    return in_turns([functools.partial(once, c) for c in points], 4) if points else []
+
+
+def beside(p, data, point, rival, first, n, **words):
+    """A point on queries that tuned nothing, in turns with ours: of both the best, and the middle of the ratios of neighbours."""
+    again = functools.partial(measure, p, data, 10, first, n, nprobe=point["nprobe"], refine=point["refine"], passes=3, **words)
+    theirs, ours = [], []
+    for _ in range(ROUNDS):
+        theirs.append(again())
+        if rival:
+            ours.append(rival())
+    best = dict(max(theirs, key=lambda q: q["qps"]), index=point["index"])
+    if ours:
+        ratios = sorted(o["qps"] / t["qps"] for o, t in zip(ours, theirs))
+        best["ours"] = dict(max(ours, key=lambda q: q["qps"]), ratio_of_neighbours=ratios[len(ratios) // 2])
+    return best
+
+
+def finals(p, data, points, goal, open_index, say, threads, rival):
     """Close calls are measured again, then the winner on the queries that tuned nothing; batches get settings of their own."""
-    again, batches = [], []
+    singles, batches = [], []
     for choice, close in contenders(points, goal, 4, 3).items():
         made = open_index(choice)
-        for c in close:
-            again.append(dict(measure(p, data, 10, 0, data.half, passes=3, nprobe=c["nprobe"], refine=c["refine"], threads=1),
-                              index=made["name"], choice=choice))
+        singles += close
         near = [n for n in NPROBES if 0.6 * close[0]["nprobe"] <= n <= 1.7 * close[0]["nprobe"]]
         for implem in (0, 11):  # what it chooses itself; one query after another
-            best = Search(p, data, 10, near, FACTORS, batch=1, threads=1, implem=implem, passes=2).find(goal)
-            if best:
-                batches.append(dict(best, index=made["name"], choice=choice))
-    if not again:
+            search = Search(p, data, 10, near, FACTORS, batch=1, threads=1, implem=implem, passes=2)
+            search.find(goal)
+            batches += [dict(found, index=made["name"], choice=choice) for found in cheapest(search.points, goal, 2)]
+    if not singles:
         return None
-    best = (cheapest(again, goal) or again)[0]
-    left = len(data.query) - data.half
+    best = cheapest(rematch(p, data, singles, open_index), goal)[0]
     open_index(best["choice"])
-    out = dict(single=dict(measure(p, data, 10, data.half, left, passes=5, nprobe=best["nprobe"], refine=best["refine"], threads=1),
-                           index=best["index"]))
-    b = (cheapest(batches, goal) or [dict(best, implem=0)])[0]
+    out = dict(single=beside(p, data, best, rival.of(goal, "single"), data.half, len(data.query) - data.half, threads=1))
+    b = (cheapest(rematch(p, data, cheapest(batches, goal, 6), open_index, batch=1), goal) or [dict(best, implem=0)])[0]
     open_index(b["choice"])
     for t in sorted({1, min(2, threads)}):
-        out["batch_%d" % t] = dict(measure(p, data, 10, data.batch_first, data.batch, batch=1, passes=15, threads=t, nprobe=b["nprobe"],
-                                           refine=b["refine"], implem=b["implem"]), index=b["index"])
+        way = "batch_%d" % t
+        out[way] = beside(p, data, b, rival.of(goal, way), data.batch_first, data.batch, batch=1, threads=t, implem=b["implem"])
     for name, point in out.items():
         say("  FAISS at %.2f, %s: %s, nprobe %d, k_factor %g: recall %.4f, %.0f q/s (%.0f by CPU time)" % (
             goal, name, point["index"], point["nprobe"], point["refine"], point["recall"], point["qps"], point["qps_cpu"]))

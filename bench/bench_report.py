@@ -94,11 +94,12 @@ def ratios(r):
                 continue
             ours = dict(single=r["tuned"]["10"].get(goal), **r.get("batch", {}).get(goal, {}))
             for way, their in theirs.items():
-                our = ours.get("batch_2" if way == "batch" else way)
+                our = their.get("ours") or ours.get("batch_2" if way == "batch" else way)
                 if our:
                     out.append(dict(set=r["set"], peer=peer["name"], goal=goal, way=way, ours_qps=our["qps"], ours_recall=our["recall"],
                                     theirs_qps=their["qps"], theirs_recall=their["recall"], ratio=our["qps"] / their["qps"],
-                                    ratio_cpu=our["qps_cpu"] / their["qps_cpu"], setting=setting(their)))
+                                    ratio_cpu=our["qps_cpu"] / their["qps_cpu"], ratio_of_neighbours=our.get("ratio_of_neighbours"),
+                                    setting=setting(their), our_setting=setting(our)))
     return out
 
 
@@ -110,9 +111,10 @@ WAYS = {"single": "one at a time", "batch_1": "batch, 1 thread", "batch_2": "bat
 
 
 def ratio_table(rows):
-    return columns(["set", "peer", "recall@10", "queries", "ours q/s", "recall", "theirs q/s", "recall", "times", "by CPU", "their setting"],
+    return columns(["set", "peer", "recall@10", "queries", "ours q/s", "recall", "theirs q/s", "recall", "times", "by CPU", "side by side", "their setting"],
                    [[x["set"], x["peer"], ">= " + x["goal"], WAYS[x["way"]], "%.0f" % x["ours_qps"], "%.4f" % x["ours_recall"],
-                     "%.0f" % x["theirs_qps"], "%.4f" % x["theirs_recall"], "%.2f" % x["ratio"], "%.2f" % x["ratio_cpu"], x["setting"]] for x in rows])
+                     "%.0f" % x["theirs_qps"], "%.4f" % x["theirs_recall"], "%.2f" % x["ratio"], "%.2f" % x["ratio_cpu"],
+                    "%.2f" % x["ratio_of_neighbours"] if x["ratio_of_neighbours"] else "-", x["setting"]] for x in rows])
 
 
 def kernels(found):

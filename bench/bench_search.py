@@ -1,4 +1,5 @@
 """bench_search.py - what is measured of vecshard on one set, through SQL: every function returns a part of the report."""
+import functools
 import json
 import os
 import pathlib
@@ -7,7 +8,7 @@ import shutil
 import subprocess
 import time
 
-from bench_program import Program, Search, cheapest, measure, turns
+from bench_program import Program, Search, cheapest, in_turns, measure, turns
 from bench_sets import Failure
 
 NPROBES = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 20, 23, 26, 30, 34, 38, 43, 48, 54, 60, 68, 76, 85, 96, 108, 120, 136, 152, 170, 192,
@@ -91,11 +92,12 @@ def reported(p, data, k, search, goals, passes):
     left = len(data.query) - data.half
     for goal in goals:
         search.find(goal)
-        close = cheapest(search.points, goal, 4)
-        again = [measure(p, data, k, 0, data.half, passes=3, nprobe=c["nprobe"], refine=c["refine"], threads=1) for c in close]
+        close = cheapest(search.points, goal, 6)
         if not close:
             out["%.2f" % goal] = None
             continue
+        again = in_turns([functools.partial(measure, p, data, k, 0, data.half, nprobe=c["nprobe"], refine=c["refine"], threads=1)
+                          for c in close], 2 if passes < 3 else 8)
         best = (cheapest(again, goal) or again)[0]
         point = measure(p, data, k, data.half, left, passes=passes, nprobe=best["nprobe"], refine=best["refine"], threads=1)
         out["%.2f" % goal] = traced(p, data, point, data.half, left)
@@ -111,13 +113,43 @@ def batches(p, data, goals, singles, quick):
             continue
         near = [n for n in NPROBES if 0.6 * single["nprobe"] <= n <= 2 * single["nprobe"]]
         search = Search(p, data, 10, near, [r for r in REFINES[10] if r <= 3 * single["refine"]], batch=1, threads=1, passes=2)
-        best = search.find(goal) or single
+        search.find(goal)
+        close = cheapest(search.points, goal, 6)
+        again = in_turns([functools.partial(measure, p, data, 10, 0, data.half, batch=1, threads=1, nprobe=c["nprobe"], refine=c["refine"])
+                          for c in close], 2 if quick else 8)
+        best = (cheapest(again, goal) or [single])[0]
         found = {}
         for threads in (1, 2):
             found["batch_%d" % threads] = measure(p, data, 10, data.batch_first, data.batch, batch=1, threads=threads,
                                                   passes=3 if quick else 15, nprobe=best["nprobe"], refine=best["refine"])
         out["%.2f" % goal] = found
     return out
+
+
+class Rival:
+    """Our own searches at the settings that were found, one measurement each time, for a peer that is measured beside them."""
+
+    def __init__(self, project, data, result):
+        self.data, self.result = data, result
+        self.program = opened(project, data, data.cache / "shard")
+        warm(self.program, data)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *why):
+        self.program.__exit__(*why)
+
+    def of(self, goal, way):
+        """A function that measures what a peer's `way` is compared with, or None."""
+        name = "%.2f" % goal
+        best = dict(single=self.result["tuned"]["10"].get(name), **self.result.get("batch", {}).get(name, {})).get(way)
+        if not best:
+            return None
+        d, words = self.data, dict(nprobe=best["nprobe"], refine=best["refine"], threads=best["threads"], passes=3)
+        if way == "single":
+            return functools.partial(measure, self.program, d, 10, d.half, len(d.query) - d.half, **words)
+        return functools.partial(measure, self.program, d, 10, d.batch_first, d.batch, batch=1, **words)
 
 
 def curve(p, data, quick):
