@@ -145,6 +145,22 @@ def test_defaults_follow_the_calibration(db, tmp_path):
     assert rule < .8 and usual >= .93, (rule, usual)
 
 
+@pytest.mark.plain_only("statistics")
+def test_many_rows_by_the_calibration(db, tmp_path):
+    """How many candidates tens of thousands of rows take depends on the codes: poor ones need many more than good ones."""
+    k, compared = 20_000, []
+    x = surface(90_000, 16)
+    x, queries = x[:-10], x[-10:]
+    truth = nearest(x, queries, k, "l2")
+    for m in (1, 8):
+        path = str(tmp_path / ("m%d" % m))
+        build_shard(path, x, options=("--subvectors", str(m)))
+        got = share(found(db, path, queries, k, "1"), truth)
+        compared.append(db.execute("SELECT rows FROM shard_trace WHERE phase = 'refine'").fetchone()[0] / len(queries) / k)
+        assert got >= .97, (m, got)
+    assert compared[0] > 1.15 * compared[1] and compared[1] < 2.2, compared
+
+
 # ---- the figures ----
 
 @pytest.mark.parametrize("metric", ["l2", *(pytest.param(m, marks=pytest.mark.plain_only("statistics")) for m in ("cosine", "dot"))])
