@@ -116,6 +116,13 @@ static void check_sums(const kern *k, const float *a, const float *b, size_t n) 
   assert_close(k->dot_f32(a, b, n), ab, abs_ab, k, "dot", n);
   assert_close(k->l2sq_f32(a, b, n), l2, l2, k, "l2sq", n);
   k->cosine_f32(a, b, n, c);
+  /* nothing may be read there, and the bits are the same */
+  const float *next = fenced(0, 0);
+  float ahead[3];
+  k->cosine_ahead_f32(a, b, n, next, ahead);
+  for (int i = 0; i < 3; i++) assert_int_equal(float_bits(ahead[i]), float_bits(c[i]));
+  assert_int_equal(float_bits(k->dot_ahead_f32(a, b, n, next)), float_bits(k->dot_f32(a, b, n)));
+  assert_int_equal(float_bits(k->l2sq_ahead_f32(a, b, n, next)), float_bits(k->l2sq_f32(a, b, n)));
   assert_close(c[0], ab, abs_ab, k, "cosine a.b", n);
   assert_close(c[1], aa, aa, k, "cosine a.a", n);
   assert_close(c[2], bb, bb, k, "cosine b.b", n);

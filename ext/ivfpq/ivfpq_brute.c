@@ -212,7 +212,7 @@ static vs_rc compare(brute *b, asked *a, const float *score, const found *f, flo
     uint32_t row = f->row[i];
     if (score[row] < f->limit) continue;
     const float *x = ivfpq_row_vector(b->s, b->records + (size_t)row * p->row_bytes, buf);
-    uint64_t key = kern_key((float)ivfpq_distance_by(b->k, (ivfpq_metric)p->metric, a->vector, x, p->dim), b->first + row);
+    uint64_t key = kern_key((float)ivfpq_distance_by(b->k, (ivfpq_metric)p->metric, a->vector, x, p->dim, NULL), b->first + row);
     if (key >= a->worst || (b->after && key <= *b->after)) continue;
     if (ivfpq_keys_room(out, out->n + 1, NULL)) return VS_NOMEM;
     out->key[out->n++] = key;

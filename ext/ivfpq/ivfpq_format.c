@@ -32,16 +32,17 @@ static double slow_distance(ivfpq_metric metric, const float *a, const float *b,
   return aa > 0 && bb > 0 ? 1 - dot / (sqrt(aa) * sqrt(bb)) : 1;
 }
 
-double ivfpq_distance_by(const kern *k, ivfpq_metric metric, const float *a, const float *b, uint32_t dim) {
+double ivfpq_distance_by(const kern *k, ivfpq_metric metric, const float *a, const float *b, uint32_t dim, const float *next) {
   if (metric == IVFPQ_L2) {
-    float d = k->l2sq_f32(a, b, dim);
+    float d = next ? k->l2sq_ahead_f32(a, b, dim, next) : k->l2sq_f32(a, b, dim);
     if (d > IVFPQ_SAFE_MIN && d < IVFPQ_SAFE_MAX) return sqrt((double)d);
   } else if (metric == IVFPQ_DOT) {
-    float d = k->dot_f32(a, b, dim);
+    float d = next ? k->dot_ahead_f32(a, b, dim, next) : k->dot_f32(a, b, dim);
     if (fabsf(d) < IVFPQ_SAFE_MAX) return -(double)d;
   } else {
     float d[3];
-    k->cosine_f32(a, b, dim, d);
+    if (next) k->cosine_ahead_f32(a, b, dim, next, d);
+    else k->cosine_f32(a, b, dim, d);
     if (d[1] > IVFPQ_SAFE_MIN && d[2] > IVFPQ_SAFE_MIN && d[1] < IVFPQ_SAFE_MAX && d[2] < IVFPQ_SAFE_MAX && fabsf(d[0]) < IVFPQ_SAFE_MAX)
       return 1 - (double)d[0] / (sqrt((double)d[1]) * sqrt((double)d[2]));
   }
@@ -49,5 +50,5 @@ double ivfpq_distance_by(const kern *k, ivfpq_metric metric, const float *a, con
 }
 
 double ivfpq_distance(ivfpq_metric metric, const float *a, const float *b, uint32_t dim) {
-  return ivfpq_distance_by(kern_get(), metric, a, b, dim);
+  return ivfpq_distance_by(kern_get(), metric, a, b, dim, NULL);
 }

@@ -244,6 +244,7 @@ uint64_t ivfpq_key_text(const void *text, size_t n);
  * l2: Euclidean; cosine: 1 - cos (1 when a vector is zero); dot: -a.b */
 double ivfpq_distance(ivfpq_metric metric, const float *a, const float *b, uint32_t dim);
 struct kern;
-double ivfpq_distance_by(const struct kern *k, ivfpq_metric metric, const float *a, const float *b, uint32_t dim); /* k: kern_get() */
+/* k: kern_get(). next: NULL, or a vector that is needed soon, which is brought into the cache. */
+double ivfpq_distance_by(const struct kern *k, ivfpq_metric metric, const float *a, const float *b, uint32_t dim, const float *next);
 
 #endif

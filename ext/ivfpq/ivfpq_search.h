@@ -64,8 +64,8 @@ uint32_t ivfpq_stretch_rows(const ivfpq_params *p); /* rows that it reads at onc
 /* The true distances of some rows, read in one round. */
 vs_rc ivfpq_distances(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *out, vs_err *err) VS_WARN_UNUSED;
 
-/* The same of rows, of one row, of a mapped file, without fetching. */
-vs_rc ivfpq_distance_mapped(ivfpq_segment *s, const float *query, uint32_t row, float *out, vs_err *err) VS_WARN_UNUSED;
+/* The same of one row, of rows, of a mapped file, without fetching. next: NULL, or a row that will be needed soon. */
+vs_rc ivfpq_distance_mapped(ivfpq_segment *s, const float *query, uint32_t row, const uint32_t *next, float *out, vs_err *err) VS_WARN_UNUSED;
 vs_rc ivfpq_distances_mapped(ivfpq_segment *s, const float *query, const uint32_t *rows, size_t n, float *out, vs_err *err) VS_WARN_UNUSED;
 
 /* The bitmap of all rows of a segment that pass the filter (by row number): for exact searches and full scans. */

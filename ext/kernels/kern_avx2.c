@@ -87,6 +87,8 @@ static void cosine_f32(const float *a, const float *b, size_t n, float out[3]) {
   out[2] = reduce_add(_mm256_add_ps(bb[0], bb[1]));
 }
 
+KERN_AHEAD_F32
+
 /* ------------------------------------------------------------------ element-wise */
 
 static void f16_to_f32(const uint16_t *in, float *out, size_t n) {
@@ -775,6 +777,9 @@ const kern kern_table_avx2 = {
   .dot_f32 = dot_f32,
   .l2sq_f32 = l2sq_f32,
   .cosine_f32 = cosine_f32,
+  .dot_ahead_f32 = dot_ahead_f32,
+  .l2sq_ahead_f32 = l2sq_ahead_f32,
+  .cosine_ahead_f32 = cosine_ahead_f32,
   .f16_to_f32 = f16_to_f32,
   .f32_to_f16 = f32_to_f16,
   .all_finite_f32 = all_finite_f32,

@@ -27,21 +27,25 @@ KERN_INLINE __mmask16 tail16(size_t n) { return n < 16 ? (__mmask16)((1u << n) -
 
 /* ------------------------------------------------------------------ sums over two arrays */
 
-static float dot_f32(const float *a, const float *b, size_t n) {
+/* next: NULL, or what is asked for meanwhile. */
+KERN_INLINE float dot_with(const float *a, const float *b, size_t n, const float *next) {
   __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   size_t i = 0;
   for (; i + 64 <= n; i += 64)
     KERN_UNROLL
-    for (int u = 0; u < 4; u++)
+    for (int u = 0; u < 4; u++) {
       sum[u] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * u), _mm512_loadu_ps(b + i + 16 * u), sum[u]);
+      if (next) _mm_prefetch((const char *)(next + i + 16 * u), _MM_HINT_T0);
+    }
   for (; i < n; i += 16) {
     __mmask16 live = tail16(n - i);
+    if (next) _mm_prefetch((const char *)(next + i), _MM_HINT_T0);
     sum[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(live, a + i), _mm512_maskz_loadu_ps(live, b + i), sum[0]);
   }
   return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
 
-static float l2sq_f32(const float *a, const float *b, size_t n) {
+KERN_INLINE float l2sq_with(const float *a, const float *b, size_t n, const float *next) {
   __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   size_t i = 0;
   for (; i + 64 <= n; i += 64)
@@ -49,16 +53,18 @@ static float l2sq_f32(const float *a, const float *b, size_t n) {
     for (int u = 0; u < 4; u++) {
       __m512 d = _mm512_sub_ps(_mm512_loadu_ps(a + i + 16 * u), _mm512_loadu_ps(b + i + 16 * u));
       sum[u] = _mm512_fmadd_ps(d, d, sum[u]);
+      if (next) _mm_prefetch((const char *)(next + i + 16 * u), _MM_HINT_T0);
     }
   for (; i < n; i += 16) {
     __mmask16 live = tail16(n - i);
+    if (next) _mm_prefetch((const char *)(next + i), _MM_HINT_T0);
     __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(live, a + i), _mm512_maskz_loadu_ps(live, b + i));
     sum[0] = _mm512_fmadd_ps(d, d, sum[0]);
   }
   return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
 
-static void cosine_f32(const float *a, const float *b, size_t n, float out[3]) {
+KERN_INLINE void cosine_with(const float *a, const float *b, size_t n, const float *next, float out[3]) {
   __m512 ab[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   __m512 aa[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   __m512 bb[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -68,6 +74,7 @@ static void cosine_f32(const float *a, const float *b, size_t n, float out[3]) {
       size_t at = i + 16 * (size_t)u;
       if (at >= n) break;
       __mmask16 live = tail16(n - at);
+      if (next) _mm_prefetch((const char *)(next + at), _MM_HINT_T0);
       __m512 va = _mm512_maskz_loadu_ps(live, a + at), vb = _mm512_maskz_loadu_ps(live, b + at);
       ab[u] = _mm512_fmadd_ps(va, vb, ab[u]);
       aa[u] = _mm512_fmadd_ps(va, va, aa[u]);
@@ -77,6 +84,13 @@ static void cosine_f32(const float *a, const float *b, size_t n, float out[3]) {
   out[1] = _mm512_reduce_add_ps(_mm512_add_ps(aa[0], aa[1]));
   out[2] = _mm512_reduce_add_ps(_mm512_add_ps(bb[0], bb[1]));
 }
+
+static float dot_f32(const float *a, const float *b, size_t n) { return dot_with(a, b, n, NULL); }
+static float l2sq_f32(const float *a, const float *b, size_t n) { return l2sq_with(a, b, n, NULL); }
+static void cosine_f32(const float *a, const float *b, size_t n, float out[3]) { cosine_with(a, b, n, NULL, out); }
+static float dot_ahead_f32(const float *a, const float *b, size_t n, const float *next) { return dot_with(a, b, n, next); }
+static float l2sq_ahead_f32(const float *a, const float *b, size_t n, const float *next) { return l2sq_with(a, b, n, next); }
+static void cosine_ahead_f32(const float *a, const float *b, size_t n, const float *next, float out[3]) { cosine_with(a, b, n, next, out); }
 
 /* ------------------------------------------------------------------ element-wise */
 
@@ -723,6 +737,9 @@ const kern kern_table_avx512 = {
   .dot_f32 = dot_f32,
   .l2sq_f32 = l2sq_f32,
   .cosine_f32 = cosine_f32,
+  .dot_ahead_f32 = dot_ahead_f32,
+  .l2sq_ahead_f32 = l2sq_ahead_f32,
+  .cosine_ahead_f32 = cosine_ahead_f32,
   .f16_to_f32 = f16_to_f32,
   .f32_to_f16 = f32_to_f16,
   .all_finite_f32 = all_finite_f32,

@@ -86,6 +86,24 @@ static inline uint16_t kern_pq_limit(uint32_t threshold) {
   return threshold > 65536 ? 65535 : (uint16_t)(threshold - 1);
 }
 
+/* What dot_f32 and its like do for a `next`, where nothing is gained by asking in between. */
+#define KERN_AHEAD_F32                                                                                         \
+  static void ask_for(const float *next, size_t n) {                                                           \
+    for (size_t i = 0; i < n; i += 64 / sizeof *next) __builtin_prefetch(next + i);                            \
+  }                                                                                                            \
+  static float dot_ahead_f32(const float *a, const float *b, size_t n, const float *next) {                    \
+    ask_for(next, n);                                                                                          \
+    return dot_f32(a, b, n);                                                                                   \
+  }                                                                                                            \
+  static float l2sq_ahead_f32(const float *a, const float *b, size_t n, const float *next) {                   \
+    ask_for(next, n);                                                                                          \
+    return l2sq_f32(a, b, n);                                                                                  \
+  }                                                                                                            \
+  static void cosine_ahead_f32(const float *a, const float *b, size_t n, const float *next, float out[3]) {    \
+    ask_for(next, n);                                                                                          \
+    cosine_f32(a, b, n, out);                                                                                  \
+  }
+
 /* Asks for the head of each page of codes: the hardware follows within a page only. */
 static inline void kern_want_codes(const uint8_t *codes, size_t n) {
   enum { PAGE = 4096, HEAD = 256 };

@@ -90,6 +90,8 @@ static void cosine_f32(const float *a, const float *b, size_t n, float out[3]) {
   out[2] = vaddvq_f32(vaddq_f32(bb[0], bb[1]));
 }
 
+KERN_AHEAD_F32
+
 static float dot_f16(const float *a, const uint16_t *b, size_t n) {
   float32x4_t sum[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
   size_t i = 0;
@@ -581,6 +583,7 @@ static uint64_t xxh3(const void *p, size_t n) { return XXH3_64bits(p, n); }
 /* Two tables that differ in what is made of dot products of bytes. */
 #define NEON_CALLS                                                                                                        \
   .dot_f32 = dot_f32, .l2sq_f32 = l2sq_f32, .cosine_f32 = cosine_f32, .f16_to_f32 = f16_to_f32, .f32_to_f16 = f32_to_f16, \
+  .dot_ahead_f32 = dot_ahead_f32, .l2sq_ahead_f32 = l2sq_ahead_f32, .cosine_ahead_f32 = cosine_ahead_f32,                 \
   .all_finite_f32 = all_finite_f32, .scores_f32 = scores_f32, .scores_many_f32 = scores_many_f32,                         \
   .argmax_f32 = argmax_f32, .dot_f16 = dot_f16, .l2sq_f16 = l2sq_f16, .quantize_i8 = quantize_i8, .keys_i8 = keys_i8,     \
   .least_i8 = least_i8, .keys_u16 = keys_u16, .pq_table = pq_table, .pq_scan = pq_scan, .xxh3 = xxh3,                     \

@@ -34,6 +34,8 @@ static void cosine_f32(const float *a, const float *b, size_t n, float out[3]) {
   out[2] = bb;
 }
 
+KERN_AHEAD_F32
+
 /* ------------------------------------------------------------------ half floats */
 
 static uint32_t bits_of(float f) {
@@ -266,6 +268,9 @@ const kern kern_table_scalar = {
   .dot_f32 = dot_f32,
   .l2sq_f32 = l2sq_f32,
   .cosine_f32 = cosine_f32,
+  .dot_ahead_f32 = dot_ahead_f32,
+  .l2sq_ahead_f32 = l2sq_ahead_f32,
+  .cosine_ahead_f32 = cosine_ahead_f32,
   .f16_to_f32 = f16_to_f32,
   .f32_to_f16 = f32_to_f16,
   .all_finite_f32 = all_finite_f32,
