@@ -180,7 +180,7 @@ static void turn_slice(ivfpq_batch *b, bench *w, size_t slice, const uint8_t *pa
   size_t m = slice_size(b, slice);
   for (uint32_t at = 0; at < n; at += LANES_AT_ONCE) {
     uint32_t part = n - at < LANES_AT_ONCE ? n - at : LANES_AT_ONCE, width = ivfpq_coded_dim(&b->s->params);
-    kern_get()->scores_i8(b->bytes + slice * SLICE * b->stride, m, b->stride, width, packed + (size_t)at * width, part, w->score, LANES_AT_ONCE);
+    kern_scores_i8(b->bytes + slice * SLICE * b->stride, m, b->stride, width, packed + (size_t)at * width, part, w->score, LANES_AT_ONCE);
     for (size_t i = 0; i < m; i++)
       for (uint32_t u = 0; u < part; u++)
         w->projected_f32[i * stride + at + u] = b->seeds[slice * SLICE + i].step8 * scale[at + u] * (float)w->score[i * LANES_AT_ONCE + u];
@@ -219,7 +219,7 @@ static void score_lanes(ivfpq_batch *b, bench *w, size_t slice, uint32_t g, uint
       if (wish >> i & 1) memcpy(w->tile + m++ * stride, q + i * stride, width);
     q = w->tile;
   } else m = n;
-  kern_get()->scores_i8(q, m, stride, width, b->views[g].packed + (size_t)(from - b->s->first_lane[g]) * width, to - from, score, LANES_AT_ONCE);
+  kern_scores_i8(q, m, stride, width, b->views[g].packed + (size_t)(from - b->s->first_lane[g]) * width, to - from, score, LANES_AT_ONCE);
 }
 
 /* Some of the lanes that are ranked together, side by side: scale and norm2 of the first. */
