@@ -13,7 +13,7 @@ from bench_program import Program, Search, cheapest, in_turns, measure
 from bench_sets import Failure
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROUNDS = 15  # of measurements beside one another
+ROUNDS = (4, 15)  # of close calls; of ours and FAISS's beside one another
 FACTORS = (2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32)
 NPROBES = (4, 6, 8, 10, 12, 14, 16, 18, 20, 23, 26, 30, 34, 38, 43, 48, 54, 60, 68, 76, 85, 96, 108, 120, 136, 152, 170, 192, 216,
            240, 272, 304, 340, 384, 432, 480, 544, 608, 680)
@@ -137,7 +137,7 @@ def tuned(found, data, goals, say, rival, quick=False):
             for choice in sorted(more):
                 try_index(choice)
         for goal in goals:
-            result["best"]["%.2f" % goal] = finals(p, data, result["points"], goal, open_index, say, threads, rival)
+            result["best"]["%.2f" % goal] = finals(p, data, result["points"], goal, open_index, say, threads, rival, quick)
         return result
 
 
@@ -150,7 +150,7 @@ def contenders(points, goal, n_indexes, each):
     return {choice: found[:each] for choice, found in chosen.items()}
 
 
-def rematch(p, data, points, open_index, **words):
+def rematch(p, data, points, open_index, rounds, **words):
     """Points of several indexes, each measured again in several rounds; of every point the best."""
     def once(c):
         open_index(c["choice"])
@@ -158,14 +158,14 @@ def rematch(p, data, points, open_index, **words):
         point = measure(p, data, 10, 0, data.half, passes=2, nprobe=c["nprobe"], refine=c["refine"], threads=1, **more, **words)
         return dict(point, index=c["index"], choice=c["choice"])
 
-    return in_turns([functools.partial(once, c) for c in points], 4) if points else []
+    return in_turns([functools.partial(once, c) for c in points], rounds) if points else []
 
 
-def beside(p, data, point, rival, first, n, **words):
+def beside(p, data, point, rival, rounds, first, n, **words):
     """A point on queries that tuned nothing, in turns with ours: of both the best, and the middle of the ratios of neighbours."""
     again = functools.partial(measure, p, data, 10, first, n, nprobe=point["nprobe"], refine=point["refine"], passes=3, **words)
     theirs, ours = [], []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         theirs.append(again())
         if rival:
             ours.append(rival())
@@ -176,9 +176,10 @@ def beside(p, data, point, rival, first, n, **words):
     return best
 
 
-def finals(p, data, points, goal, open_index, say, threads, rival):
+def finals(p, data, points, goal, open_index, say, threads, rival, quick):
     """Close calls are measured again, then the winner on the queries that tuned nothing; batches get settings of their own."""
     singles, batches = [], []
+    again, rounds = (1, 2) if quick else ROUNDS
     for choice, close in contenders(points, goal, 4, 3).items():
         made = open_index(choice)
         singles += close
@@ -189,14 +190,14 @@ def finals(p, data, points, goal, open_index, say, threads, rival):
             batches += [dict(found, index=made["name"], choice=choice) for found in cheapest(search.points, goal, 2)]
     if not singles:
         return None
-    best = cheapest(rematch(p, data, singles, open_index), goal)[0]
+    best = cheapest(rematch(p, data, singles, open_index, again), goal)[0]
     open_index(best["choice"])
-    out = dict(single=beside(p, data, best, rival.of(goal, "single"), data.half, len(data.query) - data.half, threads=1))
-    b = (cheapest(rematch(p, data, cheapest(batches, goal, 6), open_index, batch=1), goal) or [dict(best, implem=0)])[0]
+    out = dict(single=beside(p, data, best, rival.of(goal, "single"), rounds, data.half, len(data.query) - data.half, threads=1))
+    b = (cheapest(rematch(p, data, cheapest(batches, goal, 6), open_index, again, batch=1), goal) or [dict(best, implem=0)])[0]
     open_index(b["choice"])
     for t in sorted({1, min(2, threads)}):
         way = "batch_%d" % t
-        out[way] = beside(p, data, b, rival.of(goal, way), data.batch_first, data.batch, batch=1, threads=t, implem=b["implem"])
+        out[way] = beside(p, data, b, rival.of(goal, way), rounds, data.batch_first, data.batch, batch=1, threads=t, implem=b["implem"])
     for name, point in out.items():
         say("  FAISS at %.2f, %s: %s, nprobe %d, k_factor %g: recall %.4f, %.0f q/s (%.0f by CPU time)" % (
             goal, name, point["index"], point["nprobe"], point["refine"], point["recall"], point["qps"], point["qps_cpu"]))

@@ -139,6 +139,19 @@ static void cosine_f32(const kern *k) {
   k->cosine_f32(rows, queries, DIM, three);
   sink = three[0];
 }
+/* Rows here and there, as a search compares them, the one after next asked for. */
+static const float *scattered(size_t i) { return rows + i % ROWS * 389 % ROWS * DIM; }
+static void dot_ahead(const kern *k) {
+  for (size_t i = 0; i < ROWS; i++) sink = k->dot_ahead_f32(queries, scattered(i), DIM, scattered(i + 2));
+}
+static void l2sq_ahead(const kern *k) {
+  for (size_t i = 0; i < ROWS; i++) sink = k->l2sq_ahead_f32(queries, scattered(i), DIM, scattered(i + 2));
+}
+static void cosine_ahead(const kern *k) {
+  float three[3];
+  for (size_t i = 0; i < ROWS; i++) k->cosine_ahead_f32(queries, scattered(i), DIM, scattered(i + 2), three);
+  sink = three[0];
+}
 static void dot_f16(const kern *k) { sink = k->dot_f16(queries, halves, DIM); }
 static void l2sq_f16(const kern *k) { sink = k->l2sq_f16(queries, halves, DIM); }
 static void f16_to_f32(const kern *k) { k->f16_to_f32(halves, out, LONG); }
@@ -223,6 +236,9 @@ static const kernel_case cases[] = {
     {"dot_f32", "960", "flop", 2 * DIM, 0, dot_f32},
     {"l2sq_f32", "960", "flop", 3 * DIM, 0, l2sq_f32},
     {"cosine_f32", "960", "flop", 6 * DIM, 0, cosine_f32},
+    {"dot_ahead_f32", "1024 x 960, scattered", "flop", 2.0 * ROWS * DIM, 0, dot_ahead},
+    {"l2sq_ahead_f32", "1024 x 960, scattered", "flop", 3.0 * ROWS * DIM, 0, l2sq_ahead},
+    {"cosine_ahead_f32", "1024 x 960, scattered", "flop", 6.0 * ROWS * DIM, 0, cosine_ahead},
     {"dot_f16", "960", "flop", 2 * DIM, 0, dot_f16},
     {"l2sq_f16", "960", "flop", 3 * DIM, 0, l2sq_f16},
     {"f16_to_f32", "16384", "byte", 2.0 * LONG, 0, f16_to_f32},

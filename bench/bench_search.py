@@ -97,7 +97,7 @@ def reported(p, data, k, search, goals, passes):
             out["%.2f" % goal] = None
             continue
         again = in_turns([functools.partial(measure, p, data, k, 0, data.half, nprobe=c["nprobe"], refine=c["refine"], threads=1)
-                          for c in close], 2 if passes < 3 else 8)
+                          for c in close], 1 if passes < 3 else 8)
         best = (cheapest(again, goal) or again)[0]
         point = measure(p, data, k, data.half, left, passes=passes, nprobe=best["nprobe"], refine=best["refine"], threads=1)
         out["%.2f" % goal] = traced(p, data, point, data.half, left)
@@ -116,7 +116,7 @@ def batches(p, data, goals, singles, quick):
         search.find(goal)
         close = cheapest(search.points, goal, 6)
         again = in_turns([functools.partial(measure, p, data, 10, 0, data.half, batch=1, threads=1, nprobe=c["nprobe"], refine=c["refine"])
-                          for c in close], 2 if quick else 8)
+                          for c in close], 1 if quick else 8)
         best = (cheapest(again, goal) or [single])[0]
         found = {}
         for threads in (1, 2):

@@ -48,9 +48,9 @@ int kern_amx_request(void) { return 0; }
 int kern_amx_ready(void) { return 0; }
 #endif
 
-void kern_amx_request_if_named(void) {
+int kern_amx_request_if_named(void) {
   const char *cap = getenv("VECSHARD_SIMD");
-  if (cap && strcmp(cap, "amx") == 0) kern_amx_request();
+  return cap && strcmp(cap, "amx") == 0 && kern_amx_request();
 }
 
 /* ------------------------------------------------------------------ matrices */
