@@ -111,10 +111,11 @@ WAYS = {"single": "one at a time", "batch_1": "batch, 1 thread", "batch_2": "bat
 
 
 def ratio_table(rows):
-    return columns(["set", "peer", "recall@10", "queries", "ours q/s", "recall", "theirs q/s", "recall", "times", "by CPU", "side by side", "their setting"],
+    return columns(["set", "peer", "recall@10", "queries", "ours q/s", "recall", "theirs q/s", "recall", "times", "by CPU", "side by side",
+                    "their setting"],
                    [[x["set"], x["peer"], ">= " + x["goal"], WAYS[x["way"]], "%.0f" % x["ours_qps"], "%.4f" % x["ours_recall"],
                      "%.0f" % x["theirs_qps"], "%.4f" % x["theirs_recall"], "%.2f" % x["ratio"], "%.2f" % x["ratio_cpu"],
-                    "%.2f" % x["ratio_of_neighbours"] if x["ratio_of_neighbours"] else "-", x["setting"]] for x in rows])
+                     "%.2f" % x["ratio_of_neighbours"] if x["ratio_of_neighbours"] else "-", x["setting"]] for x in rows])
 
 
 def kernels(found):

@@ -216,7 +216,8 @@ c = connect()
 c.execute("CREATE TABLE q(e)")
 c.executemany("INSERT INTO q VALUES(?)", [(blob(v),) for v in np.random.default_rng(6).standard_normal((200, 128)).astype('<f4')])
 print(json.dumps([c.execute("SELECT vecshard_cpu()").fetchone()[0],
-                  c.execute("SELECT query_no, id, distance FROM shard_union(?, (SELECT vec_pack(e) FROM q), 10)", sys.argv[1:]).fetchall()]))
+                  c.execute("SELECT query_no, id, distance FROM shard_union(?, (SELECT vec_pack(e) FROM q), 10)",
+                            sys.argv[1:]).fetchall()]))
 """
 
 

@@ -63,19 +63,19 @@ static const float *vector_at(const ivfpq_segment *s, const uint8_t *record, flo
 }
 
 /* Asks for a row; returns its vector when that is large and better asked for piece by piece, in between. */
-static inline const float *ask_for(const ivfpq_segment *s, uint32_t row) {
+static inline const void *ask_for(const ivfpq_segment *s, uint32_t row) {
   const uint8_t *p = s->mapped_rows + (uint64_t)row * s->params.row_bytes;
   if (s->params.store || s->params.row_bytes < LARGE_ROW) {
     ivfpq_row_prefetch(s, row);
     return NULL;
   }
   __builtin_prefetch(p + s->params.row_bytes - 1); /* what is behind the vector */
-  return (const float *)p;
+  return p;
 }
 
 vs_rc ivfpq_distance_mapped(ivfpq_segment *s, const float *query, uint32_t row, const uint32_t *next, float *out, vs_err *err) {
   float buf[IVFPQ_MAX_DIM]; /* written when rows are stored as halves only */
-  const float *soon = next ? ask_for(s, *next) : NULL;
+  const void *soon = next ? ask_for(s, *next) : NULL;
   const uint8_t *record;
   vs_rc rc = ivfpq_row_at(s, row, &record, err);
   if (rc) return rc;
@@ -92,7 +92,7 @@ vs_rc ivfpq_distances_mapped(ivfpq_segment *s, const float *query, const uint32_
   for (size_t i = 0; i < ahead && i < n; i++) ivfpq_row_prefetch(s, rows[i]);
   for (size_t i = 0; i < n; i++) {
     const uint8_t *record;
-    const float *soon = i + ahead < n ? ask_for(s, rows[i + ahead]) : NULL;
+    const void *soon = i + ahead < n ? ask_for(s, rows[i + ahead]) : NULL;
     vs_rc rc = ivfpq_row_at(s, rows[i], &record, err);
     if (rc) return rc;
     out[i] = (float)ivfpq_distance_by(k, (ivfpq_metric)p->metric, query, vector_at(s, record, buf), p->dim, soon);

@@ -32,7 +32,7 @@ static double slow_distance(ivfpq_metric metric, const float *a, const float *b,
   return aa > 0 && bb > 0 ? 1 - dot / (sqrt(aa) * sqrt(bb)) : 1;
 }
 
-double ivfpq_distance_by(const kern *k, ivfpq_metric metric, const float *a, const float *b, uint32_t dim, const float *next) {
+double ivfpq_distance_by(const kern *k, ivfpq_metric metric, const float *a, const float *b, uint32_t dim, const void *next) {
   if (metric == IVFPQ_L2) {
     float d = next ? k->l2sq_ahead_f32(a, b, dim, next) : k->l2sq_f32(a, b, dim);
     if (d > IVFPQ_SAFE_MIN && d < IVFPQ_SAFE_MAX) return sqrt((double)d);

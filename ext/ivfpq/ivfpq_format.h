@@ -245,6 +245,6 @@ uint64_t ivfpq_key_text(const void *text, size_t n);
 double ivfpq_distance(ivfpq_metric metric, const float *a, const float *b, uint32_t dim);
 struct kern;
 /* k: kern_get(). next: NULL, or a vector that is needed soon, which is brought into the cache. */
-double ivfpq_distance_by(const struct kern *k, ivfpq_metric metric, const float *a, const float *b, uint32_t dim, const float *next);
+double ivfpq_distance_by(const struct kern *k, ivfpq_metric metric, const float *a, const float *b, uint32_t dim, const void *next);
 
 #endif

@@ -27,9 +27,9 @@ typedef struct kern {
   void (*cosine_f32)(const float *a, const float *b, size_t n, float out[3]);
   /* The same to the bit, while the n floats at `next` are brought into the cache: a line with each line that is read, for lines that
    * are all asked for at once wait for one another. They are not read, and need not be there. */
-  float (*dot_ahead_f32)(const float *a, const float *b, size_t n, const float *next);
-  float (*l2sq_ahead_f32)(const float *a, const float *b, size_t n, const float *next);
-  void (*cosine_ahead_f32)(const float *a, const float *b, size_t n, const float *next, float out[3]);
+  float (*dot_ahead_f32)(const float *a, const float *b, size_t n, const void *next);
+  float (*l2sq_ahead_f32)(const float *a, const float *b, size_t n, const void *next);
+  void (*cosine_ahead_f32)(const float *a, const float *b, size_t n, const void *next, float out[3]);
 
   /* IEEE half <-> float; f32_to_f16 rounds to nearest even and gives Inf on overflow. */
   void (*f16_to_f32)(const uint16_t *in, float *out, size_t n);

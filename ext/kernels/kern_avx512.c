@@ -28,24 +28,24 @@ KERN_INLINE __mmask16 tail16(size_t n) { return n < 16 ? (__mmask16)((1u << n) -
 /* ------------------------------------------------------------------ sums over two arrays */
 
 /* next: NULL, or what is asked for meanwhile. */
-KERN_INLINE float dot_with(const float *a, const float *b, size_t n, const float *next) {
+KERN_INLINE float dot_with(const float *a, const float *b, size_t n, const void *next) {
   __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   size_t i = 0;
   for (; i + 64 <= n; i += 64)
     KERN_UNROLL
     for (int u = 0; u < 4; u++) {
       sum[u] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * u), _mm512_loadu_ps(b + i + 16 * u), sum[u]);
-      if (next) _mm_prefetch((const char *)(next + i + 16 * u), _MM_HINT_T0);
+      if (next) _mm_prefetch((const char *)next + 4 * (i + 16 * (size_t)u), _MM_HINT_T0);
     }
   for (; i < n; i += 16) {
     __mmask16 live = tail16(n - i);
-    if (next) _mm_prefetch((const char *)(next + i), _MM_HINT_T0);
+    if (next) _mm_prefetch((const char *)next + 4 * i, _MM_HINT_T0);
     sum[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(live, a + i), _mm512_maskz_loadu_ps(live, b + i), sum[0]);
   }
   return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
 
-KERN_INLINE float l2sq_with(const float *a, const float *b, size_t n, const float *next) {
+KERN_INLINE float l2sq_with(const float *a, const float *b, size_t n, const void *next) {
   __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   size_t i = 0;
   for (; i + 64 <= n; i += 64)
@@ -53,18 +53,18 @@ KERN_INLINE float l2sq_with(const float *a, const float *b, size_t n, const floa
     for (int u = 0; u < 4; u++) {
       __m512 d = _mm512_sub_ps(_mm512_loadu_ps(a + i + 16 * u), _mm512_loadu_ps(b + i + 16 * u));
       sum[u] = _mm512_fmadd_ps(d, d, sum[u]);
-      if (next) _mm_prefetch((const char *)(next + i + 16 * u), _MM_HINT_T0);
+      if (next) _mm_prefetch((const char *)next + 4 * (i + 16 * (size_t)u), _MM_HINT_T0);
     }
   for (; i < n; i += 16) {
     __mmask16 live = tail16(n - i);
-    if (next) _mm_prefetch((const char *)(next + i), _MM_HINT_T0);
+    if (next) _mm_prefetch((const char *)next + 4 * i, _MM_HINT_T0);
     __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(live, a + i), _mm512_maskz_loadu_ps(live, b + i));
     sum[0] = _mm512_fmadd_ps(d, d, sum[0]);
   }
   return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
 
-KERN_INLINE void cosine_with(const float *a, const float *b, size_t n, const float *next, float out[3]) {
+KERN_INLINE void cosine_with(const float *a, const float *b, size_t n, const void *next, float out[3]) {
   __m512 ab[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   __m512 aa[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   __m512 bb[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -74,7 +74,7 @@ KERN_INLINE void cosine_with(const float *a, const float *b, size_t n, const flo
       size_t at = i + 16 * (size_t)u;
       if (at >= n) break;
       __mmask16 live = tail16(n - at);
-      if (next) _mm_prefetch((const char *)(next + at), _MM_HINT_T0);
+      if (next) _mm_prefetch((const char *)next + 4 * at, _MM_HINT_T0);
       __m512 va = _mm512_maskz_loadu_ps(live, a + at), vb = _mm512_maskz_loadu_ps(live, b + at);
       ab[u] = _mm512_fmadd_ps(va, vb, ab[u]);
       aa[u] = _mm512_fmadd_ps(va, va, aa[u]);
@@ -88,9 +88,9 @@ KERN_INLINE void cosine_with(const float *a, const float *b, size_t n, const flo
 static float dot_f32(const float *a, const float *b, size_t n) { return dot_with(a, b, n, NULL); }
 static float l2sq_f32(const float *a, const float *b, size_t n) { return l2sq_with(a, b, n, NULL); }
 static void cosine_f32(const float *a, const float *b, size_t n, float out[3]) { cosine_with(a, b, n, NULL, out); }
-static float dot_ahead_f32(const float *a, const float *b, size_t n, const float *next) { return dot_with(a, b, n, next); }
-static float l2sq_ahead_f32(const float *a, const float *b, size_t n, const float *next) { return l2sq_with(a, b, n, next); }
-static void cosine_ahead_f32(const float *a, const float *b, size_t n, const float *next, float out[3]) { cosine_with(a, b, n, next, out); }
+static float dot_ahead_f32(const float *a, const float *b, size_t n, const void *next) { return dot_with(a, b, n, next); }
+static float l2sq_ahead_f32(const float *a, const float *b, size_t n, const void *next) { return l2sq_with(a, b, n, next); }
+static void cosine_ahead_f32(const float *a, const float *b, size_t n, const void *next, float out[3]) { cosine_with(a, b, n, next, out); }
 
 /* ------------------------------------------------------------------ element-wise */
 
@@ -636,7 +636,8 @@ static size_t pq_scan(const uint8_t *codes, size_t m, const uint16_t *terms, siz
              .out_row = out_row,
              .out_sum = out_sum};
   size_t row = 0;
-  for (; row + KERN_BLOCK <= n_rows; row += KERN_BLOCK) scan_block(codes + row * m, m, table, row, KERN_BLOCK, BLOCK_GROUPS, next + row * m, &s);
+  for (; row + KERN_BLOCK <= n_rows; row += KERN_BLOCK)
+    scan_block(codes + row * m, m, table, row, KERN_BLOCK, BLOCK_GROUPS, next + row * m, &s);
   size_t width = (n_rows - row + 1) / 2 * 2;
   switch ((width + KERN_GROUP - 1) / KERN_GROUP) {
   case 1: scan_block(codes + row * m, m, table, row, width, 1, next + row * m, &s); break;

@@ -88,18 +88,18 @@ static inline uint16_t kern_pq_limit(uint32_t threshold) {
 
 /* What dot_f32 and its like do for a `next`, where nothing is gained by asking in between. */
 #define KERN_AHEAD_F32                                                                                         \
-  static void ask_for(const float *next, size_t n) {                                                           \
-    for (size_t i = 0; i < n; i += 64 / sizeof *next) __builtin_prefetch(next + i);                            \
+  static void ask_for(const void *next, size_t n) {                                                            \
+    for (size_t z = 0; z < n * sizeof(float); z += 64) __builtin_prefetch((const char *)next + z);             \
   }                                                                                                            \
-  static float dot_ahead_f32(const float *a, const float *b, size_t n, const float *next) {                    \
+  static float dot_ahead_f32(const float *a, const float *b, size_t n, const void *next) {                    \
     ask_for(next, n);                                                                                          \
     return dot_f32(a, b, n);                                                                                   \
   }                                                                                                            \
-  static float l2sq_ahead_f32(const float *a, const float *b, size_t n, const float *next) {                   \
+  static float l2sq_ahead_f32(const float *a, const float *b, size_t n, const void *next) {                   \
     ask_for(next, n);                                                                                          \
     return l2sq_f32(a, b, n);                                                                                  \
   }                                                                                                            \
-  static void cosine_ahead_f32(const float *a, const float *b, size_t n, const float *next, float out[3]) {    \
+  static void cosine_ahead_f32(const float *a, const float *b, size_t n, const void *next, float out[3]) {    \
     ask_for(next, n);                                                                                          \
     cosine_f32(a, b, n, out);                                                                                  \
   }

@@ -24,8 +24,8 @@ enum {
   MANY_OF = 100           /* the largest k that calibrations measure */
 };
 
-/* Without a calibration. Among k rows of n that are wanted, those whose codes put them on the wrong side lie near the border: how many that may be grows
- * with the root of k and n, not with k. Recall@k with .3: .994 and .992 at k = 20,000, .995 and .996 at 50,000 on the two sets below
+/* Without a calibration. Among k rows of n that are wanted, those whose codes put them on the wrong side lie near the border: how many
+ * that may be grows with the root of k and n, not with k. Recall@k with .3: .994 and .992 at k = 20,000, .995 and .996 at 50,000 on the two sets below
  * (before, with 4 k candidates, .998 to 1), .995 to .999 with k from 2 % to 20 % of smaller sets of SIFT and of pixels. */
 static uint64_t many_candidates(uint64_t k, uint64_t n_rows) {
   return k + (uint64_t)(0.3 * sqrt((double)k * (double)n_rows));
@@ -56,9 +56,9 @@ uint32_t shard_spend_nprobe(uint64_t k, int64_t nprobe, uint32_t nlist) {
 }
 
 /* The same by what a segment measured at k = MANY_OF: with good codes far fewer, with poor ones more. The rows that are on the wrong side
- * of the border become a smaller part of k as k grows; with the power -.3 of k recall@k of 20,000 ... 100,000 is .988 to 1 on the two
- * sets below with codes of 16 and 60 bytes, .993 to 1 on 200,000 rows of 16 dimensions with codes of 1, 2 and 4 bytes, where many_candidates
- * finds .90 to .998. 0: nothing was measured. */
+ * of the border become a smaller part of k as k grows. With the power -.3 of k, recall@k of 20,000 ... 100,000 is .988 to 1 on the two
+ * sets below with codes of 16 and 60 bytes, and .993 to 1 on 200,000 rows of 16 dimensions with codes of 1, 2 and 4 bytes, where
+ * many_candidates finds .90 to .998. 0: nothing was measured. */
 static uint64_t measured_candidates(uint64_t k, uint64_t n_rows, const ivfpq_segment *s) {
   ivfpq_setting at;
   if (!ivfpq_setting_for(s, MANY_OF, MANY_RECALL, &at)) return 0;
