@@ -12,8 +12,9 @@
 
 Settings are tuned on the first half of the queries; what is reported was measured on the others. q/s is by wall time of the best
 pass; CPU us is CPU time of all threads per query, which says more on a machine that has other work. Bytes are what the scan and
-the refining of one query take from the shard. What is set against FAISS comes from 15 rounds in which its measurement and ours follow
-one another: of each the best, and under `side by side` the median of the rounds' ratios. Sets, shards, truth and peers' indexes stay in the --data folder for the next run.
+the refining of one query take from the shard. What is set against FAISS comes from 15 rounds in which its measurement and ours
+follow one another: of each the best, and under `side by side` the median of the rounds' ratios. Sets, shards, truth and peers'
+indexes stay in the --data folder for the next run.
 """
 import argparse
 import json
