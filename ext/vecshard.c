@@ -5,7 +5,6 @@
  */
 #include "vecshard.h"
 
-#include "kernels/kern.h"
 #include "s3vfs/s3_vfs.h"
 #include "vtab/modules.h"
 #include "vtab/vec_functions.h"
@@ -20,7 +19,6 @@ __attribute__((visibility("default"))) int sqlite3_vecshard_init(sqlite3 *db, ch
     if (message) *message = sqlite3_mprintf("vecshard needs SQLite 3.40 or later, this is %s", sqlite3_libversion());
     return SQLITE_ERROR;
   }
-  kern_amx_request_if_named();
   conn *c = conn_new(db);
   if (!c) return SQLITE_NOMEM;
   int rc = vec_functions_register(db);

@@ -201,35 +201,14 @@ print(json.dumps([[c.execute("SELECT id, distance FROM shard_union(?, ?, 10)" + 
 """
 
 
-@pytest.mark.parametrize("env", [{"VECSHARD_SIMD": "scalar"}, {"VECSHARD_SIMD": "avx2"}, {"VECSHARD_SIMD": "avx512"}, {"VECSHARD_SIMD": "amx"},
-                                 {"VECSHARD_THREADS": "1"}, {"VECSHARD_THREADS": "8"}, {"VECSHARD_MMAP": "0"}], ids=lambda e: "%s=%s" % next(iter(e.items())))
+@pytest.mark.parametrize("env", [{"VECSHARD_SIMD": "scalar"}, {"VECSHARD_SIMD": "avx2"}, {"VECSHARD_SIMD": "avx512"}, {"VECSHARD_THREADS": "1"},
+                                 {"VECSHARD_THREADS": "8"}, {"VECSHARD_MMAP": "0"}], ids=lambda e: "%s=%s" % next(iter(e.items())))
 def test_same_rows_however_computed(shard, env):
     want, got = json.loads(child(SAME, shard.path)), json.loads(child(SAME, shard.path, env=env))
     for w, g in zip(sum(want, []), sum(got, [])):
         assert len(w) == len(g)
         for (wi, wd), (gi, gd) in zip(w, g):
             assert wi == gi or abs(wd - gd) <= 1e-5 * max(1, abs(wd)), (env, w, g)
-
-
-TILES = """
-c = connect()
-c.execute("CREATE TABLE q(e)")
-c.executemany("INSERT INTO q VALUES(?)", [(blob(v),) for v in np.random.default_rng(6).standard_normal((200, 128)).astype('<f4')])
-print(json.dumps([c.execute("SELECT vecshard_cpu()").fetchone()[0],
-                  c.execute("SELECT query_no, id, distance FROM shard_union(?, (SELECT vec_pack(e) FROM q), 10)",
-                            sys.argv[1:]).fetchall()]))
-"""
-
-
-def test_tiles_only_when_named(tmp_path):
-    """A process that loads the library does not ask for tiles by itself; batches by tiles give the same rows."""
-    path = build_shard(tmp_path / "s", clustered(6000, 128, SEED)).path
-    cpu, rows = json.loads(child(TILES, path))
-    assert not cpu.startswith("amx") and len(rows) == 2000
-    tiled = json.loads(child(TILES, path, env={"VECSHARD_SIMD": "amx"}))
-    assert tiled[1] == rows
-    if cpu.startswith("avx512") and "amx_int8" in open("/proc/cpuinfo").read():
-        assert tiled[0].startswith("amx (also: avx512, "), tiled[0]
 
 
 def test_only_the_entry_point_is_exported():

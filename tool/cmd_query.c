@@ -10,7 +10,6 @@
 #include <string.h>
 
 #include "../ext/base/vs_pool.h"
-#include "../ext/kernels/kern.h"
 #include "../ext/s3vfs/s3_config.h"
 #include "../ext/shard/shard.h"
 #include "json.h"
@@ -233,7 +232,6 @@ static vs_rc pull_first(query_job *j, const char *source, vs_err *err) {
 
 static vs_rc run(const char *source, const query_options *o, vs_err *err) {
   query_job j = {.o = o};
-  kern_amx_request(); /* this process is ours: it may keep the larger state that tiles need */
   vs_rc rc = open_source(&j, source, err);
   if (!rc) rc = query_input_open(o->queries, o->embedding_dataset, j.set.shards[0]->manifest.dim, &j.in, err);
   if (!rc && o->pull) rc = pull_first(&j, source, err);

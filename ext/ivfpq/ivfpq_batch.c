@@ -7,6 +7,8 @@
  * 3 scan   One query after another, by the code of a single search: the same order of partitions, the same thresholds, the same stop,
  *          and so the same rows, whatever the number of threads and of queries.
  *
+ * What gained nothing: AMX tiles for the products (kern_scores_i8), which are a twentieth of a batch; a copy of the codes in huge pages
+ * (2 to 4 %, for the memory of all codes).
  * What was not done: going through the partitions, each for all its queries. Code tables live in registers, loaded once per (query,
  * partition), and are larger than a partition's codes (15 KB against 8 KB at 960 dimensions), so a partition's codes in the L1
  * buy nothing that the order above does not, while thresholds and the stop need every query's partitions nearest first.
@@ -180,7 +182,7 @@ static void turn_slice(ivfpq_batch *b, bench *w, size_t slice, const uint8_t *pa
   size_t m = slice_size(b, slice);
   for (uint32_t at = 0; at < n; at += LANES_AT_ONCE) {
     uint32_t part = n - at < LANES_AT_ONCE ? n - at : LANES_AT_ONCE, width = ivfpq_coded_dim(&b->s->params);
-    kern_scores_i8(b->bytes + slice * SLICE * b->stride, m, b->stride, width, packed + (size_t)at * width, part, w->score, LANES_AT_ONCE);
+    kern_get()->scores_i8(b->bytes + slice * SLICE * b->stride, m, b->stride, width, packed + (size_t)at * width, part, w->score, LANES_AT_ONCE);
     for (size_t i = 0; i < m; i++)
       for (uint32_t u = 0; u < part; u++)
         w->projected_f32[i * stride + at + u] = b->seeds[slice * SLICE + i].step8 * scale[at + u] * (float)w->score[i * LANES_AT_ONCE + u];
@@ -219,7 +221,7 @@ static void score_lanes(ivfpq_batch *b, bench *w, size_t slice, uint32_t g, uint
       if (wish >> i & 1) memcpy(w->tile + m++ * stride, q + i * stride, width);
     q = w->tile;
   } else m = n;
-  kern_scores_i8(q, m, stride, width, b->views[g].packed + (size_t)(from - b->s->first_lane[g]) * width, to - from, score, LANES_AT_ONCE);
+  kern_get()->scores_i8(q, m, stride, width, b->views[g].packed + (size_t)(from - b->s->first_lane[g]) * width, to - from, score, LANES_AT_ONCE);
 }
 
 /* Some of the lanes that are ranked together, side by side: scale and norm2 of the first. */

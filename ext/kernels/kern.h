@@ -154,8 +154,6 @@ static inline size_t kern_code_offset(size_t n_rows, size_t m, size_t r, size_t 
  * a permission for the whole process, for good: kern_amx_request asks for it and says whether tiles are used from now on. They are
  * not without the instructions, when the system refuses, or when VECSHARD_SIMD names a lower variant than amx. */
 int kern_amx_request(void);
-/* For a library in somebody's process: the larger state of threads and signals is theirs to choose. Asks when VECSHARD_SIMD is amx. */
-int kern_amx_request_if_named(void);
 int kern_amx_ready(void); /* has it been granted? */
 
 enum { KERN_NEAREST_ROWS = 1024 }; /* a call with so many rows is as fast as any */

@@ -1,10 +1,10 @@
 /* kern_nearest.c - the nearest row of a matrix: the choice between bytes and fp32, and the permission that AMX tiles need. */
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <pthread.h>
+#include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -47,11 +47,6 @@ int kern_amx_ready(void) { return __atomic_load_n(&granted, __ATOMIC_ACQUIRE); }
 int kern_amx_request(void) { return 0; }
 int kern_amx_ready(void) { return 0; }
 #endif
-
-int kern_amx_request_if_named(void) {
-  const char *cap = getenv("VECSHARD_SIMD");
-  return cap && strcmp(cap, "amx") == 0 && kern_amx_request();
-}
 
 /* ------------------------------------------------------------------ matrices */
 

@@ -182,7 +182,7 @@ static void cpu(sqlite3_context *ctx, int argc, sqlite3_value **argv) {
   (void)argc, (void)argv;
   /* All that any build of ours may have, best first; kern_variant answers for this build on this machine. */
   static const char *const names[] = {"avx512", "avx2", "dotprod", "neon", "scalar"};
-  const char *running = kern_amx_ready() ? "amx" : kern_get()->name, *before = " (also: ";
+  const char *running = kern_get()->name, *before = " (also: ";
   sqlite3_str *s = sqlite3_str_new(sqlite3_context_db_handle(ctx));
   sqlite3_str_appendall(s, running);
   for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
