@@ -62,7 +62,7 @@ uint32_t shard_spend_nprobe(uint64_t k, int64_t nprobe, uint32_t nlist) {
 static uint64_t measured_candidates(uint64_t k, uint64_t n_rows, const ivfpq_segment *s) {
   ivfpq_setting at;
   if (!ivfpq_setting_for(s, MANY_OF, MANY_RECALL, &at)) return 0;
-  double beyond = ((double)at.n_candidates / MANY_OF - 1) * pow((double)MANY_OF / (double)k, 0.3), want = (double)k * (1 + beyond);
+  double beyond = fmax((double)at.n_candidates / MANY_OF - 1, 0) * pow((double)MANY_OF / (double)k, 0.3), want = (double)k * (1 + beyond);
   uint64_t least = shard_spend_candidates(MANY_FROM, -1, n_rows);
   return want > (double)n_rows ? n_rows : want > (double)least ? (uint64_t)want : least;
 }
