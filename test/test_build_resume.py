@@ -166,6 +166,7 @@ def test_without_resume_what_is_left_goes(data, tmp_path):
     assert contents(out) == whole and hidden(out) == []
 
 
+@pytest.mark.plain_only("many builds of one kind; their code runs in the other tests")
 def test_other_options_and_inputs_start_over(data, tmp_path):
     d, whole = data
     out = tmp_path / "s"

@@ -45,6 +45,7 @@ KINDS = {
 }
 
 
+@pytest.mark.plain_only("a build per storage layout; test_input.c reads each layout in every build")
 def test_storage_does_not_show(tmp_path, vectors):
     raw = tmp_path / "a.f32"
     vectors.tofile(raw)

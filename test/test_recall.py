@@ -388,6 +388,7 @@ def test_info_tells_the_calibration(db, database):
 
 # ---- a store ----
 
+@pytest.mark.plain_only("statistics; test_s3_shards.py reads stores in every build")
 def test_in_a_store(db, s3, database, monkeypatch):
     """The same recall; requests and bytes are those of searches that find nothing in the cache, whatever was searched before."""
     use_environ(monkeypatch, s3.env)
