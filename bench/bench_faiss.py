@@ -154,11 +154,11 @@ def rematch(p, data, points, open_index, rounds, **words):
     """Points of several indexes, each measured again in several rounds; of every point the best."""
     def once(c):
         open_index(c["choice"])
-        more = {w: c[w] for w in ("implem",) if w in c}
-        point = measure(p, data, 10, 0, data.half, passes=2, nprobe=c["nprobe"], refine=c["refine"], threads=1, **more, **words)
+        point = measure(p, data, 10, 0, data.half, passes=2, nprobe=c["nprobe"], refine=c["refine"], threads=1, **words,
+                        **({"implem": c["implem"]} if "implem" in c else {}))
         return dict(point, index=c["index"], choice=c["choice"])
 
-    return in_turns([functools.partial(once, c) for c in points], rounds) if points else []
+    return in_turns([functools.partial(once, c) for c in points], rounds)
 
 
 def beside(p, data, point, rival, rounds, first, n, **words):
@@ -190,7 +190,8 @@ def finals(p, data, points, goal, open_index, say, threads, rival, quick):
             batches += [dict(found, index=made["name"], choice=choice) for found in cheapest(search.points, goal, 2)]
     if not singles:
         return None
-    best = cheapest(rematch(p, data, singles, open_index, again), goal)[0]
+    matched = rematch(p, data, singles, open_index, again)
+    best = (cheapest(matched, goal) or matched)[0]
     open_index(best["choice"])
     out = dict(single=beside(p, data, best, rival.of(goal, "single"), rounds, data.half, len(data.query) - data.half, threads=1))
     b = (cheapest(rematch(p, data, cheapest(batches, goal, 6), open_index, again, batch=1), goal) or [dict(best, implem=0)])[0]

@@ -115,8 +115,9 @@ static vs_rc compare(slice *s, ivfpq_segment *g, size_t n, vs_err *err) {
   for (size_t i = 0; i < n; i++) ivfpq_row_want(g, (uint32_t)(s->key[i] >> 32));
   for (size_t i = 0; i < n && i < ahead; i++) ivfpq_row_prefetch(g, (uint32_t)(s->key[i] >> 32));
   for (size_t i = 0; i < n; i++) {
-    uint32_t at = (uint32_t)s->key[i], next = i + ahead < n ? (uint32_t)(s->key[i + ahead] >> 32) : 0;
-    vs_rc rc = ivfpq_distance_mapped(g, vector_of(s, s->who[at]), (uint32_t)(s->key[i] >> 32), i + ahead < n ? &next : NULL,
+    int more = i + ahead < n;
+    uint32_t at = (uint32_t)s->key[i], next = more ? (uint32_t)(s->key[i + ahead] >> 32) : 0;
+    vs_rc rc = ivfpq_distance_mapped(g, vector_of(s, s->who[at]), (uint32_t)(s->key[i] >> 32), more ? &next : NULL,
                                      &candidate(s, at)->distance, err);
     if (rc) return rc;
   }

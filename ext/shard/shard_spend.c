@@ -20,12 +20,13 @@ enum {
   EASED_FROM = 100,       /* beyond this k the default refine falls from 10 to EASED, and nprobe grows with the root of k */
   EASED = 4,
   MEASURED_TO = 1000,     /* up to this k calibrations, which are of k = 10 and 100, say enough about the default */
-  MANY_FROM = 10000,      /* beyond this k they grow like many_candidates */
+  MANY_FROM = 10000,      /* beyond this k they grow like measured_candidates, or many_candidates */
   MANY_OF = 100           /* the largest k that calibrations measure */
 };
 
 /* Without a calibration. Among k rows of n that are wanted, those whose codes put them on the wrong side lie near the border: how many
- * that may be grows with the root of k and n, not with k. Recall@k with .3: .994 and .992 at k = 20,000, .995 and .996 at 50,000 on the two sets below
+ * that may be grows with the root of k and n, not with k. Recall@k with .3: .994 and .992 at k = 20,000, .995 and .996 at 50,000 on the
+ * two sets below
  * (before, with 4 k candidates, .998 to 1), .995 to .999 with k from 2 % to 20 % of smaller sets of SIFT and of pixels. */
 static uint64_t many_candidates(uint64_t k, uint64_t n_rows) {
   return k + (uint64_t)(0.3 * sqrt((double)k * (double)n_rows));
